@@ -1,0 +1,8 @@
+"""hsap-compile: train unmodified models on packed sequences over many ranks.
+
+``torch.compile(model, backend="hsap")`` needs no import of this package.
+"""
+
+from hsap_compile.backend import hsap as hsap
+from hsap_compile.errors import Refused as Refused
+from hsap_compile.options import Options as Options

@@ -1,0 +1,167 @@
+"""Every private or unstable torch name that the project uses, in one place.
+
+Seen working on torch 2.13.0 (CPU); written for torch >= 2.11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx as compile_fx
+from torch._logging import trace_structured as trace_structured
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
+
+#: What pre-dispatch graphs call to open and close a no_grad region.
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+
+without_autocast = torch._C._DisableAutocast
+
+
+class RetraceWithSymbols(TensorifyScalarRestartAnalysis):
+    """Ask dynamo to trace the frame again, now that dimensions were marked dynamic.
+
+    Dynamo restarts on this exception from a backend since 2.7; it was made for its own analysis of
+    scalars, and is the one public-enough way for a backend to say "once more, with this dimension
+    symbolic".
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(restart_reason=reason)
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
+    """The mode of the first fake tensor of ``values``."""
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise ValueError(
+        "hsap: the traced graph has no tensor input. got: a graph that computes on constants only. "
+        "wanted: at least one tensor. do: pass the batch to the compiled function as an argument."
+    )
+
+
+def expr_of(size: Any) -> sympy.Expr:
+    """The sympy expression of an int or SymInt."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def hint_of(size: Any) -> int:
+    """The value that a SymInt had while tracing, or the int itself."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+@contextmanager
+def _tracing(mode: FakeTensorMode) -> Iterator[None]:
+    before = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True
+    try:
+        with mode, enable_python_dispatcher(), fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """``module`` as a graph of ATen operators as they are before autograd: composite ones stay whole."""
+
+    def run(*args: Any) -> Any:
+        return torch.fx.Interpreter(module).run(*args)
+
+    with _tracing(fake_mode_of(inputs)):
+        return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+
+
+def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What ``target`` would return, as fake tensors and symbolic sizes."""
+    before = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True
+    try:
+        with mode, enable_python_dispatcher():
+            return target(*args, **kwargs)
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+def fake_table(mode: FakeTensorMode, table: torch.Tensor, dynamic: Sequence[int]) -> torch.Tensor:
+    """A fake of ``table`` whose dimensions ``dynamic`` have symbols of their own."""
+    sizes = [DimDynamic.DYNAMIC if d in dynamic else DimDynamic.STATIC for d in range(table.dim())]
+    context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * table.dim())
+    return mode.from_tensor(table, symbolic_context=context)
+
+
+def shape_env_of(mode: FakeTensorMode) -> ShapeEnv | None:
+    """The shape environment of a fake mode; None when every size is static."""
+    return mode.shape_env
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether torch tags the operator as pointwise."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def operator_name(target: Any) -> str:
+    """``"aten::add"`` for ``torch.ops.aten.add.Tensor``; the plain name for a Python function."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket._qualified_op_name
+    return getattr(target, "__name__", str(target))
+
+
+def is_operator(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def is_higher_order(target: Any) -> bool:
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def compile_with_inductor(
+    module: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor's compiled form of ``module``, differentiable (AOTAutograd) when its inputs are."""
+    with inductor_config.patch(patches):
+        return compile_fx(module, list(inputs), config_patches=patches or None)
+
+
+def compile_with_aot_eager(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """``module`` through AOTAutograd, its graphs run as they are."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(module, list(inputs))
+
+
+def mode_patches(mode: str) -> dict[str, Any]:
+    """Inductor's configuration for a ``torch.compile`` mode."""
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def belongs_to_module(placeholder: torch.fx.Node) -> bool:
+    """Whether an input of dynamo's graph is a parameter or buffer rather than something passed in."""
+    value = placeholder.meta["example_value"]
+    if isinstance(value, torch.nn.Parameter):
+        return True
+    graph_arg = placeholder.meta.get("grapharg")
+    source = getattr(graph_arg, "source", None)
+    if source is None:
+        return False
+    guard = source.guard_source
+    return bool(guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module())
+
+
+def was_marked(tensor: torch.Tensor, dim: int) -> bool:
+    """Whether ``maybe_mark_dynamic(tensor, dim)`` was called."""
+    return dim in getattr(tensor, "_dynamo_weak_dynamic_indices", ()) or dim in getattr(
+        tensor, "_dynamo_dynamic_indices", ()
+    )

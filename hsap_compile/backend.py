@@ -1,0 +1,129 @@
+"""The entry point: ``torch.compile(model, backend="hsap")``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule
+
+from hsap_compile._torch import (
+    RetraceWithSymbols,
+    belongs_to_module,
+    expr_of,
+    maybe_mark_dynamic,
+    was_marked,
+)
+from hsap_compile.errors import Refused
+from hsap_compile.graph import placeholders
+from hsap_compile.options import parse
+from hsap_compile.pipeline import compile_graph
+from hsap_compile.runtime import Runner
+
+
+def hsap(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one of dynamo's graphs for all ranks of the mesh.
+
+    ``options``: see ``hsap_compile.options.Options``.  Raises ``Refused`` with what, got, wanted, do.
+    """
+    chosen = parse(options, mode)
+    return Runner(compile_graph(module, chosen, prepare(module, example_inputs)))
+
+
+def prepare(module: GraphModule, example_inputs: Sequence[Any]) -> sympy.Symbol | None:
+    """Check the inputs and return the symbol of the sequence length, None when it is static.
+
+    Raises ``RetraceWithSymbols``, which dynamo answers with a graph that has one.
+    """
+    _check_inputs(module)
+    size = _sequence_size(module)
+    return None if size is None else _symbol(module, example_inputs, size)
+
+
+def _check_inputs(module: GraphModule) -> None:
+    for node in placeholders(module):
+        value = node.meta["example_value"]
+        if isinstance(value, torch.Tensor) and (value.is_complex() or value.is_quantized):
+            raise Refused(
+                "complex and quantised inputs are not supported",
+                got=f"{node.name}: {value.dtype}",
+                wanted="floating, integer or boolean tensors",
+                do="convert it before the call (torch.view_as_real for complex numbers)",
+            )
+
+
+def _sequence_size(module: GraphModule) -> Any:
+    """The length of a row: what the attentions of the graph attend over, else what integer inputs share."""
+    found = []
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op not in ("call_function", "call_method") or not isinstance(value, torch.Tensor):
+            continue
+        if name == "scaled_dot_product_attention":
+            found.append(value.shape[-2])
+        elif name in ("softmax", "_softmax") and value.dim() >= 3:
+            if expr_of(value.shape[-1]) == expr_of(value.shape[-2]):
+                found.append(value.shape[-2])
+    if found:
+        return found[0]
+    for node in placeholders(module):
+        value = node.meta["example_value"]
+        if isinstance(value, torch.Tensor) and not belongs_to_module(node):
+            if not value.is_floating_point() and value.dim() > 0:
+                return value.shape[-1]
+    return None
+
+
+def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sympy.Symbol | None:
+    """S.  A graph in which it is a number is traced again with the batch's token dimensions symbolic."""
+    expr = expr_of(size)
+    if expr.is_Symbol:
+        return expr
+    if not expr.is_Integer:
+        raise Refused(
+            "the sequence length is not the size of an input",
+            got=f"rows of {expr} tokens",
+            wanted="rows as long as an input's dimension",
+            do="pad or cut the batch before the compiled function, not inside of it",
+        )
+    length = int(expr)
+    marked, retrace = False, False
+    for node, example in zip(placeholders(module), example_inputs, strict=True):
+        value = node.meta["example_value"]
+        if not isinstance(value, torch.Tensor) or belongs_to_module(node):
+            continue
+        for dim in _token_dims(value, length):
+            marked = True
+            if not was_marked(example, dim):
+                maybe_mark_dynamic(example, dim)
+                retrace = True
+    if retrace and length > 1:
+        raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
+    if marked and length > 1:
+        raise Refused(
+            "the sequence length stays a constant",
+            got=f"a graph for exactly {length} tokens",
+            wanted="a symbolic length: documents and lengths change without compiling again",
+            do="drop dynamic=False, and code that needs the length as a Python number",
+        )
+    return None
+
+
+def _token_dims(value: torch.Tensor, length: int) -> tuple[int, ...]:
+    """The dimensions of an input that hold the ``length`` tokens of a row."""
+    sizes = [int(s) if isinstance(s, int) else -1 for s in value.shape]
+    matching = [d for d, s in enumerate(sizes) if s == length]
+    if len(matching) < 2:
+        return tuple(matching)
+    if value.dim() >= 4 or value.dtype == torch.bool:  # a dense mask
+        return tuple(matching[-2:])
+    return (matching[-1],) if not value.is_floating_point() else (matching[0 if value.dim() > 2 else -1],)

@@ -1,0 +1,106 @@
+"""From a batch's tensors to what the planner works on: which pairs each mask allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import sympy
+import torch
+
+from hsap_compile import formula
+from hsap_compile.masks import Band, Mask
+from hsap_compile.plan import Attended
+
+
+def attended(mask: Mask, leaves: Sequence[torch.Tensor], batch: int, tokens: int) -> Attended:
+    """``mask`` on one batch.  ``leaves``: the tensors its formulas read, on the host.
+
+    A band over positions that are read from a tensor (``position_ids[q] >= position_ids[k]``) is a band
+    over columns where positions advance with the columns inside every label; where they do not, the
+    formula is evaluated element by element.
+    """
+    read = _Reader(leaves, batch, tokens)
+    labels = read.labels(mask.labels)
+    residual, lo, hi = mask.residual, None, None
+    for band in mask.bands:
+        if not _follows_columns(band, read, labels):
+            residual = True
+            continue
+        lo = _tighter(max, lo, band.lo)
+        hi = _tighter(min, hi, band.hi)
+    return Attended(
+        batch=batch,
+        tokens=tokens,
+        labels=labels,
+        key_valid=read.valid(mask.key_valid),
+        query_valid=read.valid(mask.query_valid),
+        lo=lo,
+        hi=hi,
+        residual=residual,
+        soft=mask.soft,
+    )
+
+
+def unknown(mask: Mask, batch: int, tokens: int) -> Attended:
+    """A mask that the host cannot read before the step: every pair may be attended."""
+    return Attended(
+        batch=batch, tokens=tokens, labels=None, key_valid=None, query_valid=None, lo=None, hi=None,
+        residual=True, soft=mask.soft,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Reader:
+    leaves: Sequence[torch.Tensor]
+    batch: int
+    tokens: int
+
+    def array(self, expr: sympy.Basic) -> np.ndarray:
+        """(B or 1, S): ``expr`` at every (b, q), or at every (b, k)."""
+        columns = torch.arange(self.tokens)[None, :]
+        index = {
+            "b": torch.arange(self.batch)[:, None], "q": columns, "k": columns, "S": self.tokens
+        }  # fmt: skip
+        value = torch.as_tensor(formula.evaluate(expr, index, self.leaves))
+        rows = value.shape[0] if value.dim() == 2 else 1
+        return value.expand(rows, self.tokens).numpy()
+
+    def labels(self, exprs: Sequence[sympy.Expr]) -> np.ndarray | None:
+        if not exprs:
+            return None
+        arrays = np.broadcast_arrays(*[self.array(e) for e in exprs])
+        combined = np.ascontiguousarray(arrays[0])
+        for other in arrays[1:]:
+            _, a = np.unique(combined, return_inverse=True)
+            _, b = np.unique(other, return_inverse=True)
+            combined = (a.astype(np.int64) * (int(b.max()) + 1) + b).reshape(other.shape)
+        if combined.dtype != np.int64:
+            combined = np.unique(combined, return_inverse=True)[1].astype(np.int64).reshape(combined.shape)
+        return combined
+
+    def valid(self, condition: sympy.Basic) -> np.ndarray | None:
+        return None if condition is sympy.true else np.ascontiguousarray(self.array(condition).astype(bool))
+
+
+def _tighter(choose: Callable[[int, int], int], one: int | None, other: int | None) -> int | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return choose(one, other)
+
+
+def _follows_columns(band: Band, read: _Reader, labels: np.ndarray | None) -> bool:
+    """Whether position(b, c) - c is the same wherever two tokens may attend to one another."""
+    if band.position == formula.q:
+        return True
+    offset = read.array(band.position) - np.arange(read.tokens)
+    if labels is None:
+        return bool((offset == offset[:, :1]).all())
+    offset, labels = np.broadcast_arrays(offset, labels)
+    for row, label in zip(offset, labels, strict=True):
+        order = np.argsort(label, kind="stable")
+        same = label[order][1:] == label[order][:-1]
+        if (row[order][1:] != row[order][:-1])[same].any():
+            return False
+    return True

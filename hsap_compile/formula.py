@@ -1,0 +1,170 @@
+"""Index formulas: attention masks and score functions as expressions over (batch, head, query, key).
+
+A formula is a sympy expression.  Its free symbols are the four indices below, ``score`` (the scaled
+product of query and key, before any mask) and ``S`` (the tokens of a row); ``leaf0(b, k)`` stands for
+``leaves[0][b, k]``, an element of a tensor that is passed next to the formula.  A formula travels
+through the graph as text (``dumps`` / ``loads``), so an operator that carries one needs no registry.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+b, h, q, k = sympy.symbols("b h q k", integer=True, nonnegative=True)
+S = sympy.Symbol("S", integer=True, positive=True)
+score = sympy.Symbol("score", real=True)
+
+#: Integer division that rounds down, as ``//`` does.
+floordiv = sympy.Function("floordiv")
+
+_LEAF = "leaf"
+
+
+def leaf(index: int, *position: Any) -> sympy.Expr:
+    """The element of tensor number ``index`` at ``position`` (one expression a dimension)."""
+    return sympy.Function(f"{_LEAF}{index}")(*position)
+
+
+def leaf_index(expr: sympy.Basic) -> int | None:
+    """The number of the tensor that ``expr`` reads, or None when it is not a leaf."""
+    name = getattr(expr.func, "__name__", "")
+    return int(name[len(_LEAF) :]) if name.startswith(_LEAF) and name[len(_LEAF) :].isdigit() else None
+
+
+def leaves_of(expr: sympy.Basic) -> tuple[int, ...]:
+    """The numbers of the tensors that ``expr`` reads, ascending."""
+    found = {leaf_index(e) for e in sympy.preorder_traversal(expr)}
+    return tuple(sorted(i for i in found if i is not None))
+
+
+def renumber(expr: sympy.Basic, numbers: Mapping[int, int]) -> sympy.Basic:
+    """``expr`` with its leaf ``i`` called ``numbers[i]``."""
+    return expr.replace(
+        lambda e: leaf_index(e) is not None,
+        lambda e: leaf(numbers[leaf_index(e)], *e.args),
+    )
+
+
+def dumps(expr: sympy.Basic) -> str:
+    """Text that ``loads`` turns back into the same expression."""
+    return sympy.srepr(expr)
+
+
+@functools.lru_cache(maxsize=1024)
+def loads(text: str) -> sympy.Basic:
+    """The expression that ``dumps`` wrote."""
+    return sympy.sympify(text)
+
+
+def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torch.Tensor] = ()) -> Any:
+    """The value of ``expr`` under broadcasting.
+
+    ``values`` maps the names of free symbols ("b", "h", "q", "k", "score", "S") to tensors or numbers
+    that broadcast against one another.  Returns a tensor, or a number when nothing in it is a tensor.
+    Differentiable in ``score`` and in floating leaves.
+    """
+    memo: dict[sympy.Basic, Any] = {}
+
+    def value(e: sympy.Basic) -> Any:
+        if e not in memo:
+            memo[e] = _value(e)
+        return memo[e]
+
+    def _value(e: sympy.Basic) -> Any:
+        if e.is_Symbol:
+            return values[e.name]
+        if e is sympy.true or e is sympy.false:
+            return e is sympy.true
+        if e.is_Integer:
+            return int(e)
+        if e.is_number:
+            return float(e)
+        number = leaf_index(e)
+        if number is not None:
+            return _load(leaves[number], [value(i) for i in e.args])
+        if isinstance(e, sympy.Piecewise):
+            *cases, (last, _) = e.args
+            result = value(last)
+            for case, condition in reversed(cases):
+                result = _where(value(condition), value(case), result)
+            return result
+        try:
+            function = _FUNCTIONS[e.func]
+        except KeyError:
+            if e.func == floordiv:
+                return _floordiv(*[value(a) for a in e.args])
+            raise TypeError(
+                f"cannot evaluate {e.func.__name__} in the index formula {expr}; "
+                f"known: {', '.join(sorted(f.__name__ for f in _FUNCTIONS))}"
+            ) from None
+        return function(*[value(a) for a in e.args])
+
+    return value(expr)
+
+
+def _load(tensor: torch.Tensor, position: list[Any]) -> torch.Tensor:
+    return tensor[tuple(p if isinstance(p, torch.Tensor) else int(p) for p in position)]
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    if isinstance(condition, bool):
+        return yes if condition else no
+    if not isinstance(yes, torch.Tensor) and not isinstance(no, torch.Tensor):
+        # two numbers: torch.where would pick the default dtype, float64 keeps both exactly
+        if isinstance(yes, float) or isinstance(no, float):
+            yes = torch.tensor(float(yes), dtype=torch.float64)
+    return torch.where(condition, yes, no)
+
+
+def _floordiv(x: Any, y: Any) -> Any:
+    return x // y
+
+
+def _fold(function: Any) -> Any:
+    return lambda *values: functools.reduce(function, values)
+
+
+def _unary(on_tensor: Any, on_number: Any) -> Any:
+    return lambda x: on_tensor(x) if isinstance(x, torch.Tensor) else on_number(x)
+
+
+def _extreme(on_tensors: Any, on_numbers: Any) -> Any:
+    def both(x: Any, y: Any) -> Any:
+        if not isinstance(x, torch.Tensor) and not isinstance(y, torch.Tensor):
+            return on_numbers(x, y)
+        like = x if isinstance(x, torch.Tensor) else y
+        x, y = (t if isinstance(t, torch.Tensor) else like.new_tensor(t) for t in (x, y))
+        return on_tensors(x, y)
+
+    return _fold(both)
+
+
+_FUNCTIONS: dict[Any, Any] = {
+    sympy.Add: _fold(lambda x, y: x + y),
+    sympy.Mul: _fold(lambda x, y: x * y),
+    sympy.Pow: lambda x, y: x**y,
+    sympy.Mod: lambda x, y: x % y,
+    sympy.floor: _unary(torch.floor, math.floor),
+    sympy.Abs: _unary(torch.abs, abs),
+    sympy.exp: _unary(torch.exp, math.exp),
+    sympy.log: _unary(torch.log, math.log),
+    sympy.tanh: _unary(torch.tanh, math.tanh),
+    sympy.Max: _extreme(torch.maximum, max),
+    sympy.Min: _extreme(torch.minimum, min),
+    sympy.Eq: lambda x, y: x == y,
+    sympy.Ne: lambda x, y: x != y,
+    sympy.Lt: lambda x, y: x < y,
+    sympy.Le: lambda x, y: x <= y,
+    sympy.Gt: lambda x, y: x > y,
+    sympy.Ge: lambda x, y: x >= y,
+    sympy.And: _fold(lambda x, y: x & y),
+    sympy.Or: _fold(lambda x, y: x | y),
+    sympy.Not: lambda x: not x if isinstance(x, bool) else ~x,
+    sympy.Equivalent: lambda x, y: x == y,
+}

@@ -1,0 +1,75 @@
+"""Small tools for writing FX graphs whose every node knows its value's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from hsap_compile._torch import SET_GRAD_ENABLED, run_fake
+
+#: What a new node takes over from the node it stands for: where it came from, not what it is.
+_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+class Builder:
+    """Appends calls to ``graph`` (at its current insertion point) and infers their values.
+
+    ``origin`` is the node that new ones stand for: they get its place in the user's source.
+    """
+
+    def __init__(self, graph: Graph, mode: Any, origin: Node | None = None) -> None:
+        self.graph, self.mode, self.origin = graph, mode, origin
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        if self.origin is not None:
+            node.meta.update({k: self.origin.meta[k] for k in _ORIGIN if k in self.origin.meta})
+        values = map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = run_fake(self.mode, target, *values)
+        return node
+
+    def size(self, tensor: Node, dim: int) -> Any:
+        """The size of a dimension: an int, or a node."""
+        size = tensor.meta["val"].shape[dim]
+        return size if isinstance(size, int) else self(torch.ops.aten.sym_size.int, tensor, dim)
+
+
+def placeholders(module: GraphModule) -> list[Node]:
+    return [n for n in module.graph.nodes if n.op == "placeholder"]
+
+
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """``nodes`` and everything they are computed from."""
+    found: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def extract(module: GraphModule, nodes: list[Node], inputs: int) -> GraphModule:
+    """The part of ``module`` that computes ``nodes`` from its first ``inputs`` placeholders."""
+    needed = ancestors(nodes)
+    graph, copies = Graph(), {}
+    for position, node in enumerate(placeholders(module)[:inputs]):
+        copies[node] = graph.placeholder(f"input_{position}")
+    for node in module.graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output([copies[n] for n in nodes])
+    return GraphModule(module, graph)
+
+
+def remove_dead(module: GraphModule) -> None:
+    """Erase what nobody reads, random operators included; no_grad regions keep their borders."""
+    module.graph.eliminate_dead_code(
+        lambda n: n.op in ("placeholder", "output") or n.target is SET_GRAD_ENABLED
+    )
+    module.recompile()

@@ -1,0 +1,204 @@
+"""What an attention mask says, read from its formula.
+
+``normalise`` takes the logits of an attention as a formula of ``score``, ``b``, ``h``, ``q`` and ``k``
+(see ``formula``) and finds in it the parts a planner can use: equal labels (documents, chunks), bands
+(causal, sliding window), valid keys and valid queries.  What it does not recognise stays in the formula,
+which is then evaluated element by element: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import sympy
+
+from hsap_compile import formula
+from hsap_compile.formula import b, h, k, q, score
+
+#: A finite score at or below this masks as -inf does: exp() of it underflows in every float type.
+MASKED = -1e4
+
+
+@dataclass(frozen=True)
+class Band:
+    """``lo <= position(q) - position(k) <= hi``; None is unbounded.  ``position`` is a formula of (b, q)."""
+
+    position: sympy.Expr
+    lo: int | None
+    hi: int | None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One attention's mask and score function.
+
+    ``labels``, ``bands``, ``key_valid`` and ``query_valid`` are necessary conditions on an attended pair
+    (formulas of (b, q), key_valid of (b, k)); with ``residual`` false they are sufficient as well and the
+    logits are ``score`` wherever they hold.  ``soft``: masked logits are finite, so that a query that may
+    attend to nothing attends to everything alike.  ``logits``: the whole formula, always right.
+    """
+
+    logits: sympy.Expr
+    labels: tuple[sympy.Expr, ...] = ()
+    bands: tuple[Band, ...] = ()
+    key_valid: sympy.Basic = sympy.true
+    query_valid: sympy.Basic = sympy.true
+    residual: bool = False
+    soft: bool = False
+
+    @property
+    def structure(self) -> tuple[sympy.Basic, ...]:
+        """The formulas that the planner evaluates for every batch."""
+        return (*self.labels, *(band.position for band in self.bands), self.key_valid, self.query_valid)
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether columns alone decide: no tensor takes part and the formula is never needed."""
+        return not self.residual and not self.soft and not formula.leaves_of(self.logits)
+
+    def __str__(self) -> str:
+        parts = [f"same {label}" for label in self.labels]
+        parts += [f"{band.lo} <= [{band.position}](q) - (k) <= {band.hi}" for band in self.bands]
+        parts += [str(v) for v in (self.key_valid, self.query_valid) if v is not sympy.true]
+        if self.residual:
+            parts.append(f"logits = {self.logits}")
+        return " & ".join(parts) or "everything"
+
+
+def normalise(logits: sympy.Expr) -> tuple[Mask, float]:
+    """The mask of ``logits``, and the factor of ``score`` that was taken out of its formula."""
+    conditions: list[sympy.Basic] = []
+    floors: list[sympy.Expr] = []
+    base = _strip(logits, conditions, floors)
+    scale, rest = base.as_coeff_Mul()
+    plain = rest == score
+    if plain and scale != 1:
+        logits = logits.xreplace({base: score})
+    mask = Mask(logits, residual=not plain, soft=any(f != -sympy.oo for f in floors))
+    for condition in sympy.And.make_args(sympy.And(*conditions)):
+        mask = _add(mask, condition)
+    return mask, float(scale) if plain else 1.0
+
+
+def _strip(expr: sympy.Expr, conditions: list[sympy.Basic], floors: list[sympy.Expr]) -> sympy.Expr:
+    """``expr`` without the masks around it; their conditions and masked values are appended."""
+    if isinstance(expr, sympy.Piecewise) and len(expr.args) == 2:
+        (yes, condition), (no, _) = expr.args
+        if _masks(no):
+            conditions.append(condition)
+            floors.append(no)
+            return _strip(yes, conditions, floors)
+        if _masks(yes):
+            conditions.append(sympy.Not(condition))
+            floors.append(yes)
+            return _strip(no, conditions, floors)
+    if isinstance(expr, sympy.Add):
+        kept = []
+        for term in expr.args:
+            if term.has(score):
+                kept.append(_strip(term, conditions, floors))
+        bias = sympy.Add(*[t for t in expr.args if not t.has(score)])
+        condition = _bias_condition(bias, floors)
+        if condition is None:
+            return sympy.Add(*kept, bias)
+        conditions.append(condition)
+        return sympy.Add(*kept)
+    return expr
+
+
+def _masks(value: sympy.Basic) -> bool:
+    return bool(value.is_number) and (value == -sympy.oo or float(value) <= MASKED)
+
+
+def _bias_condition(bias: sympy.Expr, floors: list[sympy.Expr]) -> sympy.Basic | None:
+    """Where an additive mask is zero; None when it is not made of zeros and masking values alone."""
+    atoms = {c for p in bias.atoms(sympy.Piecewise) for _, c in p.args if c is not sympy.true}
+    if len(atoms) > 6:
+        return None
+    allowed = []
+    found = []
+    for truth in itertools.product((True, False), repeat=len(atoms)):
+        case = dict(zip(atoms, truth, strict=True))
+        value = bias.replace(
+            lambda e: isinstance(e, sympy.Piecewise),
+            lambda e, case=case: next(v for v, c in e.args if c is sympy.true or case.get(c, False)),
+        )
+        if value == 0:
+            allowed.append(sympy.And(*[c if t else sympy.Not(c) for c, t in case.items()]))
+        elif _masks(value):
+            found.append(value)
+        else:
+            return None
+    floors.extend(found)
+    condition = sympy.Or(*allowed)
+    return sympy.simplify_logic(condition) if len(allowed) > 1 else condition
+
+
+def _add(mask: Mask, condition: sympy.Basic) -> Mask:
+    """``mask`` and ``condition``, the latter as structure where it can be."""
+    from dataclasses import replace
+
+    if condition is sympy.true:
+        return mask
+    free = condition.free_symbols & {b, h, q, k}
+    if free <= {b, k} and k in free:
+        return replace(mask, key_valid=sympy.And(mask.key_valid, condition))
+    if free <= {b, q} and q in free:
+        return replace(mask, query_valid=sympy.And(mask.query_valid, condition))
+    if not free & {h} and free >= {q, k}:
+        if isinstance(condition, sympy.Eq):
+            label = _label(condition)
+            if label is not None:
+                return replace(mask, labels=(*mask.labels, label))
+        elif isinstance(condition, sympy.core.relational.Relational):
+            bands = _bands(condition)
+            if bands is not None:
+                return replace(mask, bands=(*mask.bands, *bands))
+    return replace(mask, residual=True)
+
+
+def _label(condition: sympy.Eq) -> sympy.Expr | None:
+    """f where the condition is f(q) == f(k)."""
+    left, right = condition.args
+    if left.has(k):
+        left, right = right, left
+    if left.has(k) or right.has(q) or left.xreplace({q: k}) != right:
+        return None
+    return left
+
+
+def _bands(condition: sympy.core.relational.Relational) -> tuple[Band, ...] | None:
+    """The band of ``f(q) - f(k) + c >= 0`` and its mirror images; of ``|q - k| <= c`` both sides."""
+    if isinstance(condition, sympy.Ge | sympy.Gt):
+        difference = condition.lhs - condition.rhs
+    elif isinstance(condition, sympy.Le | sympy.Lt):
+        difference = condition.rhs - condition.lhs
+    else:
+        return None
+    strict = isinstance(condition, sympy.Gt | sympy.Lt)
+    absolute = [t for t in sympy.Add.make_args(difference) if isinstance(-t, sympy.Abs)]
+    if absolute:
+        inside = (-absolute[0]).args[0]
+        rest = difference - absolute[0]
+        both = [_band(rest + sign * inside, strict) for sign in (1, -1)]
+        return (both[0], both[1]) if both[0] is not None and both[1] is not None else None
+    band = _band(difference, strict)
+    return None if band is None else (band,)
+
+
+def _band(difference: sympy.Expr, strict: bool) -> Band | None:
+    """The band of ``difference >= 0`` (> 0 when strict), all integers."""
+    terms = sympy.Add.make_args(sympy.expand(difference))
+    of_q = sympy.Add(*[t for t in terms if t.has(q)])
+    of_k = sympy.Add(*[t for t in terms if t.has(k)])
+    constant = sympy.Add(*[t for t in terms if not t.has(q) and not t.has(k)])
+    if of_q.has(k) or not constant.is_Integer:
+        return None
+    margin = int(constant) - strict
+    if of_k == -of_q.xreplace({q: k}):
+        leading = of_q
+        negative = leading.could_extract_minus_sign()
+    else:
+        return None
+    return Band(-leading, None, margin) if negative else Band(leading, -margin, None)

@@ -1,0 +1,107 @@
+"""``torch.compile(model, backend="hsap", options={...})``: the options, typed and checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from hsap_compile._torch import mode_patches
+from hsap_compile.errors import Refused
+
+_CHOICES = {
+    "placement": ("balanced", "contiguous"),
+    "outputs": ("gather", "local"),
+    "lower": ("inductor", "aot_eager", "eager"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose.
+
+    mesh: a DeviceMesh over all ranks with dimensions named ``inter`` and ``intra`` (or one of them);
+        the default is made from ``intra``.
+    intra: ranks of a group, among which heads are exchanged.  Default: the largest divisor of the
+        key/value heads and of the ranks that fits into one host (LOCAL_WORLD_SIZE).
+    placement: "balanced" moves tokens between ranks to balance attention; "contiguous" keeps the order.
+    outputs: "gather" returns whole outputs in the caller's order; "local" this rank's rows, whose columns
+        stand in the attribute ``hsap_columns`` of every such tensor.
+    grad_sync: sum parameter gradients over the mesh; False leaves each rank's share (for DDP, FSDP).
+    strict: refuse an operator that would run on gathered tokens.
+    lower: "inductor", or "aot_eager" / "eager" to run the rewritten graph as it is.
+    inductor: configuration patches for Inductor.
+    """
+
+    mesh: DeviceMesh | None = None
+    intra: int | None = None
+    placement: str = "balanced"
+    outputs: str = "gather"
+    grad_sync: bool = True
+    strict: bool = False
+    lower: str = "inductor"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """The checked options of one ``torch.compile`` call.  Raises ``Refused``."""
+    given = dict(options or {})
+    known = [f.name for f in fields(Options)]
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise Refused(
+                f'there is no option "{key}"',
+                got=f'options={{"{key}": ...}}',
+                wanted=f"one of {', '.join(known)}",
+                do=f'did you mean "{near}"?',
+            )
+    for key, choices in _CHOICES.items():
+        if key in given and given[key] not in choices:
+            raise Refused(
+                f'option "{key}" has a value that does not exist',
+                got=repr(given[key]),
+                wanted=f"one of {', '.join(map(repr, choices))}",
+                do="choose one of these",
+            )
+    for key in ("grad_sync", "strict"):
+        _check_type(given, key, bool)
+    _check_type(given, "intra", int)
+    _check_type(given, "mesh", DeviceMesh)
+    _check_type(given, "inductor", Mapping)
+    if given.get("intra") is not None and given.get("mesh") is not None:
+        raise Refused(
+            "both a mesh and a group size are given",
+            got='options with "mesh" and "intra"',
+            wanted="one of the two: the mesh's `intra` dimension is the group size",
+            do='drop "intra"',
+        )
+    given["inductor"] = {**_mode(mode), **given.get("inductor", {})}
+    return Options(**given)
+
+
+def _check_type(given: Mapping[str, Any], key: str, kind: type) -> None:
+    value = given.get(key)
+    if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+        raise Refused(
+            f'option "{key}" has the wrong type',
+            got=f"{value!r}, a {type(value).__name__}",
+            wanted=f"a {kind.__name__}",
+            do="pass one",
+        )
+
+
+def _mode(mode: str | None) -> dict[str, Any]:
+    if mode in (None, "default"):
+        return {}
+    if mode in ("max-autotune", "max-autotune-no-cudagraphs"):
+        return mode_patches("max-autotune-no-cudagraphs")
+    raise Refused(
+        f'mode="{mode}" is not supported',
+        got=f'torch.compile(..., mode="{mode}")',
+        wanted='"default" or "max-autotune-no-cudagraphs": CUDA graphs cannot hold tables that change per batch',
+        do="drop mode=, or use one of these",
+    )

@@ -1,0 +1,152 @@
+"""The compiler: a list of passes over one graph, verified between them.
+
+Each pass is a file in ``passes`` with one public function; this list is the architecture.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from hsap_compile._torch import expr_of, fake_mode_of, fake_table, trace_structured
+from hsap_compile.errors import Refused
+from hsap_compile.graph import extract, placeholders
+from hsap_compile.mesh import group_name, mesh_shape, world
+from hsap_compile.options import Options
+from hsap_compile.passes.capture import capture
+from hsap_compile.passes.find_attention import find_attention
+from hsap_compile.passes.infer_tokens import infer_tokens
+from hsap_compile.passes.lift_mask import lift_mask
+from hsap_compile.passes.lower import lower
+from hsap_compile.passes.partition_attention import partition_attention
+from hsap_compile.passes.shard_tokens import Fallback, shard_tokens
+from hsap_compile.runtime import Program
+from hsap_compile.verify import verify
+
+log = logging.getLogger("hsap_compile")
+
+
+def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | None) -> Program:
+    """Dynamo's ``module`` as a program for this world's ranks.  ``symbol``: S; None when it is static."""
+    mode = fake_mode_of([n.meta["example_value"] for n in placeholders(module)])
+    rank, ranks = world()
+
+    graph = capture(module)
+    _done("capture", graph, mode)
+
+    attentions = find_attention(graph)
+    dense_masks = lift_mask(graph, attentions, mode)
+    log.info("lift_mask: %d attentions, %d masks stay dense", len(attentions), dense_masks)
+    _done("lift_mask", graph, mode)
+
+    heads, kv_heads = _common_heads(attentions)
+    mesh = mesh_shape(options, kv_heads, heads)
+    inputs = len(placeholders(graph))
+    fallbacks: tuple[Fallback, ...] = ()
+    local_outputs: frozenset[int] = frozenset()
+    if ranks > 1:
+        if symbol is None:
+            raise _no_tokens()
+        infer_tokens(graph, symbol)
+        hint = max(2, int(symbol_hint(graph, symbol)) // ranks)
+        sharded = shard_tokens(
+            graph, mode, symbol, group_name(),
+            columns=fake_table(mode, torch.zeros(hint, dtype=torch.int64), (0,)),
+            order=fake_table(mode, torch.zeros(hint * ranks + 1, dtype=torch.int64), (0,)),
+            outputs=options.outputs,
+            strict=options.strict,
+        )  # fmt: skip
+        graph, fallbacks, local_outputs = sharded.module, sharded.fallbacks, sharded.local_outputs
+        for fallback in fallbacks:
+            log.warning(
+                "%s runs on gathered tokens on every rank (%s), at %s", fallback.operator, fallback.reason, fallback.at
+            )
+        log.info("shard_tokens: %d operators on gathered tokens", len(fallbacks))
+        _done("shard_tokens", graph, mode)
+
+    partitioned = partition_attention(graph, mode, mesh, group_name())
+    log.info("partition_attention: %d attentions over %d x %d ranks", partitioned.attentions, mesh.inter, mesh.intra)
+    _done("partition_attention", graph, mode)
+
+    leaves = [leaf for mask in partitioned.masks if mask.plannable for leaf in mask.leaves]
+    tables = [n for n in placeholders(graph)[inputs:]]
+    return Program(
+        function=lower(graph, options.lower, dict(options.inductor)),
+        documents=extract(graph, leaves, inputs),
+        masks=partitioned.masks,
+        tables=tuple(n.meta["table"] for n in tables),
+        mesh=mesh,
+        group=group_name(),
+        placement=options.placement,
+        batch=partitioned.batch,
+        tokens=_token_input(graph, symbol, inputs),
+        summed=_summed(graph, inputs) if options.grad_sync else frozenset(),
+        local_outputs=local_outputs,
+        parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
+        signature=zlib.crc32(graph.code.encode()),
+    )
+
+
+def _done(name: str, graph: GraphModule, mode: Any) -> None:
+    """After a pass: the graph is legal, and can be read."""
+    verify(graph, name, mode)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("after %s:\n%s", name, graph.print_readable(print_output=False))
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"hsap_{name}", "encoding": "string"},
+        payload_fn=lambda: graph.print_readable(print_output=False),
+    )
+
+
+def _common_heads(attentions: Sequence[Any]) -> tuple[int, int]:
+    """The greatest common divisors of all attentions' query heads and key/value heads."""
+    import math
+
+    def heads(node: Node) -> int:
+        value = node.meta["val"]
+        return int(value.shape[1] if value.dim() == 4 else value.shape[0])
+
+    q = math.gcd(*[heads(a.query) for a in attentions]) if attentions else 0
+    kv = math.gcd(*[heads(a.key) for a in attentions]) if attentions else 0
+    return q, kv
+
+
+def symbol_hint(graph: GraphModule, symbol: sympy.Symbol) -> int:
+    """The length of the batch that was traced."""
+    for node in placeholders(graph):
+        value = node.meta["val"]
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if expr_of(size) == symbol:
+                return int(size.node.hint)
+    raise _no_tokens()
+
+
+def _token_input(graph: GraphModule, symbol: sympy.Symbol | None, inputs: int) -> tuple[int, int]:
+    for i, node in enumerate(placeholders(graph)[:inputs]):
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if expr_of(size) == symbol:
+                    return i, dim
+    raise _no_tokens()
+
+
+def _no_tokens() -> Refused:
+    return Refused(
+        "no input has the tokens as a dimension",
+        got="a graph whose sequence length is not the size of a dimension of any input",
+        wanted="a batch such as input_ids (B, S) as an argument",
+        do="compile the function that takes the batch",
+    )
+
+
+def _summed(graph: GraphModule, inputs: int) -> frozenset[int]:
+    nodes = placeholders(graph)[:inputs]
+    return frozenset(i for i, n in enumerate(nodes) if n.meta.get("sum_gradient"))

@@ -1,0 +1,290 @@
+"""What an attention mask allows on one batch, as runs of columns.
+
+Shapes: B batch rows, S columns (tokens of one row), everything in tokens.
+
+All later steps are joins of sorted, disjoint intervals on a line, so that nothing ever loops over tokens.
+Two lines are used, both with stride S + 1 so that intervals of different rows (labels) never touch:
+
+    row line      row * (S + 1) + column          where data lies
+    label line    label * (S + 1) + column        who may attend to whom (a label belongs to one row)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+UNBOUNDED = 2**31  # a band limit that never binds; S is smaller
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """What one attention mask allows on one batch of B rows of S tokens.
+
+    A query column q of row b may attend to key column k of the same row where all of these hold:
+    `labels[b, q] == labels[b, k]`, `query_valid[b, q]`, `key_valid[b, k]`, `lo <= q - k <= hi`.
+
+    Attributes:
+        batch: B.
+        tokens: S.
+        labels: (B or 1, S) int64; None is one document per row. Equal labels need not be adjacent.
+        key_valid: (B or 1, S) bool; None is all valid.
+        query_valid: (B or 1, S) bool; None is all valid.
+        lo: least `q - k`, in columns; None is unbounded. Causal is lo = 0.
+        hi: greatest `q - k`; None is unbounded. A causal window of w tokens is lo = 0, hi = w - 1.
+        residual: the mask has a part that must be evaluated element by element; the above is then necessary,
+            not sufficient, and every slice is of kind MOD.
+        soft: masked entries are finite, so a query row with no allowed key attends to all S keys of its row.
+            With `residual`, only rows that have no allowed key by the above are known to be such rows.
+
+    Raises:
+        ValueError: a shape or type is not as above, or lo > hi.
+    """
+
+    batch: int
+    tokens: int
+    labels: Ints | None = None
+    key_valid: Bools | None = None
+    query_valid: Bools | None = None
+    lo: int | None = None
+    hi: int | None = None
+    residual: bool = False
+    soft: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.tokens < 1:
+            raise ValueError(
+                f"Attended: got batch={self.batch}, tokens={self.tokens}; wanted both at least 1: "
+                "do not plan an empty batch"
+            )
+        for name, dtype in (("labels", np.int64), ("key_valid", np.bool_), ("query_valid", np.bool_)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value.dtype != dtype or value.shape not in {(1, self.tokens), (self.batch, self.tokens)}:
+                raise ValueError(
+                    f"Attended.{name}: got {value.dtype} of shape {value.shape}; wanted {np.dtype(dtype)} of "
+                    f"shape (1 or {self.batch}, {self.tokens}): convert or expand it"
+                )
+        if self.lo is not None and self.hi is not None and self.lo > self.hi:
+            raise ValueError(
+                f"Attended: got lo={self.lo} > hi={self.hi}, which allows nothing; wanted lo <= hi in "
+                "lo <= q - k <= hi: give None for an unbounded side"
+            )
+
+    @property
+    def band(self) -> tuple[int, int]:
+        """(lo, hi) with +-UNBOUNDED for None."""
+        return (-UNBOUNDED if self.lo is None else self.lo), (UNBOUNDED if self.hi is None else self.hi)
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Maximal runs of columns [start, stop) of one label in one row. All arrays (n,) int64.
+
+    `label` numbers (row, document) pairs; a label occurs in one row only.
+    """
+
+    row: Ints
+    start: Ints
+    stop: Ints
+    label: Ints
+
+    def take(self, index: Ints) -> Runs:
+        return Runs(self.row[index], self.start[index], self.stop[index], self.label[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """A mask as runs: valid queries sorted along the row line, valid keys sorted along the label line."""
+
+    mask: Attended
+    queries: Runs
+    keys: Runs
+    keys_before: Ints  # (n + 1,) keys in the runs before each run
+
+    @property
+    def stride(self) -> int:
+        return self.mask.tokens + 1
+
+
+# --- intervals on a line ---
+
+
+def span(start: Ints, stop: Ints, others_start: Ints, others_stop: Ints) -> tuple[Ints, Ints]:
+    """For each interval, the range [first, last) of the sorted disjoint others that it overlaps."""
+    first = np.searchsorted(others_stop, start, side="right")
+    last = np.searchsorted(others_start, stop, side="left")
+    return first, np.maximum(first, last)
+
+
+def ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
+    """Expand ranges: (index of the range, element) for every element of every [first, last)."""
+    count = last - first
+    owner = np.repeat(np.arange(len(first)), count)
+    offset = np.cumsum(count) - count
+    return owner, np.arange(len(owner)) + (first - offset)[owner]
+
+
+def overlaps(start: Ints, stop: Ints, others_start: Ints, others_stop: Ints) -> tuple[Ints, Ints]:
+    """Index pairs (interval, other) that overlap; the others are sorted and disjoint."""
+    return ranges(*span(start, stop, others_start, others_stop))
+
+
+def union(start: Ints, stop: Ints) -> tuple[Ints, Ints]:
+    """The union of intervals, sorted and disjoint, touching ones joined and empty ones dropped."""
+    keep = start < stop
+    start, stop = start[keep], stop[keep]
+    if len(start) == 0:
+        return start, stop
+    order = np.argsort(start, kind="stable")
+    start, reach = start[order], np.maximum.accumulate(stop[order])
+    opens = np.flatnonzero(np.concatenate(([True], start[1:] > reach[:-1])))
+    closes = np.concatenate((opens[1:], [len(start)])) - 1
+    return start[opens], reach[closes]
+
+
+# --- mask to runs ---
+
+
+def structure(mask: Attended) -> Structure:
+    """Read the mask's arrays once, in O(B S) vector operations."""
+    queries = _runs(mask, mask.query_valid)
+    keys = queries if mask.query_valid is mask.key_valid else _runs(mask, mask.key_valid)
+    keys = keys.take(np.lexsort((keys.start, keys.label)))
+    before = np.concatenate(([0], np.cumsum(keys.stop - keys.start)))
+    return Structure(mask, queries, keys, before)
+
+
+def _runs(mask: Attended, valid: Bools | None) -> Runs:
+    tokens = mask.tokens
+    given = [x for x in (mask.labels, valid) if x is not None]
+    rows = max((len(x) for x in given), default=1)
+    cut = np.zeros((rows, tokens), np.bool_)
+    cut[:, 0] = True
+    for x in given:
+        cut[:, 1:] |= x[:, 1:] != x[:, :-1]
+    at = np.flatnonzero(cut)
+    row, start = np.divmod(at, tokens)
+    stop = np.append(at[1:], rows * tokens) - row * tokens
+    label, labels = np.zeros(len(at), np.int64), 1
+    if mask.labels is not None:
+        # every distinct label starts some run, so that queries and keys number labels alike
+        values, label = np.unique(mask.labels[row % len(mask.labels), start], return_inverse=True)
+        labels = len(values)
+    if valid is not None:
+        keep = valid[row % len(valid), start]
+        row, start, stop, label = row[keep], start[keep], stop[keep], label[keep]
+    if rows < mask.batch:
+        n = len(row)
+        row = np.repeat(np.arange(mask.batch), n)
+        start, stop, label = (np.tile(x, mask.batch) for x in (start, stop, label))
+    return Runs(row, start, stop, row * labels + label)
+
+
+def answered(s: Structure) -> tuple[Ints, Ints]:
+    """The queries that have an allowed key, as sorted disjoint intervals on the row line."""
+    lo, hi = s.mask.band
+    base, tokens = s.keys.label * s.stride, s.mask.tokens
+    start, stop = union(
+        base + np.clip(s.keys.start + lo, 0, tokens), base + np.clip(s.keys.stop + hi, 0, tokens)
+    )
+    q_base = s.queries.label * s.stride
+    q, i = overlaps(q_base + s.queries.start, q_base + s.queries.stop, start, stop)
+    shift = (s.queries.row * s.stride - q_base)[q]
+    return union(
+        np.maximum((s.queries.start + q_base)[q], start[i]) + shift,
+        np.minimum((s.queries.stop + q_base)[q], stop[i]) + shift,
+    )
+
+
+def unanswered(s: Structure) -> tuple[Ints, Ints]:
+    """The complement of `answered` in all B x S query rows."""
+    start, stop = answered(s)
+    rows = np.arange(s.mask.batch) * s.stride
+    # every row's padding column counts as answered, so the gaps in between are what is left
+    start, stop = union(np.append(start, rows + s.mask.tokens), np.append(stop, rows + s.stride))
+    begin, end = np.concatenate(([0], stop[:-1])), start
+    return begin[begin < end], end[begin < end]
+
+
+# --- area ---
+
+
+@dataclass(frozen=True, eq=False)
+class Area:
+    """Attended pairs per query column, summed over batch rows and masks: linear between the knots.
+
+    knots (K + 1,) columns from 0 to S; total (K + 1,) pairs of the queries before each knot; first (K,) pairs
+    of the query at each knot; slope (K,) their growth per column up to the next knot.
+    """
+
+    knots: Ints
+    total: Ints
+    first: Ints
+    slope: Ints
+
+    def before(self, columns: Ints) -> Ints:
+        """Attended pairs of all query columns before each of `columns`."""
+        i = np.searchsorted(self.knots[1:-1], columns, side="right")
+        t = columns - self.knots[i]
+        return self.total[i] + self.first[i] * t + self.slope[i] * (t * (t - 1) // 2)
+
+
+def area(structures: Sequence[Structure]) -> Area:
+    """Exact; linear in the number of runs, however the labels interleave."""
+    tokens = structures[0].mask.tokens
+    edges = np.concatenate([np.zeros(1, np.int64), *map(_knots, structures)])
+    knots = np.append(np.unique(edges[(edges >= 0) & (edges < tokens)]), tokens)
+    size = np.diff(knots)
+    probes = np.concatenate((knots[:-1], knots[1:] - 1))
+    first, last = sum((_pairs(s, probes) for s in structures), np.zeros_like(probes)).reshape(2, -1)
+    slope = (last - first) // np.maximum(size - 1, 1)
+    total = np.concatenate(([0], np.cumsum((first + last) * size // 2)))
+    return Area(knots, total, first, slope)
+
+
+def _knots(s: Structure) -> Ints:
+    edges = np.concatenate((s.queries.start, s.queries.stop))
+    for shift in (s.mask.lo, s.mask.hi):
+        if shift is not None:
+            edges = np.concatenate((edges, s.keys.start + shift, s.keys.stop + shift))
+    # a soft mask jumps where the count is 0, which a linear piece may be at its ends only
+    return np.concatenate((edges - 1, edges, edges + 1)) if s.mask.soft else edges
+
+
+def _pairs(s: Structure, columns: Ints) -> Ints:
+    """Keys attended by the query of each column, summed over batch rows."""
+    lo, hi = s.mask.band
+    at = (np.arange(s.mask.batch)[:, None] * s.stride + columns).ravel()
+    column = np.tile(columns, s.mask.batch)
+    if len(s.queries.row):
+        q = np.searchsorted(s.queries.row * s.stride + s.queries.start, at, side="right") - 1
+        q = np.maximum(q, 0)
+        inside = (at - s.queries.row[q] * s.stride >= s.queries.start[q]) & (
+            at - s.queries.row[q] * s.stride < s.queries.stop[q]
+        )
+        label = s.queries.label[q]
+        count = (_keys_before(s, label, column - lo + 1) - _keys_before(s, label, column - hi)) * inside
+    else:
+        count = np.zeros_like(at)
+    if s.mask.soft:
+        count = np.where(count == 0, s.mask.tokens, count)
+    return count.reshape(s.mask.batch, -1).sum(axis=0)
+
+
+def _keys_before(s: Structure, label: Ints, column: Ints) -> Ints:
+    """Keys before (label, column) on the label line."""
+    if len(s.keys.row) == 0:
+        return np.zeros_like(column)
+    starts = s.keys.label * s.stride + s.keys.start
+    at = label * s.stride + np.clip(column, 0, s.mask.tokens)
+    i = np.searchsorted(starts, at, side="right") - 1
+    part = np.minimum(at - starts[i], (s.keys.stop - s.keys.start)[i])
+    return np.where(i < 0, 0, s.keys_before[i] + part)

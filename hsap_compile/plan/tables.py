@@ -1,0 +1,216 @@
+"""The whole plan of one batch, and the tables that one rank's compiled graph takes as inputs.
+
+Every rank derives the same plan from the same masks, with no communication. Shapes: P ranks, S tokens a row,
+B rows, N columns of a group, T = ceil(S / P).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hsap_compile.plan.attended import Attended, Ints, Structure, area, structure
+from hsap_compile.plan.placement import Kind, MeshShape, Owned, Placement, expand, owned, place_structures
+from hsap_compile.plan.slices import Buffer, slices
+from hsap_compile.plan.transfers import Transfers, transfers
+
+AT_LEAST = 2  # sizes 0 and 1 are special to torch.compile
+
+
+@dataclass(frozen=True, eq=False)
+class MaskTables:
+    """What one rank does for one mask. All int64.
+
+    Attributes:
+        send_rows: (Cs,) rows to send, in the group's row space, where (b, i-th column of the group) is row
+            b * N + i. By destination rank, then by (b, column); padded with 0 to at least 2 entries.
+        splits: (2, P); [0, r] rows sent to rank r, [1, r] rows received from rank r, without the padding.
+        remote: (Cr, 2) (b, column) of each received row, by source rank, then by (b, column); padded with
+            (0, 0) to at least 2 entries.
+        slices: (M, 7) q_start, q_stop, k_start, k_stop, kind, lo, hi, sorted by q_start then k_start; padded
+            with empty slices to at least 2. Queries count rows of the group's row space; keys do too below
+            B * N, and B * N + j is the j-th received row. Query i may attend to key j, both counted from the
+            start of the slice, by its kind: FULL always; CAUSAL iff j <= i (such slices are square); BAND iff
+            lo <= i - j <= hi, +-2**31 for an unbounded side; MOD iff the mask's formula says so. Each allowed
+            pair is in exactly one slice. MOD occurs for residual and soft masks, and where labels or validity
+            interleave so much that there would be more than slices.MAX_EXACT other slices.
+    """
+
+    send_rows: Ints
+    splits: Ints
+    remote: Ints
+    slices: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class RankTables:
+    """What one rank holds and does. All int64.
+
+    Attributes:
+        columns: (n,) this rank's columns, ascending.
+        group_columns: (N,) its group's columns, ascending.
+        order: (S,) position of each column in the concatenation over ranks 0..P-1 of their columns, each
+            padded to T.
+        head_splits: (2, P) rows of the head exchange within the group: [0, r] sent to and [1, r] received
+            from member r, per batch row; 0 for other ranks.
+        masks: the tables of each mask.
+    """
+
+    columns: Ints
+    group_columns: Ints
+    order: Ints
+    head_splits: Ints
+    masks: tuple[MaskTables, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPlan:
+    """What all ranks do for one mask."""
+
+    structure: Structure
+    placement: Placement
+    owned: Owned
+    transfers: Transfers
+
+    @cached_property
+    def rows_sent(self) -> Ints:
+        """(P, P) int64 [from, to]: KV rows between ranks."""
+        mesh = self.placement.mesh
+        result = np.zeros((mesh.size, mesh.size), np.int64)
+        rows = self.transfers.rows(mesh.inter)
+        for ranks in np.array(mesh.groups).T:  # one position of every group
+            result[np.ix_(ranks, ranks)] = rows
+        return result
+
+    @cached_property
+    def area(self) -> Ints:
+        """(P,) int64: attended pairs that the group of each rank computes, per head."""
+        before = area([self.structure])
+        result = np.zeros(self.placement.mesh.size, np.int64)
+        for group, runs in zip(self.placement.mesh.groups, self.placement.runs, strict=True):
+            result[list(group)] = np.sum(before.before(runs[:, 1]) - before.before(runs[:, 0]))
+        return result
+
+    @property
+    def balance(self) -> float:
+        """Largest area over mean area; 1 is perfect."""
+        return _balance(self.area)
+
+    def tables(self, rank: int) -> MaskTables:
+        """This rank's part."""
+        placement, batch = self.placement, self.structure.mask.batch
+        mesh = placement.mesh
+        group, position = mesh.group_of(rank)
+        peers = np.array(mesh.groups)[:, position]  # the rank of every group that this rank exchanges KV with
+        own = self.owned.of(group)
+        rows = batch * int(np.sum(placement.runs[group][:, 1] - placement.runs[group][:, 0]))
+
+        send = _by_rank(self.transfers.select(source=group), peers, by="to")
+        i = np.searchsorted(own.start, send.start, side="right") - 1
+        send_rows = expand(send.start + own.offset[i], send.stop + own.offset[i])
+
+        receive = _by_rank(self.transfers.select(to=group), peers, by="source")
+        stride = self.structure.stride
+        remote = np.stack(np.divmod(expand(receive.start, receive.stop), stride), axis=1)
+
+        sent = self.transfers.rows(mesh.inter)
+        splits = np.zeros((2, mesh.size), np.int64)
+        splits[0, peers], splits[1, peers] = sent[group], sent[:, group]
+        found = slices(self.structure, Buffer(own.start, own.stop, own.offset), _buffer(receive, rows))
+        return MaskTables(_padded(send_rows), splits, _padded(remote), _padded(found))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The plan of one batch: the same on every rank.
+
+    Attributes:
+        placement: who holds which columns.
+        masks: per mask, `rows_sent` (P, P), `area` (P,) and `balance`.
+    """
+
+    placement: Placement
+    masks: tuple[MaskPlan, ...]
+
+    @property
+    def area(self) -> Ints:
+        """(P,) int64: attended pairs of each rank's group, per head, summed over masks."""
+        return np.sum([m.area for m in self.masks], axis=0)
+
+    @property
+    def balance(self) -> float:
+        """Largest area over mean area, all masks together; 1 is perfect."""
+        return _balance(self.area)
+
+    def tables(self, rank: int) -> RankTables:
+        """The tables of one rank.
+
+        Raises:
+            ValueError: no such rank in the mesh.
+        """
+        placement = self.placement
+        mesh = placement.mesh
+        group, _ = mesh.group_of(rank)
+        members = list(mesh.groups[group])
+        head_splits = np.zeros((2, mesh.size), np.int64)
+        head_splits[0, members] = len(placement.columns[rank])
+        head_splits[1, members] = [len(placement.columns[r]) for r in members]
+        return RankTables(
+            placement.columns[rank],
+            placement.group_columns(group),
+            self._order,
+            head_splits,
+            tuple(m.tables(rank) for m in self.masks),
+        )
+
+    @cached_property
+    def _order(self) -> Ints:
+        placement = self.placement
+        longest = -(-placement.tokens // placement.mesh.size)
+        order = np.empty(placement.tokens, np.int64)
+        for r, columns in enumerate(placement.columns):
+            order[columns] = np.arange(r * longest, r * longest + len(columns))
+        return order
+
+
+def make(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced") -> Plan:
+    """Plan one batch whose attentions have these masks.
+
+    Raises:
+        ValueError: as `place`.
+    """
+    structures = [structure(m) for m in masks]
+    placement = place_structures(structures, mesh, kind)
+    own = owned(placement, structures[0].mask.batch)
+    return Plan(placement, tuple(MaskPlan(s, placement, own, transfers(s, own)) for s in structures))
+
+
+def _by_rank(t: Transfers, peers: Ints, by: str) -> Transfers:
+    """Ordered by the rank at the other end, then along the row line."""
+    order = np.lexsort((t.start, peers[getattr(t, by)]))
+    return Transfers(t.to[order], t.source[order], t.start[order], t.stop[order])
+
+
+def _buffer(received: Transfers, base: int) -> Buffer:
+    """Where received rows lie, from row `base` on; neighbours in buffer and in columns are one interval."""
+    start, stop = received.start, received.stop
+    size = stop - start
+    offset = base + np.cumsum(size) - size - start
+    opens = np.ones(len(start), np.bool_)
+    opens[1:] = start[1:] != stop[:-1]
+    closes = np.append(opens[1:], True)[: len(start)]
+    start, stop, offset = start[opens], stop[closes], offset[opens]
+    order = np.argsort(start)
+    return Buffer(start[order], stop[order], offset[order])
+
+
+def _padded(rows: Ints) -> Ints:
+    missing = max(0, AT_LEAST - len(rows))
+    return np.concatenate((rows, np.zeros((missing, *rows.shape[1:]), np.int64)))
+
+
+def _balance(area: Ints) -> float:
+    return float(area.max() / area.mean()) if area.any() else 1.0

@@ -1,0 +1,83 @@
+"""Which KV rows each group needs from which other group: exactly those that its queries may attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsap_compile.plan.attended import Ints, Structure, overlaps, unanswered, union
+from hsap_compile.plan.placement import Owned
+
+
+@dataclass(frozen=True, eq=False)
+class Transfers:
+    """Intervals [start, stop) of the row line that group `source` sends to group `to`. All arrays (n,) int64.
+
+    Sorted by (to, source, start); each needed row is in exactly one interval, and an interval lies in one run
+    of the sender's columns.
+    """
+
+    to: Ints
+    source: Ints
+    start: Ints
+    stop: Ints
+
+    def rows(self, groups: int) -> Ints:
+        """(groups, groups) int64 [source, to]: rows sent."""
+        count = np.bincount(
+            self.source * groups + self.to, weights=self.stop - self.start, minlength=groups * groups
+        )
+        return count.astype(np.int64).reshape(groups, groups)
+
+    def select(self, source: int | None = None, to: int | None = None) -> Transfers:
+        i = np.ones(len(self.to), np.bool_)
+        if source is not None:
+            i &= self.source == source
+        if to is not None:
+            i &= self.to == to
+        return Transfers(self.to[i], self.source[i], self.start[i], self.stop[i])
+
+
+def transfers(s: Structure, own: Owned) -> Transfers:
+    """1. Queries of each group reach intervals of the label line; 2. these hold keys; 3. keys have owners."""
+    line = s.mask.batch * s.stride  # length of the row line
+    to, start, stop = _needed(s, own)
+    start, stop = union(to * line + start, to * line + stop)
+    to = start // line
+    start, stop = start - to * line, stop - to * line
+    i, j = overlaps(start, stop, own.start, own.stop)
+    away = to[i] != own.group[j]
+    i, j = i[away], j[away]
+    result = to[i], own.group[j], np.maximum(start[i], own.start[j]), np.minimum(stop[i], own.stop[j])
+    order = np.lexsort((result[2], result[1], result[0]))
+    return Transfers(*(x[order] for x in result))
+
+
+def _needed(s: Structure, own: Owned) -> tuple[Ints, Ints, Ints]:
+    """(group, start, stop) on the row line of the keys that a group's queries attend to, own ones too."""
+    lo, hi = s.mask.band
+    tokens, stride = s.mask.tokens, s.stride
+    queries, keys = s.queries, s.keys
+    line = queries.row * stride
+    i, j = overlaps(own.start, own.stop, line + queries.start, line + queries.stop)
+    first = np.maximum(own.start[i] - line[j], queries.start[j])
+    last = np.minimum(own.stop[i] - line[j], queries.stop[j])
+    # the reaches of one group's queries in one document overlap: their union keeps the join below linear
+    labels = max(queries.label.max(initial=0), keys.label.max(initial=0)) + 1
+    base = (own.group[i] * labels + queries.label[j]) * stride
+    start, stop = union(base + np.clip(first - hi, 0, tokens), base + np.clip(last - lo, 0, tokens))
+    to = start // (labels * stride)
+    start, stop = start - to * labels * stride, stop - to * labels * stride
+    base = keys.label * stride
+    i, j = overlaps(start, stop, base + keys.start, base + keys.stop)
+    shift = (keys.row * stride - base)[j]
+    to = to[i]
+    start = np.maximum(start[i], (base + keys.start)[j]) + shift
+    stop = np.minimum(stop[i], (base + keys.stop)[j]) + shift
+    if s.mask.soft:
+        i, _ = overlaps(own.start, own.stop, *unanswered(s))
+        rows = own.start[i] // stride * stride
+        to = np.concatenate((to, own.group[i]))
+        start, stop = np.concatenate((start, rows)), np.concatenate((stop, rows + tokens))
+    return to, start, stop

@@ -1,0 +1,279 @@
+"""What runs at every call: read the documents, plan, hand the tables to the compiled graph."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hsap_compile.documents import attended, unknown
+from hsap_compile.errors import Refused
+from hsap_compile.mesh import world
+from hsap_compile.passes.partition_attention import PlannedMask
+from hsap_compile.plan import Attended, MeshShape, Plan, make
+
+_PLANS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled graph and what its host side needs to know.
+
+    ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
+    from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension) whose size is
+    S; ``summed`` are the inputs whose gradients are shares; ``local_outputs`` the outputs that hold only
+    this rank's rows.
+    """
+
+    function: Callable[..., Any]
+    documents: Callable[..., Any]
+    masks: tuple[PlannedMask, ...]
+    tables: tuple[Any, ...]
+    mesh: MeshShape
+    group: str
+    placement: Any
+    batch: int
+    tokens: tuple[int, int]
+    summed: frozenset[int]
+    local_outputs: frozenset[int]
+    parameters: frozenset[int]
+    signature: int
+
+
+@dataclass
+class Runner:
+    """``program`` as dynamo calls it.  Keeps the last plans by their documents' digest."""
+
+    program: Program
+    plans: OrderedDict[bytes, tuple[Plan, dict[int, dict[Any, torch.Tensor]]]] = field(
+        default_factory=OrderedDict
+    )
+    calls: int = 0
+    warned: bool = False
+    last_plan: Plan | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        program = self.program
+        rank, ranks = world()
+        if ranks != program.mesh.size:
+            raise Refused(
+                "the number of ranks changed after compilation",
+                got=f"{ranks} ranks",
+                wanted=f"{program.mesh.size}",
+                do="call torch.compiler.reset() and compile again",
+            )
+        where, dim = program.tokens
+        tokens = int(args[where].shape[dim])
+        if ranks > 1:
+            _check_agreement(program, args, tokens, first=self.calls == 0)
+        self.calls += 1
+        masks = self._masks(args, tokens)
+        if not self.warned:
+            self.warned = _warn_of_leaks(args, masks)
+        plan, tables = self._plan(masks, tokens, rank)
+        self.last_plan = plan
+        device = args[where].device
+        inputs = list(args)
+        if program.summed and torch.is_grad_enabled():
+            shared = sorted(i for i in program.summed if inputs[i].requires_grad)
+            if shared:
+                fresh = _SumGradients.apply(program.group, *[inputs[i] for i in shared])
+                for i, value in zip(shared, fresh, strict=True):
+                    inputs[i] = value
+        extra = [_placed(tables[key], key, device) for key in program.tables]
+        outputs = program.function(*inputs, *extra)
+        for i in program.local_outputs:
+            outputs[i].hsap_columns = tables["columns"]
+        return outputs
+
+    def _masks(self, args: Sequence[Any], tokens: int) -> tuple[Attended, ...]:
+        program = self.program
+        with torch.no_grad():
+            leaves = [x.detach().cpu() for x in program.documents(*args)]
+        masks, position = [], 0
+        for planned in program.masks:
+            if not planned.plannable:
+                masks.append(unknown(planned.mask, program.batch, tokens))
+                continue
+            mine = leaves[position : position + len(planned.leaves)]
+            position += len(planned.leaves)
+            masks.append(attended(planned.mask, mine, program.batch, tokens))
+        return tuple(masks)
+
+    def _plan(
+        self, masks: tuple[Attended, ...], tokens: int, rank: int
+    ) -> tuple[Plan, dict[Any, torch.Tensor]]:
+        digest = _digest(masks, tokens)
+        if digest not in self.plans:
+            program = self.program
+            everything = masks or (_nothing(program.batch, tokens),)
+            self.plans[digest] = (make(everything, program.mesh, program.placement), {})
+            while len(self.plans) > _PLANS_KEPT:
+                self.plans.popitem(last=False)
+        self.plans.move_to_end(digest)
+        plan, of_rank = self.plans[digest]
+        if rank not in of_rank:
+            of_rank[rank] = _tensors(plan, self.program.mesh, rank)
+        return plan, of_rank[rank]
+
+
+def _nothing(batch: int, tokens: int) -> Attended:
+    """For a graph without attention: every token is alike."""
+    return Attended(
+        batch=batch, tokens=tokens, labels=np.arange(tokens)[None], key_valid=None, query_valid=None,
+        lo=None, hi=None,
+    )  # fmt: skip
+
+
+def _tensors(plan: Plan, mesh: MeshShape, rank: int) -> dict[Any, torch.Tensor]:
+    tables = plan.tables(rank)
+    result: dict[Any, Any] = {
+        "columns": tables.columns,
+        "order": tables.order,
+        "group_columns": tables.group_columns,
+        "head_splits": tables.head_splits,
+        "position": np.array([mesh.group_of(rank)[1]]),
+    }
+    for index, mask in enumerate(tables.masks):
+        for name in ("send_rows", "splits", "remote", "slices"):
+            result[index, name] = getattr(mask, name)
+    return {k: torch.from_numpy(np.ascontiguousarray(v, dtype=np.int64)) for k, v in result.items()}
+
+
+def _placed(table: torch.Tensor, key: Any, device: torch.device) -> torch.Tensor:
+    """Splits and slices are read by the host; the others index tensors on the device."""
+    name = key[1] if isinstance(key, tuple) else key
+    return table if name in ("splits", "slices", "head_splits") else table.to(device)
+
+
+def _digest(masks: Sequence[Attended], tokens: int) -> bytes:
+    digest = hashlib.blake2b(str(tokens).encode(), digest_size=16)
+    for mask in masks:
+        digest.update(repr((mask.batch, mask.lo, mask.hi, mask.residual, mask.soft)).encode())
+        for array in (mask.labels, mask.key_valid, mask.query_valid):
+            digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+    return digest.digest()
+
+
+# --- gradients -----------------------------------------------------------------------------------------
+
+_BUCKET_BYTES = 32 * 2**20  # of gradients in one all-reduce; larger ones only cost memory
+
+
+class _SumGradients(torch.autograd.Function):
+    """Identity on parameters; their gradients, each rank's share, are summed over the ranks in buckets."""
+
+    @staticmethod
+    def forward(ctx: Any, group: str, *parameters: torch.Tensor) -> Any:
+        ctx.group = group
+        return tuple(p.view_as(p) for p in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        group = dist.distributed_c10d._resolve_process_group(ctx.group)
+        result = list(grads)
+        for bucket in _buckets(grads):
+            flat = torch.cat([g.reshape(-1) for g in (grads[i] for i in bucket) if g is not None])
+            dist.all_reduce(flat, group=group)
+            parts = flat.split([g.numel() for g in (grads[i] for i in bucket) if g is not None])
+            for i, part in zip(bucket, parts, strict=True):
+                gradient = grads[i]
+                assert gradient is not None
+                result[i] = part.view(gradient.shape)
+        return (None, *result)
+
+
+def _buckets(grads: Sequence[torch.Tensor | None]) -> list[list[int]]:
+    buckets: list[list[int]] = []
+    sizes: dict[torch.dtype, int] = {}
+    latest: dict[torch.dtype, list[int]] = {}
+    for i, gradient in enumerate(grads):
+        if gradient is None:
+            continue
+        size = gradient.numel() * gradient.element_size()
+        if gradient.dtype not in latest or sizes[gradient.dtype] + size > _BUCKET_BYTES:
+            latest[gradient.dtype] = []
+            sizes[gradient.dtype] = 0
+            buckets.append(latest[gradient.dtype])
+        latest[gradient.dtype].append(i)
+        sizes[gradient.dtype] += size
+    return buckets
+
+
+# --- what ranks must agree on --------------------------------------------------------------------------
+
+
+def _check_agreement(program: Program, args: Sequence[Any], tokens: int, first: bool) -> None:
+    """Every rank has the same graph, batch and (at the first call) parameters, or nobody goes on."""
+    content = 0
+    device = torch.device("cpu")
+    for i, value in enumerate(args):
+        if isinstance(value, torch.Tensor):
+            device = value.device if value.device.type != "cpu" else device
+            if i not in program.parameters and not value.is_floating_point():
+                content = zlib.crc32(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes(), content)
+    parameters = 0.0
+    if first:
+        for i in sorted(program.parameters):
+            parameters += float(args[i].detach().double().abs().sum())
+    bits = int(np.float64(round(parameters, 6)).view(np.int64))
+    mine = torch.tensor([program.signature, tokens, content, bits], dtype=torch.int64)
+    group = dist.distributed_c10d._resolve_process_group(program.group)
+    if dist.get_backend(group) == "nccl":
+        mine = mine.to(device)
+    everyone = mine.new_empty(mine.numel() * group.size())
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    rows = everyone.view(-1, mine.numel()).tolist()
+    for column, what, do in (
+        (0, "the ranks run different graphs", "call the compiled model with the same kinds of inputs on every rank"),
+        (1, "the ranks were given batches of different lengths", "pass the same whole batch on every rank; the backend shards it"),
+        (2, "the ranks were given different batches", "pass the same whole batch on every rank (same seed, no per-rank sampler)"),
+        (3, "the ranks hold different parameters", "seed every rank alike, or broadcast the parameters before the first step"),
+    ):  # fmt: skip
+        values = [row[column] for row in rows]
+        if column == 3:
+            values = [float(np.int64(v).view(np.float64)) for v in values]
+            same = all(abs(v - values[0]) <= 1e-6 * abs(values[0]) for v in values)
+        else:
+            same = len(set(values)) == 1
+        if not same:
+            differing = [r for r, v in enumerate(values) if v != values[0]]
+            raise Refused(
+                what,
+                got=f"ranks {differing} differ from rank 0: {dict(enumerate(values))}",
+                wanted="the same on every rank",
+                do=do,
+            )
+
+
+def _warn_of_leaks(args: Sequence[Any], masks: Sequence[Attended]) -> bool:
+    """Positions restart, and yet the mask lets documents see one another: say so once."""
+    open_masks = [m for m in masks if m.labels is None and not m.residual]
+    if not open_masks:
+        return False
+    tokens = masks[0].tokens
+    for value in args:
+        if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int64, torch.int32):
+            continue
+        if value.dim() == 0 or value.shape[-1] != tokens:
+            continue
+        steps = value.detach().cpu().reshape(-1, tokens).diff(dim=-1)
+        follows, restarts = steps == 1, value.detach().cpu().reshape(-1, tokens)[:, 1:] == 0
+        if bool((follows | restarts).all()) and bool(restarts.any()) and bool(follows.any()):
+            warnings.warn(
+                "hsap: position_ids restart inside a row, but the model's attention mask lets documents see "
+                "one another: the model really attends across documents. If that is not meant, call it "
+                "with attention_mask=None and use_cache=False (Hugging Face models then separate the "
+                "documents by position_ids), or pass a mask that does.",
+                stacklevel=3,
+            )
+            return True
+    return False

@@ -1,0 +1,62 @@
+"""What must hold of the graph between passes.  A pass that breaks it is a bug of ours, found here."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from hsap_compile._torch import expr_of, is_operator
+from hsap_compile.graph import placeholders
+from hsap_compile.kernels import dense, exchange
+from hsap_compile.masks import Mask
+
+_CROSSING = (exchange.SHARD, exchange.GATHER, exchange.ALL_TO_ALL)
+
+
+class BrokenGraph(AssertionError):
+    """A pass left an illegal graph."""
+
+
+def verify(module: GraphModule, after: str, mode: object) -> None:
+    """Raise ``BrokenGraph`` when ``module`` is illegal after the pass ``after``."""
+    module.graph.lint()
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "call_function") and "val" not in node.meta and node.users:
+            raise BrokenGraph(f"after {after}: {node.format_node()} has no value")
+    if after == "capture":
+        _functional(module)
+    if after in ("lift_mask", "shard_tokens"):
+        for node in module.graph.nodes:
+            if node.target is dense.OP and not isinstance(node.meta.get("mask"), Mask):
+                raise BrokenGraph(f"after {after}: {node} is an attention without a mask")
+    if after in ("shard_tokens", "partition_attention"):
+        _states_meet(module, after)
+
+
+def _functional(module: GraphModule) -> None:
+    for node in module.graph.nodes:
+        if is_operator(node.target) and node.target._schema.is_mutable:
+            raise BrokenGraph(f"after capture: {node.format_node()} writes in place")
+
+
+def _states_meet(module: GraphModule, after: str) -> None:
+    """No operator but an exchange mixes this rank's rows with whole sequences."""
+    mine, everyones = set(), set()
+    for node in placeholders(module):
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            symbols = {s for size in value.shape for s in expr_of(size).free_symbols}
+            (mine if "table" in node.meta and node.meta["table"] != "order" else everyones).update(symbols)
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.target in _CROSSING or not _tensor(node):
+            continue
+        symbols = {s for size in node.meta["val"].shape for s in expr_of(size).free_symbols}
+        if symbols & mine and symbols & everyones:
+            raise BrokenGraph(
+                f"after {after}: {node.format_node()} mixes rows of one rank with whole tokens: "
+                f"{tuple(node.meta['val'].shape)}"
+            )
+
+
+def _tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)

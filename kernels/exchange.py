@@ -1,0 +1,193 @@
+"""The operators that cross ranks, each the transpose of another where one exists.
+
+==============  ===========================  ==============================
+operator        forward                      backward
+==============  ===========================  ==============================
+shard           rows of a whole tensor       gather
+gather          whole tensor from all rows   shard
+sum_ranks       all-reduce                   identity
+broadcast       identity (a copy)            all-reduce
+all_to_all      rows to ranks by a table     all_to_all, the table reversed
+==============  ===========================  ==============================
+
+A *whole* tensor is the same on every rank, and so is its gradient.  Host tables (int64, CPU) say who
+gets what, so that nothing is compiled anew when documents change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_library = torch.library.Library("hsap", "FRAGMENT")
+
+
+def _group(name: str) -> Any:
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def _define(schema: str, implementation: Any, fake: Any, backward: Any = None, setup: Any = None) -> Any:
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hsap::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"hsap::{name}", backward, setup_context=setup, lib=_library)
+    return getattr(torch.ops.hsap, name).default
+
+
+# --- shard and gather ---------------------------------------------------------------------------------
+
+
+def _shard(
+    x: torch.Tensor, columns: torch.Tensor, order: torch.Tensor, dim: int, group: str
+) -> torch.Tensor:
+    return x.index_select(dim, columns)
+
+
+def _shard_fake(x: Any, columns: Any, order: Any, dim: int, group: str) -> Any:
+    shape = list(x.shape)
+    shape[dim] = columns.shape[0]
+    return x.new_empty(shape)
+
+
+def _shard_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, columns, order, ctx.dim, ctx.group = inputs
+    ctx.size = x.shape[ctx.dim]
+    ctx.save_for_backward(columns, order)
+
+
+def _shard_backward(ctx: Any, grad: torch.Tensor) -> Any:
+    columns, order = ctx.saved_tensors
+    return GATHER(grad, columns, order, ctx.size, ctx.dim, ctx.group), None, None, None, None
+
+
+SHARD = _define(
+    "shard(Tensor x, Tensor columns, Tensor order, int dim, str group) -> Tensor",
+    _shard,
+    _shard_fake,
+    _shard_backward,
+    _shard_setup,
+)
+
+
+def _gather(
+    x: torch.Tensor, columns: torch.Tensor, order: torch.Tensor, size: int, dim: int, group: str
+) -> torch.Tensor:
+    """Every rank's rows of dimension ``dim``, put into the caller's order: ``size`` rows."""
+    ranks = _group(group)
+    most = -(-size // ranks.size())  # counts are equal up to one: pad to the larger
+    rows = x.movedim(dim, 0)
+    padded = rows.new_zeros((most, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    everything = padded.new_empty((most * ranks.size(), *rows.shape[1:]))
+    dist.all_gather_into_tensor(everything, padded, group=ranks)
+    return everything.index_select(0, order).movedim(0, dim).contiguous()
+
+
+def _gather_fake(x: Any, columns: Any, order: Any, size: Any, dim: int, group: str) -> Any:
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.new_empty(shape)
+
+
+def _gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    _, columns, order, _, ctx.dim, ctx.group = inputs
+    ctx.save_for_backward(columns, order)
+
+
+def _gather_backward(ctx: Any, grad: torch.Tensor) -> Any:
+    columns, order = ctx.saved_tensors
+    return SHARD(grad, columns, order, ctx.dim, ctx.group), None, None, None, None, None
+
+
+GATHER = _define(
+    "gather(Tensor x, Tensor columns, Tensor order, SymInt size, int dim, str group) -> Tensor",
+    _gather,
+    _gather_fake,
+    _gather_backward,
+    _gather_setup,
+)
+
+
+# --- sums over ranks ----------------------------------------------------------------------------------
+
+
+def _all_reduced(x: torch.Tensor, group: str) -> torch.Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=_group(group))
+    return total
+
+
+def _like(x: Any, group: str) -> Any:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_group(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.group = inputs[1]
+
+
+SUM_RANKS = _define(
+    "sum_ranks(Tensor x, str group) -> Tensor",
+    _all_reduced,
+    _like,
+    lambda ctx, grad: (grad, None),
+    _keep_group,
+)
+
+BROADCAST = _define(
+    "broadcast(Tensor x, str group) -> Tensor",
+    lambda x, group: x.clone(memory_format=torch.contiguous_format),
+    _like,
+    lambda ctx, grad: (SUM_RANKS(grad, ctx.group), None),
+    _keep_group,
+)
+
+
+# --- rows to ranks ------------------------------------------------------------------------------------
+
+
+def _all_to_all(x: torch.Tensor, splits: torch.Tensor, rows: int, reverse: bool, group: str) -> torch.Tensor:
+    """Send ``splits[0, r]`` rows of ``x`` (N, ...) to rank r, in order, and return the ``splits[1, r]``
+    rows that come from each; zero rows fill the result up to ``rows``.  ``reverse`` sends the other way."""
+    outgoing, incoming = splits.tolist()
+    if reverse:
+        outgoing, incoming = incoming, outgoing
+    width = x.shape[1:]
+    received = x.new_empty((rows, *width))
+    arriving = sum(incoming)
+    received[arriving:] = 0
+    dist.all_to_all_single(
+        received[:arriving],
+        x[: sum(outgoing)].contiguous(),
+        output_split_sizes=incoming,
+        input_split_sizes=outgoing,
+        group=_group(group),
+    )
+    return received
+
+
+def _all_to_all_fake(x: Any, splits: Any, rows: Any, reverse: bool, group: str) -> Any:
+    return x.new_empty((rows, *x.shape[1:]))
+
+
+def _all_to_all_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, splits, _, ctx.reverse, ctx.group = inputs
+    ctx.rows = x.shape[0]
+    ctx.save_for_backward(splits)
+
+
+def _all_to_all_backward(ctx: Any, grad: torch.Tensor) -> Any:
+    (splits,) = ctx.saved_tensors
+    return ALL_TO_ALL(grad, splits, ctx.rows, not ctx.reverse, ctx.group), None, None, None, None
+
+
+ALL_TO_ALL = _define(
+    "all_to_all(Tensor x, Tensor splits, SymInt rows, bool reverse, str group) -> Tensor",
+    _all_to_all,
+    _all_to_all_fake,
+    _all_to_all_backward,
+    _all_to_all_setup,
+)

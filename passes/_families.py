@@ -1,0 +1,451 @@
+"""How each family of operators is computed on local rows.  A rule gets the sharder and the old node and
+returns the local form (``Local``), or a whole value (a new node) when the tokens were summed away; it
+raises ``NotLocal`` where the family's condition does not hold.  Families are told apart by torch's tags
+and by the names of the arguments in the operator's schema; what neither shows stands in a list here.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from hsap_compile._torch import expr_of, hint_of, is_operator, is_pointwise, operator_name
+from hsap_compile.kernels import dense, exchange
+from hsap_compile.passes.find_attention import arguments
+from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis
+
+if TYPE_CHECKING:
+    from hsap_compile.passes.shard_tokens import Sharder
+
+aten = torch.ops.aten
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(f"aten::{name}" for name in text.split())
+
+
+#: Element-wise, but composite or without torch's pointwise tag.
+_ELEMENTWISE = _names(
+    "to _to_copy type_as clone contiguous alias detach lift_fresh_copy dropout native_dropout feature_dropout"
+    " zeros_like ones_like full_like empty_like rand_like silu gelu celu selu mish prelu log_sigmoid"
+    " __and__ __or__ __xor__ masked_fill where one_hot square float expand_as"
+    " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide"
+)
+#: Operators whose arguments name every dimension they mix; all others are left as they are.
+_BY_DIM = _names(
+    "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp topk sort argsort chunk split"
+    " split_with_sizes slice select cat stack gather index_select unbind flip roll narrow argmax argmin glu"
+    " transpose squeeze unsqueeze movedim swapaxes diff logsumexp amax amin sum mean prod any all max min var"
+    " std norm linalg_vector_norm repeat_interleave scatter scatter_add cummax kthvalue tensor_split"
+)
+_NORMS = _names("layer_norm rms_norm native_layer_norm _fused_rms_norm")
+
+
+def is_random(node: Node) -> bool:
+    """Whether the operator draws random numbers with these arguments."""
+    if not is_operator(node.target) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = arguments(node)
+    return bool(given.get("p", 1.0)) and bool(given.get("train", True))
+
+
+def rule_for(node: Node) -> Any:
+    """The rule of the node's family, or None."""
+    if node.target is operator.getitem:
+        return _getitem
+    if node.target is dense.OP:
+        return _attention
+    if not is_operator(node.target):
+        return None
+    name = operator_name(node.target)
+    if name in RULES:
+        return RULES[name]
+    if "reduction" in arguments(node):
+        return _loss
+    if name in _ELEMENTWISE or is_pointwise(node.target):
+        return _elementwise
+    return _by_dim if name in _BY_DIM else None
+
+
+def _not_local(reason: str) -> Exception:
+    from hsap_compile.passes.shard_tokens import NotLocal
+
+    return NotLocal(reason)
+
+
+def _made(node: Node, start: int = 0) -> Any:
+    from hsap_compile.passes.shard_tokens import Local
+
+    return Local(node, start)
+
+
+def _tensor_inputs(node: Node) -> list[Node]:
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def _as_is(sharder: Sharder, node: Node) -> Any:
+    """The operator itself, on local operands."""
+    start = sharder.start_of(*node.all_input_nodes)
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: sharder.operand(n, start))
+    return _made(sharder.emit(node.target, *args, **kwargs), start)
+
+
+def _getitem(sharder: Sharder, node: Node) -> Any:
+    source = node.args[0]
+    if source not in sharder.home:
+        raise _not_local("a part of several values that are not local")
+    home = sharder.home[source]
+    return _made(sharder.emit(operator.getitem, home.node, node.args[1]), home.start)
+
+
+def _elementwise(sharder: Sharder, node: Node) -> Any:
+    out = _output_axis(node)
+    value = _value_of(node)
+    for source in _tensor_inputs(node):
+        axis = source.meta.get("tokens")
+        if axis is MANY:
+            raise _not_local("a value with several token dimensions")
+        if isinstance(axis, TokenAxis):
+            from_right = axis.dim - source.meta["val"].dim()
+            aligned = operator_name(node.target) == "aten::one_hot" or from_right == out.dim - value.dim()
+            if not aligned or axis.outer != out.outer or axis.length != out.length:
+                raise _not_local("token dimensions of the operands differ")
+    return _as_is(sharder, node)
+
+
+def _value_of(node: Node) -> Any:
+    value = node.meta["val"]
+    return value[0] if isinstance(value, tuple | list) else value
+
+
+def _output_axis(node: Node) -> TokenAxis:
+    axis = node.meta.get("tokens")
+    if axis is None and isinstance(node.meta["val"], tuple | list):
+        axes = [n.meta.get("tokens") for n in node.users]
+        axis = next((a for a in axes if isinstance(a, TokenAxis)), None)
+    if not isinstance(axis, TokenAxis):
+        raise _not_local("the result has no single token dimension")
+    return axis
+
+
+def _source(node: Node) -> tuple[Node, TokenAxis]:
+    """The first operand with tokens."""
+    for source in _tensor_inputs(node):
+        axis = source.meta.get("tokens")
+        if isinstance(axis, TokenAxis):
+            return source, axis
+    raise _not_local("no operand has a single token dimension")
+
+
+def _view(sharder: Sharder, node: Node) -> Any:
+    source, axis = _source(node)
+    out = _output_axis(node)
+    if out.length != axis.length:
+        raise _not_local("a view that changes the tokens of a row")
+    start = sharder.start_of(source)
+    local = sharder.local(source, start)
+    return _made(sharder.emit(aten.reshape.default, local, sharder.local_shape(node)), start)
+
+
+def _expand(sharder: Sharder, node: Node) -> Any:
+    source, axis = _source(node)
+    start = sharder.start_of(source)
+    shape = sharder.local_shape(node)
+    return _made(sharder.emit(aten.expand.default, sharder.local(source, start), shape), start)
+
+
+def _permutation(sharder: Sharder, node: Node) -> Any:
+    _output_axis(node)
+    return _as_is(sharder, node)
+
+
+def _new(sharder: Sharder, node: Node) -> Any:
+    """new_zeros(x, size) and its like: the size is this rank's."""
+    given = arguments(node)
+    rest = {k: v for k, v in node.kwargs.items() if k != "size"}
+    source = sharder.operand(node.args[0])
+    extra = [given["fill_value"]] if "fill_value" in given else []
+    return _made(sharder.emit(node.target, source, sharder.local_shape(node), *extra, **rest))
+
+
+def _linear(sharder: Sharder, node: Node) -> Any:
+    source, axis = _source(node)
+    if source is not node.args[0] or axis.dim == source.meta["val"].dim() - 1:
+        raise _not_local("a linear layer over the token dimension")
+    return _as_is(sharder, node)
+
+
+def _matmul(sharder: Sharder, node: Node) -> Any:
+    """Products whose token dimension is a row of the left operand or a batch dimension of both."""
+    out = _output_axis(node)
+    left, right = node.args[-2:]
+    rank = node.meta["val"].dim()
+    for side, contracted in ((left, -1), (right, -2)):
+        axis = side.meta.get("tokens")
+        if axis is MANY:
+            raise _not_local("a value with several token dimensions")
+        if not isinstance(axis, TokenAxis):
+            continue
+        size = side.meta["val"].dim()
+        if size > 1 and axis.dim == size + contracted:
+            raise _not_local("a product that sums over tokens")
+        if size == 1 or axis.dim - size != out.dim - rank or axis.outer != out.outer:
+            raise _not_local("token dimensions of the operands differ")
+    if out.dim < rank - 2:  # a batch dimension: the operand without it is broadcast, with it must have it
+        return _as_is(sharder, node)
+    return _as_is(sharder, node)
+
+
+def _norm(sharder: Sharder, node: Node) -> Any:
+    source, axis = _source(node)
+    given = arguments(node)
+    if source is not node.args[0] or axis.dim >= source.meta["val"].dim() - len(given["normalized_shape"]):
+        raise _not_local("a normalisation over tokens")
+    return _as_is(sharder, node)
+
+
+def _embedding(sharder: Sharder, node: Node) -> Any:
+    if node.args[0].meta.get("tokens") is not None:
+        raise _not_local("a table whose rows are tokens")
+    return _as_is(sharder, node)
+
+
+def _index(sharder: Sharder, node: Node) -> Any:
+    table, indices = node.args
+    if table.meta.get("tokens") is not None or any(i is None for i in indices):
+        raise _not_local("an index into tokens")
+    out = _output_axis(node)
+    rank = max(i.meta["val"].dim() for i in indices)
+    for i in indices:
+        axis = i.meta.get("tokens")
+        if isinstance(axis, TokenAxis) and axis.dim - i.meta["val"].dim() != out.dim - rank:
+            raise _not_local("token dimensions of the indices differ")
+    return _as_is(sharder, node)
+
+
+def _by_dim(sharder: Sharder, node: Node) -> Any:
+    """Operators that mix the dimensions they name and leave the others alone."""
+    source, axis = _source(node)
+    name = operator_name(node.target)
+    given = arguments(node)
+    rank = source.meta["val"].dim() + (name == "aten::stack")
+    named: list[int] = []
+    for key in ("dim", "dims", "dim0", "dim1", "source", "destination", "axis0", "axis1"):
+        value = given.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            named.append(value)
+        elif isinstance(value, list | tuple):
+            named.extend(value)
+    reduces = name in REDUCTIONS
+    if reduces and not named:
+        named = list(range(rank))
+    if name in _MOVES:
+        return _permutation(sharder, node)
+    if not named and name not in _MOVES:
+        raise _not_local("it works on every dimension")
+    if name == "aten::unsqueeze":
+        return _as_is(sharder, node)
+    dims = {d % rank for d in named}
+    here = axis.dim + (name == "aten::stack" and min(dims) <= axis.dim)
+    if here not in dims:
+        for other in _tensor_inputs(node):
+            other_axis = other.meta.get("tokens")
+            same = isinstance(other_axis, TokenAxis) and (
+                (other_axis.dim, other_axis.outer, other_axis.length) == (axis.dim, axis.outer, axis.length)
+            )
+            if not same:
+                raise _not_local("token dimensions of the operands differ")
+        return _as_is(sharder, node)
+    if name in _SUMS:
+        return _reduction(sharder, node, source, axis, dims)
+    if name == "aten::slice":
+        return _token_slice(sharder, node, source, axis)
+    raise _not_local("it works along the tokens")
+
+
+_MOVES = _names("transpose squeeze movedim swapaxes permute t")
+_SUMS = _names("sum mean")
+REDUCTIONS = _names("sum mean amax amin max min any all prod var std norm linalg_vector_norm argmax argmin")
+
+
+def _token_slice(sharder: Sharder, node: Node, source: Node, axis: TokenAxis) -> Any:
+    """x[:, a : S - b]: the same rows, of which those outside are no longer part of the value."""
+    given = arguments(node)
+    begin = given["start"] or 0
+    out = node.meta["tokens"]
+    if source not in sharder.home:
+        raise _not_local("a slice of a whole value")
+    if not isinstance(begin, int) or given["step"] != 1 or axis.outer != 1 or not isinstance(out, TokenAxis):
+        raise _not_local("a slice along the tokens that is not a plain range")
+    home = sharder.home[source]
+    if begin < 0:
+        distance = axis.length + begin
+        if not distance.is_Integer:
+            raise _not_local("a slice of the last tokens")
+        begin = int(distance)
+    return _made(home.node, home.start + begin)
+
+
+def _reduction(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
+    """sum(x) = sum_ranks(sum(x_local)); a mean divides by the whole count."""
+    start = sharder.start_of(source)
+    value = sharder.local(source, start)
+    dtype = source.meta["val"].dtype
+    given = arguments(node)
+    wide = _wide(dtype if given.get("dtype") is None else given["dtype"])
+    keep = bool(given.get("keepdim", False))
+    rank = source.meta["val"].dim()
+    total = _rank_sum(sharder, value, axis, start, rank, sorted(dims), keep, wide)
+    if operator_name(node.target) == "aten::mean":
+        count: Any = 1
+        for dim in dims:
+            count = count * expr_of(source.meta["val"].shape[dim])
+        total = sharder.emit(aten.div.Tensor, total, sharder.size(count))
+    result = node.meta["val"].dtype
+    return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype | None:
+    """What to sum ``dtype`` in: low precision in float32, the rest as torch does."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _rank_sum(
+    sharder: Sharder,
+    value: Node,
+    axis: TokenAxis,
+    start: int,
+    rank: int,
+    dims: list[int],
+    keep: bool,
+    dtype: torch.dtype | None,
+) -> Node:
+    valid = sharder.valid_rows(axis, start, rank)
+    if valid is not None:
+        value = sharder.emit(aten.where.ScalarOther, valid, value, 0)
+    part = sharder.emit(aten.sum.dim_IntList, value, dims, keep, dtype=dtype)
+    return sharder.emit(exchange.SUM_RANKS, part, sharder.group)
+
+
+def _loss(sharder: Sharder, node: Node) -> Any:
+    """loss(x, y, reduction): rows without reduction, then a sum or mean over all tokens."""
+    given = arguments(node)
+    reduction = given["reduction"]
+    source, axis = _source(node)
+    others = [n.meta.get("tokens") for n in _tensor_inputs(node) if n.meta.get("tokens") is not None]
+    if any(o is MANY or o.dim != axis.dim or o.outer != axis.outer or o.length != axis.length for o in others):
+        raise _not_local("token dimensions of the operands differ")
+    start = sharder.start_of(*node.all_input_nodes)
+    schema = [a.name for a in node.target._schema.arguments]
+    values = {k: map_arg(given[k], lambda n: sharder.operand(n, start)) for k in schema if k in given}
+    values["reduction"] = 0
+    rows = sharder.emit(node.target, *[values[k] for k in schema])
+    if reduction == 0:
+        return _made(rows, start)
+    shape = source.meta["val"].shape
+    dims = list(range(len(shape)))
+    wide = _wide(node.meta["val"].dtype)
+    total = _rank_sum(sharder, rows, axis, start, len(shape), dims, False, wide)
+    if reduction == 1:
+        count: Any = 1
+        for size in shape:
+            count = count * expr_of(size)
+        total = sharder.emit(aten.div.Tensor, total, sharder.size(count))
+    result = node.meta["val"].dtype
+    return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
+
+
+def _cross_entropy(sharder: Sharder, node: Node) -> Any:
+    """mean over kept labels = sum_ranks(sum of rows) / sum_ranks(their weights), in one all-reduce."""
+    given = arguments(node)
+    logits, target, weight = given["self"], given["target"], given["weight"]
+    axis = logits.meta.get("tokens")
+    target_axis = target.meta.get("tokens")
+    rank = logits.meta["val"].dim()
+    class_dim = 1 if rank > 1 else 0
+    if not isinstance(axis, TokenAxis) or not isinstance(target_axis, TokenAxis) or axis.dim == class_dim:
+        raise _not_local("a cross entropy whose classes are tokens")
+    probabilities = target.meta["val"].is_floating_point()
+    row_dim = axis.dim if probabilities else axis.dim - (axis.dim > class_dim)
+    if target_axis.dim != row_dim or (target_axis.outer, target_axis.length) != (axis.outer, axis.length):
+        raise _not_local("token dimensions of logits and labels differ")
+    start = sharder.start_of(logits, target)
+    x, y = sharder.operand(logits, start), sharder.operand(target, start)
+    w = None if weight is None else sharder.operand(weight)
+    result = node.meta["val"].dtype
+    if _wide(x.meta["val"].dtype) is not None and given["reduction"] != 0:
+        x = sharder.emit(aten.to.dtype, x, torch.float32)
+        w = None if w is None else sharder.emit(aten.to.dtype, w, torch.float32)
+    ignore, smoothing = given["ignore_index"], given["label_smoothing"]
+    rows = sharder.emit(aten.cross_entropy_loss.default, x, y, w, 0, ignore, smoothing)
+    if given["reduction"] == 0:
+        return _made(rows, start)
+    rows_rank = rows.meta["val"].dim()
+    rows_dim = axis.dim - (axis.dim > class_dim)
+    rows_axis = TokenAxis(rows_dim, axis.outer, axis.length)
+    valid = sharder.valid_rows(rows_axis, start, rows_rank)
+    if valid is not None:
+        rows = sharder.emit(aten.where.ScalarOther, valid, rows, 0)
+    total = sharder.emit(aten.sum.default, rows)
+    if given["reduction"] == 2:
+        total = sharder.emit(exchange.SUM_RANKS, total, sharder.group)
+        return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
+    if probabilities:
+        count: Any = 1
+        for size in (s for d, s in enumerate(logits.meta["val"].shape) if d != class_dim):
+            count = count * expr_of(size)
+        total = sharder.emit(exchange.SUM_RANKS, total, sharder.group)
+        mean = sharder.emit(aten.div.Tensor, total, sharder.size(count))
+    else:
+        kept = sharder.emit(aten.ne.Scalar, y, ignore)
+        if valid is not None:
+            kept = sharder.emit(aten.logical_and.default, kept, valid)
+        if w is not None:
+            label = sharder.emit(aten.where.ScalarOther, kept, y, 0)
+            share = sharder.emit(aten.index.Tensor, w, [label])
+            kept = sharder.emit(aten.where.ScalarOther, kept, share, 0)
+        weights = sharder.emit(aten.sum.default, kept, dtype=total.meta["val"].dtype)
+        both = sharder.emit(aten.stack.default, [total, weights])
+        both = sharder.emit(exchange.SUM_RANKS, both, sharder.group)
+        mean = sharder.emit(
+            aten.div.Tensor, sharder.emit(aten.select.int, both, 0, 0), sharder.emit(aten.select.int, both, 0, 1)
+        )
+    return mean if mean.meta["val"].dtype == result else sharder.emit(aten.to.dtype, mean, result)
+
+
+def _attention(sharder: Sharder, node: Node) -> Any:
+    """The canonical attention stays one operator on local rows: ``partition_attention`` comes next."""
+    q, k, v, leaves, logits, scale = node.args
+    axes = [x.meta.get("tokens") for x in (q, k, v)]
+    if any(not isinstance(a, TokenAxis) or (a.dim, a.outer, a.length) != (2, 1, sharder.symbol) for a in axes):
+        raise _not_local("an attention whose queries and keys are not the same tokens")
+    operands = [sharder.local(x) for x in (q, k, v)]
+    whole = []
+    for leaf in leaves:
+        value = sharder.whole(leaf)
+        differentiable = leaf in sharder.differentiable
+        whole.append(sharder.emit(exchange.BROADCAST, value, sharder.group) if differentiable else value)
+    made = sharder.graph.call_function(dense.OP, (*operands, whole, logits, scale))
+    made.meta.update({key: value for key, value in node.meta.items() if key not in ("val", "tokens")})
+    batch, heads = (hint_of(s) for s in operands[0].meta["val"].shape[:2])
+    rows, width = operands[0].meta["val"].shape[2], hint_of(operands[2].meta["val"].shape[3])
+    made.meta["val"] = operands[0].meta["val"].new_empty((batch, heads, rows, width))
+    return _made(made)
+
+
+RULES: dict[str, Any] = {
+    **dict.fromkeys(VIEWS, _view),
+    **dict.fromkeys(_names("expand"), _expand),
+    **dict.fromkeys(_names("permute t mT numpy_T"), _permutation),
+    **dict.fromkeys(_names("new_zeros new_ones new_full new_empty"), _new),
+    **dict.fromkeys(_names("linear"), _linear),
+    **dict.fromkeys(_names("matmul mm bmm addmm baddbmm"), _matmul),
+    **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(_names("embedding"), _embedding),
+    **dict.fromkeys(_names("index"), _index),
+    **dict.fromkeys(_names("cross_entropy_loss"), _cross_entropy),
+}

@@ -1,0 +1,220 @@
+"""Pass 2: find every attention of the graph, however it is written.
+
+1. ``scaled_dot_product_attention`` in every calling style;
+2. the eager form: ``softmax(f(q @ k.T)) @ v`` where f is any element-wise chain (scale, masks, soft-cap);
+3. peel what repeats key/value heads (``repeat_kv``, ``repeat_interleave``), so that only real heads travel.
+
+Finding changes nothing; ``lift_mask`` rewrites what is found.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from hsap_compile._torch import expr_of, free_symbols, hint_of, operator_name
+from hsap_compile.errors import Refused, where
+
+aten = torch.ops.aten
+
+#: What stands between softmax(...) and the product with the values without changing the weights' meaning.
+_TRANSPARENT = {"aten::to", "aten::_to_copy", "aten::type_as", "aten::clone", "aten::contiguous", "aten::alias"}
+_LAYOUT = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand"}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv).
+
+    ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
+    (a node, or None), ``causal`` and ``scale`` say the same.  ``product``: the q @ k.T of the eager form.
+    """
+
+    output: Node
+    query: Node
+    key: Node
+    value: Node
+    scale: float
+    causal: bool = False
+    mask: Node | None = None
+    logits: Node | None = None
+    product: Node | None = None
+
+
+def find_attention(module: GraphModule) -> tuple[Attention, ...]:
+    """Every attention of ``module``, in graph order."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is aten.scaled_dot_product_attention.default:
+            found.append(_operator(node))
+        elif operator_name(node.target) in ("aten::softmax", "aten::_softmax"):
+            attention = _eager(node)
+            if attention is not None:
+                found.append(attention)
+    return tuple(found)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operator by their schema's names, defaults filled in."""
+    schema = node.target._schema
+    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    values.update(zip((a.name for a in schema.arguments), node.args, strict=False))
+    values.update(node.kwargs)
+    return values
+
+
+def token_dims(node: Node) -> tuple[int, ...]:
+    """The dimensions whose size has a symbol."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(d for d, size in enumerate(value.shape) if free_symbols(size))
+
+
+def _operator(node: Node) -> Attention:
+    given = arguments(node)
+    _refuse_dropout(node, given["dropout_p"])
+    query, key, value = given["query"], given["key"], given["value"]
+    scale = given["scale"]
+    if scale is None:
+        scale = 1.0 / math.sqrt(hint_of(query.meta["val"].shape[-1]))
+    heads = query.meta["val"].shape[1] if query.meta["val"].dim() == 4 else None
+    return Attention(
+        output=node,
+        query=query,
+        key=_real_heads(key, heads),
+        value=_real_heads(value, heads),
+        scale=float(scale),
+        causal=bool(given["is_causal"]),
+        mask=given["attn_mask"],
+    )
+
+
+def _refuse_dropout(node: Node, probability: Any) -> None:
+    if isinstance(probability, Node) or probability > 0:
+        raise Refused(
+            "dropout inside attention is not supported",
+            got=f"dropout_p={probability}",
+            wanted="dropout_p=0 (every rank would have to draw the same weights' mask)",
+            do="set the attention dropout to 0, or call model.eval()",
+            at=where(node),
+        )
+
+
+def _eager(softmax: Node) -> Attention | None:
+    """softmax(logits) @ value, if that is what ``softmax`` is part of."""
+    logits = softmax.args[0]
+    given = arguments(softmax)
+    rank = logits.meta["val"].dim()
+    if rank not in (3, 4) or given["dim"] not in (-1, rank - 1) or len(token_dims(logits)) < 2:
+        return None
+    user: Node = softmax
+    while True:
+        users = list(user.users)
+        if len(users) != 1:
+            return None  # the weights are read elsewhere too
+        following = users[0]
+        name = operator_name(following.target) if following.op == "call_function" else ""
+        if name in ("aten::dropout", "aten::native_dropout"):
+            probability, training = arguments(following)["p"], arguments(following)["train"]
+            _refuse_dropout(following, probability if training else 0.0)
+        elif name in ("aten::matmul", "aten::bmm"):
+            break
+        elif name in _LAYOUT:
+            if not _same_shape(user, following):
+                return None
+        elif name not in _TRANSPARENT:
+            return None
+        user = following
+    if following.args[0] is not user:
+        return None
+    product = _product(logits)
+    if product is None:
+        return None
+    query, transposed = product.args[-2:]  # baddbmm(input, q, k) carries its bias first
+    key = _transposed(transposed)
+    if key is None:
+        return None
+    heads = query.meta["val"].shape[1] if rank == 4 else None
+    return Attention(
+        output=following,
+        query=query,
+        key=_real_heads(key, heads),
+        value=_real_heads(following.args[1], heads),
+        scale=1.0,
+        logits=logits,
+        product=product,
+    )
+
+
+def _product(logits: Node) -> Node | None:
+    """The q @ k.T that ``logits`` is computed from, if it is exactly one."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    stack = [logits]
+    while stack:
+        node = stack.pop()
+        if node in seen or len(token_dims(node)) < 2:
+            continue
+        seen.add(node)
+        name = operator_name(node.target) if node.op == "call_function" else ""
+        if name in ("aten::matmul", "aten::bmm", "aten::baddbmm"):
+            found.add(node)
+        else:
+            stack.extend(node.all_input_nodes)
+    return found.pop() if len(found) == 1 else None
+
+
+def _transposed(node: Node) -> Node | None:
+    """x where ``node`` is x with its last two dimensions exchanged."""
+    name = operator_name(node.target) if node.op == "call_function" else ""
+    rank = node.meta["val"].dim()
+    if name == "aten::transpose" and {d % rank for d in node.args[1:3]} == {rank - 1, rank - 2}:
+        return node.args[0]
+    return None
+
+
+def _same_shape(x: Node, y: Node) -> bool:
+    a, b = x.meta["val"].shape, y.meta["val"].shape
+    return len(a) == len(b) and all(expr_of(i) == expr_of(j) for i, j in zip(a, b, strict=True))
+
+
+def _real_heads(node: Node, heads: Any) -> Node:
+    """(B, Hkv, S, D) where ``node`` is (B, H, S, D) with every head repeated H / Hkv times."""
+    if heads is None or node.op != "call_function":
+        return node
+    name = operator_name(node.target)
+    if name in ("aten::contiguous", "aten::clone"):
+        inner = _real_heads(node.args[0], heads)
+        return node if inner is node.args[0] else inner
+    if name == "aten::repeat_interleave" and arguments(node).get("dim") == 1:
+        return node.args[0]
+    if name not in ("aten::reshape", "aten::view", "aten::_unsafe_view", "aten::flatten"):
+        return node
+    expanded = node.args[0]
+    if expanded.op != "call_function" or operator_name(expanded.target) != "aten::expand":
+        return node
+    source = expanded.args[0]
+    while source.op == "call_function" and operator_name(source.target) == "aten::slice" and _same_shape(
+        source, source.args[0]
+    ):
+        source = source.args[0]
+    if source.op != "call_function" or operator_name(source.target) != "aten::unsqueeze":
+        return node
+    grown, flat, inner = expanded.meta["val"].shape, node.meta["val"].shape, source.args[0]
+    small = inner.meta["val"].shape
+    repeats_heads = (
+        source.args[1] in (2, -3)
+        and len(grown) == 5
+        and len(flat) == 4
+        and expr_of(grown[1]) == expr_of(small[1])
+        and expr_of(flat[1]) == expr_of(grown[1]) * expr_of(grown[2])
+        and expr_of(flat[3]) == expr_of(grown[4])
+    )
+    return inner if repeats_heads else node

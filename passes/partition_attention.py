@@ -1,0 +1,276 @@
+"""Pass 6: every canonical attention -> exchanges and one operator over this rank's slices.
+
+before: o = attention(q, k, v)                                    (B, H, n, D), this rank's tokens, all heads
+after:  q, k, v = all_to_all(heads of q, k, v)                    (B * N, H / g, D), the group's tokens, own heads
+        k', v' = all_to_all(k, v [rows other groups need])        (C, Hkv / g, D)
+        o = attend(q, k, v, k', v', slices)
+        o = all_to_all(o) back                                    (B, H, n, D)
+
+g is the size of a group (IntraSP), N its tokens, C the rows received from other groups (InterSP).  An
+exchange whose level has size 1 is not there.  Key/value heads that g does not divide are repeated just
+enough.  What differs between ranks and batches is in tables, which the new graph takes as inputs.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from hsap_compile import formula
+from hsap_compile._torch import fake_table
+from hsap_compile.errors import Refused, where
+from hsap_compile.graph import Builder, ancestors, placeholders, remove_dead
+from hsap_compile.kernels import attention, dense, exchange
+from hsap_compile.masks import Mask
+from hsap_compile.plan import MeshShape
+
+aten = torch.ops.aten
+_ATTEND = torch.ops.hsap.attend.default
+
+
+@dataclass(frozen=True)
+class PlannedMask:
+    """One of the graph's distinct masks.  ``leaves``: the nodes its formulas read; ``plannable``: whether
+    they are computed from inputs alone, so that the host can read them before the step."""
+
+    mask: Mask
+    leaves: tuple[Node, ...]
+    plannable: bool
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """``masks`` in table order; ``batch`` is B; ``attentions`` how many were partitioned."""
+
+    masks: tuple[PlannedMask, ...]
+    batch: int
+    attentions: int
+
+
+@dataclass
+class _Tables:
+    """The table inputs of the graph, made when first asked for."""
+
+    module: GraphModule
+    mode: Any
+
+    def __call__(self, key: Any, example: torch.Tensor, dynamic: tuple[int, ...]) -> Node:
+        existing = placeholders(self.module)
+        for node in existing:
+            if node.meta.get("table") == key:
+                return node
+        name = "_".join(str(part) for part in (key if isinstance(key, tuple) else (key,)))
+        with self.module.graph.inserting_after(existing[-1]):
+            node = self.module.graph.placeholder(f"table_{name}")
+        node.meta.update(val=fake_table(self.mode, example, dynamic), table=key, parameter=False)
+        return node
+
+
+def partition_attention(module: GraphModule, mode: Any, mesh: MeshShape, group: str) -> Partitioned:
+    """Rewrite every canonical attention of ``module`` (in place) for one rank of ``mesh``."""
+    sites = [n for n in module.graph.nodes if n.target is dense.OP and _own_tokens(n)]
+    tables = _Tables(module, mode)
+    keys: list[tuple[str, tuple[Node, ...]]] = []
+    planned: list[PlannedMask] = []
+    batch = 1
+    for site in sites:
+        mask: Mask = site.meta["mask"]
+        leaves = tuple(site.args[3])
+        key = (site.args[4], leaves)
+        if key not in keys:
+            keys.append(key)
+            planned.append(PlannedMask(mask, leaves, _from_inputs(leaves)))
+        batch = int(site.args[0].meta["val"].shape[0])
+        with module.graph.inserting_before(site):
+            build = Builder(module.graph, mode, site)
+            result = _Site(build, tables, mesh, group, site, keys.index(key)).rewritten()
+        site.replace_all_uses_with(result)
+        module.graph.erase_node(site)
+    remove_dead(module)
+    return Partitioned(tuple(planned), batch, len(sites))
+
+
+def _own_tokens(site: Node) -> bool:
+    """Self-attention over sharded tokens; anything else stays the dense operator."""
+    return bool(site.meta.get("partition", True))
+
+
+def _from_inputs(leaves: tuple[Node, ...]) -> bool:
+    return not any(
+        (n.op == "placeholder" and (n.meta.get("parameter") or "table" in n.meta))
+        or n.target in (exchange.GATHER, exchange.SUM_RANKS, exchange.BROADCAST, exchange.SHARD)
+        for n in ancestors(leaves)
+    )
+
+
+class _Site:
+    """The rewrite of one attention."""
+
+    def __init__(
+        self, build: Builder, tables: _Tables, mesh: MeshShape, group: str, site: Node, index: int
+    ) -> None:
+        self.build, self.tables, self.mesh, self.group = build, tables, mesh, group
+        self.site, self.index = site, index
+        self.q, self.k, self.v = site.args[:3]
+        self.batch, self.heads = (int(s) for s in self.q.meta["val"].shape[:2])
+        self.kv_heads = int(self.k.meta["val"].shape[1])
+        self.widths = tuple(int(x.meta["val"].shape[3]) for x in (self.q, self.k, self.v))
+        if self.heads % mesh.intra:
+            raise Refused(
+                f"{self.heads} query heads cannot be split over a group of {mesh.intra} ranks",
+                got=f"intra={mesh.intra}",
+                wanted=f"one of {[g for g in range(1, mesh.size + 1) if mesh.size % g == self.heads % g == 0]}",
+                do='pass options={"intra": ...} with one of these',
+                at=where(site),
+            )
+
+    def rewritten(self) -> Node:
+        build = self.build
+        n = build.size(self.q, 2)
+        if self.mesh.intra > 1:
+            q, k, v, rows = self._heads_in(n)
+        else:
+            q, k, v = (self._rows(x) for x in (self.q, self.k, self.v))
+            rows = n
+        k_remote, v_remote = self._needed_rows(k, v) if self.mesh.inter > 1 else (None, None)
+        out = self._attend(q, k, v, k_remote, v_remote, rows)
+        if self.mesh.intra > 1:
+            return self._heads_out(out, n, rows)
+        shape = [self.batch, n, self.heads, self.widths[2]]
+        return build(aten.permute.default, build(aten.reshape.default, out, shape), [0, 2, 1, 3])
+
+    def _rows(self, x: Node) -> Node:
+        """(B, H, n, D) -> (B * n, H, D)."""
+        build = self.build
+        moved = build(aten.permute.default, x, [0, 2, 1, 3])
+        heads, width = (int(s) for s in x.meta["val"].shape[1::2])
+        return build(aten.reshape.default, moved, [-1, heads, width])
+
+    def _group_columns(self) -> Node:
+        return self.tables("group_columns", torch.arange(5), (0,))
+
+    def _head_splits(self) -> Node:
+        return self.tables("head_splits", torch.zeros(2, self.mesh.size, dtype=torch.int64), ())
+
+    def _repeats(self) -> int:
+        """How often each key/value head is repeated so that a group's ranks get whole heads."""
+        per_head = self.heads // self.kv_heads
+        return next(
+            r
+            for r in range(1, per_head + 1)
+            if per_head % r == 0 and (self.kv_heads * r) % self.mesh.intra == 0
+        )
+
+    def _heads_in(self, n: Any) -> tuple[Node, Node, Node, Any]:
+        build, g = self.build, self.mesh.intra
+        repeats = self._repeats()
+        packed, widths, heads = [], [], []
+        for x, repeat in ((self.q, 1), (self.k, repeats), (self.v, repeats)):
+            count, width = (int(s) for s in x.meta["val"].shape[1::2])
+            if repeat > 1:
+                grown = build(aten.unsqueeze.default, x, 2)
+                grown = build(aten.expand.default, grown, [self.batch, count, repeat, n, width])
+                count *= repeat
+                x = build(aten.reshape.default, grown, [self.batch, count, n, width])
+            split = build(aten.reshape.default, x, [self.batch, g, count // g, n, width])
+            moved = build(aten.permute.default, split, [1, 3, 0, 2, 4])
+            widths.append(self.batch * (count // g) * width)
+            heads.append(count // g)
+            packed.append(build(aten.reshape.default, moved, [build(operator.mul, n, g), widths[-1]]))
+        rows = build.size(self._group_columns(), 0)
+        sent = build(aten.cat.default, packed, 1)
+        got = build(exchange.ALL_TO_ALL, sent, self._head_splits(), rows, False, self.group)
+        parts = build(aten.split_with_sizes.default, got, widths, 1)
+        result = []
+        for i, (count, width) in enumerate(zip(heads, self.widths, strict=True)):
+            part = build(operator.getitem, parts, i)
+            part = build(aten.reshape.default, part, [rows, self.batch, count, width])
+            moved = build(aten.permute.default, part, [1, 0, 2, 3])
+            result.append(build(aten.reshape.default, moved, [-1, count, width]))
+        return result[0], result[1], result[2], rows
+
+    def _heads_out(self, out: Node, n: Any, rows: Any) -> Node:
+        build, g = self.build, self.mesh.intra
+        count, width = self.heads // g, self.widths[2]
+        out = build(aten.reshape.default, out, [self.batch, rows, count, width])
+        out = build(aten.permute.default, out, [1, 0, 2, 3])
+        out = build(aten.reshape.default, out, [rows, self.batch * count * width])
+        back = build(
+            exchange.ALL_TO_ALL, out, self._head_splits(), build(operator.mul, n, g), True, self.group
+        )
+        back = build(aten.reshape.default, back, [g, n, self.batch, count, width])
+        back = build(aten.permute.default, back, [2, 0, 3, 1, 4])
+        return build(aten.reshape.default, back, [self.batch, self.heads, n, width])
+
+    def _needed_rows(self, k: Node, v: Node) -> tuple[Node, Node]:
+        build = self.build
+        count = int(k.meta["val"].shape[1])
+        widths = [count * self.widths[1], count * self.widths[2]]
+        flat = [build(aten.reshape.default, x, [-1, w]) for x, w in zip((k, v), widths, strict=True)]
+        send = self.tables((self.index, "send_rows"), torch.zeros(7, dtype=torch.int64), (0,))
+        splits = self.tables((self.index, "splits"), torch.zeros(2, self.mesh.size, dtype=torch.int64), ())
+        sent = build(aten.index_select.default, build(aten.cat.default, flat, 1), 0, send)
+        arriving = build.size(self._remote(), 0)
+        got = build(exchange.ALL_TO_ALL, sent, splits, arriving, False, self.group)
+        parts = build(aten.split_with_sizes.default, got, widths, 1)
+        k_remote, v_remote = (
+            build(aten.reshape.default, build(operator.getitem, parts, i), [-1, count, self.widths[1 + i]])
+            for i in range(2)
+        )
+        return k_remote, v_remote
+
+    def _remote(self) -> Node:
+        return self.tables((self.index, "remote"), torch.zeros(9, 2, dtype=torch.int64), (0,))
+
+    def _attend(
+        self, q: Node, k: Node, v: Node, k_remote: Node | None, v_remote: Node | None, rows: Any
+    ) -> Node:
+        build = self.build
+        slices = self.tables((self.index, "slices"), torch.zeros(11, 7, dtype=torch.int64), (0,))
+        mask: Mask = self.site.meta["mask"]
+        leaves, scale = list(self.site.args[3]), self.site.args[5]
+        positions, remote, heads, logits = None, None, None, ""
+        tokens: Any = 0
+        if mask.by_columns:
+            leaves = []
+        else:
+            logits = formula.dumps(mask.logits)
+            positions, heads, tokens = self._positions(q, rows), self._head_numbers(q), self._tokens(leaves)
+            remote = self._remote() if k_remote is not None else None
+        result = build(
+            _ATTEND, q, k, v, k_remote, v_remote, slices, positions, remote, heads, leaves, logits,
+            tokens, scale,
+        )  # fmt: skip
+        return build(operator.getitem, result, 0)
+
+    def _positions(self, q: Node, rows: Any) -> Node:
+        """(B * N, 2): batch row and column of every query row."""
+        build, device = self.build, q.meta["val"].device
+        if self.mesh.size > 1:
+            columns = self._group_columns()
+        else:
+            columns = build(aten.arange.default, rows, dtype=torch.int64, device=device)
+        batch = build(aten.arange.default, self.batch, dtype=torch.int64, device=device)
+        grid = [self.batch, rows]
+        b = build(aten.expand.default, build(aten.unsqueeze.default, batch, 1), grid)
+        c = build(aten.expand.default, build(aten.unsqueeze.default, columns, 0), grid)
+        return build(aten.reshape.default, build(aten.stack.default, [b, c], 2), [-1, 2])
+
+    def _head_numbers(self, q: Node) -> Node:
+        build, device = self.build, q.meta["val"].device
+        count = int(q.meta["val"].shape[1])
+        heads = build(aten.arange.default, count, dtype=torch.int64, device=device)
+        if self.mesh.intra == 1:
+            return heads
+        position = self.tables("position", torch.zeros(1, dtype=torch.int64), ())
+        return build(aten.add.Tensor, heads, build(aten.mul.Tensor, position, count))
+
+    def _tokens(self, leaves: list[Node]) -> Any:
+        for node in placeholders(self.tables.module):
+            if node.meta.get("table") == "order":
+                return self.build.size(node, 0)
+        return self.build.size(self.q, 2)

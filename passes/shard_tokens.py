@@ -1,0 +1,421 @@
+"""Pass 5: rewrite the graph to run on this rank's tokens.
+
+before: y = f(x, w)                  x (B, S, ..) whole on every rank
+after:  y = f(shard(x), w)           x (B, n, ..), the rank's columns only
+
+A value has up to two forms in the new graph: *whole* (the same on every rank) and *local* (this rank's
+rows of its token dimension).  The old graph is read in order, and for every node
+
+1. what depends on no parameter and no input with a gradient (positions, masks, label shifts) is cheap:
+   nothing is emitted until somebody asks for one of its forms;
+2. a rule for the operator's family emits the local form from local operands; a value that was whole is
+   made local by ``shard``, whose transpose gathers its gradient;
+3. where no rule holds, operands are gathered and the operator runs whole on every rank: right, slow, and
+   reported with file and line (refused when strict);
+4. a sum over tokens is a local sum and ``sum_ranks``; a mean loss is a sum over a sum.
+
+A parameter used by local operators has only this rank's share of its gradient: it is marked to be summed
+over ranks (``meta["sum_gradient"]``), or goes through ``broadcast`` when whole operators use it too.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, operator_name, run_fake
+from hsap_compile.errors import Refused, where
+from hsap_compile.graph import remove_dead
+from hsap_compile.kernels import exchange
+from hsap_compile.passes._families import is_random, rule_for
+from hsap_compile.passes.infer_tokens import MANY, TokenAxis
+
+aten = torch.ops.aten
+
+
+class NotLocal(Exception):
+    """No rule computes this on local rows; the text says why."""
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An operator that runs on gathered tokens."""
+
+    operator: str
+    reason: str
+    at: str
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """What the pass made: the new graph's module and what it could not keep local."""
+
+    module: GraphModule
+    fallbacks: tuple[Fallback, ...]
+    local_outputs: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Local:
+    """The local form of a value: row i of its token dimension is column ``columns[i]`` of the batch.
+
+    ``start``: the column of the value's first token; rows outside [start, start + length) are not part
+    of the value (they hold other tokens' numbers) and are ignored by whatever sums or gathers.
+    """
+
+    node: Node
+    start: int = 0
+
+
+@dataclass
+class Sharder:
+    """The state of one rewrite; rules get it and call ``local``, ``whole`` and ``emit``."""
+
+    old: GraphModule
+    mode: Any
+    symbol: sympy.Symbol
+    group: str
+    strict: bool
+    graph: Graph = field(default_factory=Graph)
+    wholes: dict[Node, Any] = field(default_factory=dict)
+    locals: dict[tuple[Node, int], Node] = field(default_factory=dict)
+    home: dict[Node, Local] = field(default_factory=dict)
+    heavy: set[Node] = field(default_factory=set)
+    differentiable: set[Node] = field(default_factory=set)
+    no_grad: set[Node] = field(default_factory=set)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    tables: dict[str, Node] = field(default_factory=dict)
+    origin: Node | None = None
+
+    # --- emitting ---------------------------------------------------------------------------------
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A new call of ``target``, its value inferred; where it comes from is kept."""
+        node = self.graph.call_function(target, args, kwargs)
+        if self.origin is not None:
+            node.meta.update({k: v for k, v in self.origin.meta.items() if k not in ("val", "tokens")})
+        values = map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = run_fake(self.mode, target, *values)
+        return node
+
+    def size(self, expr: Any) -> Any:
+        """A whole size: an int, or a node that computes ``c * S + a``."""
+        expr = sympy.expand(expr_of(expr) if not isinstance(expr, sympy.Basic) else expr)
+        if expr.is_Integer:
+            return int(expr)
+        return self._linear(expr, self.tables["S"])
+
+    def _linear(self, expr: sympy.Expr, tokens: Node) -> Any:
+        factor = int(expr.coeff(self.symbol, 1))
+        constant = int(expr - factor * self.symbol)
+        node = tokens if factor == 1 else self.emit(operator.mul, tokens, factor)
+        return node if constant == 0 else self.emit(operator.add, node, constant)
+
+    def local_shape(self, node: Node) -> list[Any]:
+        """The sizes that the local form of ``node`` has."""
+        axis = self.axis(node)
+        shape = [s if isinstance(s, int) else None for s in node.meta["val"].shape]
+        rows = self.tables["n"] if axis.outer == 1 else self.emit(operator.mul, self.tables["n"], axis.outer)
+        return [
+            rows if d == axis.dim else (size if size is not None else self.size(node.meta["val"].shape[d]))
+            for d, size in enumerate(shape)
+        ]
+
+    # --- the two forms ----------------------------------------------------------------------------
+
+    def axis(self, node: Node) -> TokenAxis:
+        axis = node.meta["tokens"]
+        if not isinstance(axis, TokenAxis):
+            raise NotLocal("a value with several token dimensions" if axis is MANY else "a value without tokens")
+        return axis
+
+    def whole(self, node: Node) -> Any:
+        """The form of ``node`` that is the same on every rank."""
+        if node in self.wholes:
+            return self.wholes[node]
+        if node in self.home:
+            self.wholes[node] = self._gathered(node)
+        else:  # cheap
+            self.wholes[node] = self._recomputed(node)
+        return self.wholes[node]
+
+    def _recomputed(self, node: Node) -> Any:
+        if is_random(node):
+            raise Refused(
+                f"{operator_name(node.target)} draws random numbers that every rank would have to agree on",
+                got="a random value that is not computed on one rank's tokens",
+                wanted="random numbers only in dropout on token values",
+                do="draw them outside of the compiled model and pass them in",
+                at=where(node),
+            )
+        args = map_arg((node.args, node.kwargs), self.whole)
+        return self.emit(node.target, *args[0], **args[1])
+
+    def _gathered(self, node: Node) -> Node:
+        axis, home = self.axis(node), self.home[node]
+        value, dim = home.node, axis.dim
+        if axis.outer != 1:
+            shape = self.local_shape(node)
+            folded = [*shape[:dim], axis.outer, self.tables["n"], *shape[dim + 1 :]]
+            value, dim = self.emit(aten.reshape.default, value, folded), dim + 1
+        columns, order = self.tables["columns"], self.tables["order"]
+        value = self.emit(exchange.GATHER, value, columns, order, self.tables["S"], dim, self.group)
+        if axis.length != self.symbol:
+            stop = self.size(axis.length + home.start)
+            value = self.emit(aten.slice.Tensor, value, dim, home.start, stop)
+        if axis.outer != 1:
+            shape = [self.size(s) for s in node.meta["val"].shape]
+            value = self.emit(aten.reshape.default, value, shape)
+        return value
+
+    def local(self, node: Node, start: int = 0) -> Node:
+        """The form of ``node`` that holds this rank's rows; row i belongs to column ``columns[i]``."""
+        if node in self.home:
+            if self.home[node].start != start and self.axis(node).length != self.symbol:
+                raise NotLocal("token ranges that start at different columns meet")
+            return self.home[node].node
+        key = (node, start)
+        if key not in self.locals:
+            made = self._local_from_cheap(node, start) if node not in self.heavy else None
+            self.locals[key] = made if made is not None else self._local_from_whole(node, start)
+        return self.locals[key]
+
+    def _local_from_cheap(self, node: Node, start: int) -> Node | None:
+        """Computed on local rows, when the operator can be; None otherwise."""
+        axis = self.axis(node)
+        rule = rule_for(node) if node.op == "call_function" else None
+        if rule is None or axis.length != self.symbol or start != 0 or is_random(node):
+            return None
+        try:
+            result = rule(self, node)
+        except NotLocal:
+            return None
+        return result.node if isinstance(result, Local) and result.start == 0 else None
+
+    def _local_from_whole(self, node: Node, start: int) -> Node:
+        axis, value = self.axis(node), self.whole(node)
+        dim, rows, order = axis.dim, self.tables["columns"], self.tables["order"]
+        if axis.outer != 1:
+            shape = [self.size(s) for s in node.meta["val"].shape]
+            folded = [*shape[:dim], axis.outer, self.size(axis.length), *shape[dim + 1 :]]
+            value, dim = self.emit(aten.reshape.default, value, folded), dim + 1
+        if node in self.differentiable:
+            if axis.length != self.symbol:
+                raise NotLocal("a part of a whole value with a gradient")
+            value = self.emit(exchange.SHARD, value, rows, order, dim, self.group)
+        else:
+            if axis.length != self.symbol or start:
+                last = self.emit(operator.sub, self.size(axis.length), 1)
+                rows = self.emit(aten.clamp.default, self.emit(aten.sub.Tensor, rows, start), 0, last)
+            value = self.emit(aten.index_select.default, value, dim, rows)
+        if axis.outer != 1:
+            value = self.emit(aten.reshape.default, value, self.local_shape(node))
+        return value
+
+    def operand(self, node: Node, start: int = 0) -> Any:
+        """``node`` as an operand of a local operator: its rows, or, without tokens, the whole value."""
+        tokens = node.meta.get("tokens")
+        if tokens is MANY:
+            raise NotLocal("a value with several token dimensions")
+        if tokens is not None or node in self.home:
+            return self.local(node, start)
+        value = self.whole(node)
+        if node not in self.differentiable:
+            return value
+        if node.op == "placeholder":
+            self.locally_used.add(node)
+            return value
+        key = (node, -1)
+        if key not in self.locals:
+            self.locals[key] = self.emit(exchange.BROADCAST, value, self.group)
+        return self.locals[key]
+
+    locally_used: set[Node] = field(default_factory=set)
+
+    def start_of(self, *nodes: Node) -> int:
+        """Where the local operands among ``nodes`` start; they must agree."""
+        starts = {self.home[n].start for n in nodes if n in self.home}
+        if len(starts) > 1:
+            raise NotLocal("token ranges that start at different columns meet")
+        return starts.pop() if starts else 0
+
+    def valid_rows(self, axis: TokenAxis, start: int, rank: int) -> Node | None:
+        """(.., outer * n, ..) bool of ``rank`` dimensions: which rows are part of the value; None: all."""
+        if axis.length == self.symbol:
+            return None
+        columns = self.tables["columns"]
+        after = self.emit(aten.ge.Scalar, columns, start)
+        before = self.emit(aten.lt.Scalar, columns, self.size(axis.length + start))
+        valid = self.emit(aten.logical_and.default, after, before)
+        if axis.outer != 1:
+            valid = self.emit(aten.repeat.default, valid, [axis.outer])
+        shape = [1] * rank
+        shape[axis.dim] = -1
+        return self.emit(aten.reshape.default, valid, shape)
+
+    # --- the walk ---------------------------------------------------------------------------------
+
+    def visit(self, node: Node) -> None:
+        self.origin = node
+        if node.op == "get_attr":
+            self.wholes[node] = self._attribute(node)
+            return
+        if not any(n in self.heavy for n in node.all_input_nodes):
+            return  # cheap: emitted when asked for
+        self.heavy.add(node)
+        varying = any(n in self.home for n in node.all_input_nodes)
+        tokens = node.meta.get("tokens")
+        if tokens is None and not varying and not _has_tokens(node):
+            args = map_arg((node.args, node.kwargs), self.whole)
+            self.wholes[node] = self._detached(node, self.emit(node.target, *args[0], **args[1]))
+            return
+        try:
+            rule = rule_for(node)
+            if rule is None:
+                raise NotLocal("no rule for this operator")
+            result = rule(self, node)
+        except NotLocal as reason:
+            self._fall_back(node, str(reason))
+            return
+        if isinstance(result, Local):
+            self.home[node] = Local(self._detached(node, result.node), result.start)
+        else:
+            self.wholes[node] = self._detached(node, result)
+
+    def _attribute(self, node: Node) -> Node:
+        new = self.graph.get_attr(node.target)
+        new.meta["val"] = node.meta.get("val", getattr(self.old, str(node.target), None))
+        return new
+
+    def _detached(self, node: Node, new: Any) -> Any:
+        if node in self.no_grad and isinstance(new.meta["val"], torch.Tensor) and node in self.differentiable:
+            self.differentiable.discard(node)
+            return self.emit(aten.detach.default, new)
+        return new
+
+    def _fall_back(self, node: Node, reason: str) -> None:
+        fallback = Fallback(operator_name(node.target), reason, where(node))
+        if self.strict:
+            raise Refused(
+                f"{fallback.operator} cannot be computed on one rank's tokens ({reason})",
+                got='strict=True and an operator that mixes tokens',
+                wanted="operators that treat every token alone, attention, and losses",
+                do="change the model there, or drop strict=True to compute it on gathered tokens",
+                at=fallback.at,
+            )
+        self.fallbacks.append(fallback)
+        args = map_arg((node.args, node.kwargs), self.whole)
+        self.wholes[node] = self._detached(node, self.emit(node.target, *args[0], **args[1]))
+
+
+def _has_tokens(node: Node) -> bool:
+    return any(n.meta.get("tokens") is not None for n in node.all_input_nodes)
+
+
+def shard_tokens(
+    module: GraphModule,
+    mode: Any,
+    symbol: sympy.Symbol,
+    group: str,
+    *,
+    columns: torch.Tensor,
+    order: torch.Tensor,
+    outputs: str,
+    strict: bool,
+) -> Sharded:
+    """``columns`` (n,) and ``order`` (S,) are the fake tables that the new graph gets as inputs."""
+    sharder = Sharder(module, mode, symbol, group, strict)
+    _inputs(sharder, columns, order)
+    grad = True
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.target is SET_GRAD_ENABLED:
+            grad = bool(node.args[0])
+            continue
+        if any(n in sharder.differentiable for n in node.all_input_nodes):
+            sharder.differentiable.add(node)
+        if not grad:
+            sharder.no_grad.add(node)
+        sharder.visit(node)
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    sharder.origin = None
+
+    stay = {n for n in output.all_input_nodes if outputs == "local" and n in sharder.home}
+    sharder.graph.output(
+        map_arg(output.args[0], lambda n: sharder.home[n].node if n in stay else sharder.whole(n))
+    )
+    _settle_parameters(sharder)
+    new = GraphModule(module, sharder.graph)
+    for placeholder in new.graph.nodes:
+        if placeholder.op == "placeholder":
+            placeholder.meta.setdefault("tokens", None)
+    remove_dead(new)
+    local = frozenset(i for i, value in enumerate(output.args[0]) if value in stay)
+    return Sharded(new, tuple(sharder.fallbacks), local)
+
+
+def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:
+    """The old inputs, then the tables; S and n as nodes."""
+    for node in sharder.old.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        new = sharder.graph.placeholder(node.name)
+        new.meta.update(node.meta)
+        sharder.wholes[node] = new
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.requires_grad:
+            sharder.differentiable.add(node)
+        wide = value.is_floating_point() and node.meta["tokens"] is not None and value.dim() > 2
+        if node.meta["parameter"] or value.requires_grad or wide:
+            sharder.heavy.add(node)
+    for name, value in (("columns", columns), ("order", order)):
+        table = sharder.graph.placeholder(name)
+        table.meta.update(val=value, table=name, parameter=False)
+        sharder.tables[name] = table
+    sharder.tables["n"] = sharder.emit(aten.sym_size.int, sharder.tables["columns"], 0)
+    for node in sharder.old.graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
+            for dim, size in enumerate(node.meta["val"].shape):
+                if expr_of(size) == sharder.symbol:
+                    sharder.tables["S"] = sharder.emit(aten.sym_size.int, sharder.wholes[node], dim)
+                    return
+    raise Refused(
+        "no input has the tokens as a dimension",
+        got="a graph whose sequence length is not the size of any input",
+        wanted="the batch as an input of the compiled function",
+        do="compile the function that takes the batch",
+    )
+
+
+def _settle_parameters(sharder: Sharder) -> None:
+    """Local uses of a parameter: its gradient is summed at the graph's edge, or at the use when whole
+    operators use it as well."""
+    for old in sharder.locally_used:
+        new = sharder.wholes[old]
+        local_users = [u for u in new.users if u in _varying(sharder)]
+        if len(local_users) == len(new.users):
+            new.meta["sum_gradient"] = True
+            continue
+        with sharder.graph.inserting_after(sharder.tables["order"]):
+            copy = sharder.emit(exchange.BROADCAST, new, sharder.group)
+        new.replace_all_uses_with(copy, delete_user_cb=lambda u, users=set(local_users): u in users)
+
+
+def _varying(sharder: Sharder) -> set[Node]:
+    """The nodes of the new graph that differ between ranks."""
+    found: set[Node] = set()
+    same = {exchange.GATHER, exchange.SUM_RANKS}
+    seeds = {sharder.tables["columns"], sharder.tables["n"]}
+    for node in sharder.graph.nodes:
+        if node in seeds or (node.target not in same and any(n in found for n in node.all_input_nodes)):
+            found.add(node)
+    return found

@@ -1,0 +1,130 @@
+"""The rewritten graph of a whole model on every rank of a mesh, in one process.
+
+``traced(model, batch)`` is what dynamo hands to the backend; ``simulate(traced, inter, intra)`` compiles it
+once for that mesh and runs it, forward and backward, on threads that are its ranks; ``eager(traced)`` is
+one process running the untouched graph.  Both return a ``Step``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from threads import run_threads
+
+from hsap_compile.backend import prepare
+from hsap_compile.options import parse
+from hsap_compile.pipeline import compile_graph
+from hsap_compile.runtime import Program, Runner
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Dynamo's graph, the symbol of its sequence length, and the arguments of the traced call."""
+
+    module: torch.fx.GraphModule
+    symbol: sympy.Symbol | None
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Outputs of one call, and the gradient of every argument that has one (by position)."""
+
+    outputs: tuple[Any, ...]
+    gradients: Mapping[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One ``Step`` a rank, and the program they ran."""
+
+    ranks: tuple[Step, ...]
+    program: Program
+    runner: Runner
+
+
+def traced(model: Callable[..., Any], batch: Mapping[str, Any]) -> Traced:
+    """The one graph of ``model(**batch)``, symbolic in the tokens."""
+    torch._dynamo.reset()
+    found: list[Traced] = []
+
+    def backend(module: torch.fx.GraphModule, examples: Any) -> Any:
+        symbol = prepare(module, examples)
+
+        def call(*args: Any) -> Any:
+            found.append(Traced(module, symbol, args))
+            return module(*args)
+
+        return call
+
+    torch.compile(model, backend=backend, fullgraph=True)(**batch)
+    (result,) = found
+    return result
+
+
+def eager(trace: Traced, args: tuple[Any, ...] | None = None) -> Step:
+    return _step(trace.module, trace.args if args is None else args)
+
+
+def simulate(
+    trace: Traced, inter: int, intra: int, *more: tuple[Any, ...], backward: bool = True, **options: Any
+) -> Simulated:
+    """Run ``trace``; with ``more`` arguments, call after call, and return the last."""
+    lock, shared = threading.Lock(), {}
+    chosen = parse({"lower": "eager", "intra": intra, **options}, None)
+
+    def rank() -> Step:
+        with lock:
+            if "runner" not in shared:
+                shared["runner"] = Runner(compile_graph(trace.module, chosen, trace.symbol))
+        for args in (trace.args, *more)[:-1]:
+            _step(shared["runner"], args, backward)
+        return _step(shared["runner"], (trace.args, *more)[-1], backward)
+
+    steps = run_threads(inter * intra, rank)
+    return Simulated(tuple(steps), shared["runner"].program, shared["runner"])
+
+
+def _step(function: Callable[..., Any], args: tuple[Any, ...], backward: bool = True) -> Step:
+    fresh = [
+        a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
+    ]
+    outputs = tuple(function(*fresh))
+    floating = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+    if backward and floating:
+        scalars = [o for o in floating if o.dim() == 0]
+        total = scalars[0] if scalars else sum(_weighted(o) for o in floating)
+        total.backward()
+    gradients = {i: a.grad for i, a in enumerate(fresh) if isinstance(a, torch.Tensor) and a.grad is not None}
+    return Step(tuple(o.detach() if isinstance(o, torch.Tensor) else o for o in outputs), gradients)
+
+
+def _weighted(output: torch.Tensor) -> torch.Tensor:
+    """A loss that treats every element differently, the same on every rank."""
+    weights = torch.linspace(-1.0, 1.0, output.numel(), dtype=output.dtype).view(output.shape)
+    return (output * weights).sum()
+
+
+def worst(got: Step, wanted: Step) -> tuple[float, float]:
+    """The largest relative errors of outputs and of gradients (to the largest element of each)."""
+    assert set(got.gradients) == set(wanted.gradients), "gradients of other arguments than eager's"
+    outputs = [
+        relative(a, b)
+        for a, b in zip(got.outputs, wanted.outputs, strict=True)
+        if isinstance(b, torch.Tensor) and b.is_floating_point()
+    ]
+    gradients = [relative(got.gradients[i], wanted.gradients[i]) for i in wanted.gradients]
+    return max(outputs, default=0.0), max(gradients, default=0.0)
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert got.shape == wanted.shape, f"shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    assert torch.equal(got.isnan(), wanted.isnan()), "NaN where eager has none, or the other way round"
+    difference = (got.double() - wanted.double()).nan_to_num().abs().max() if got.numel() else torch.tensor(0.0)
+    scale = wanted.double().nan_to_num().abs().max() if got.numel() else torch.tensor(0.0)
+    return float(difference / scale) if scale > 0 else float(difference)

@@ -1,0 +1,296 @@
+"""The planner against brute force, by example. `check` is the checker, also for test_plan_properties.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from hsap_compile.plan import BAND, CAUSAL, FULL, MOD, Attended, MeshShape, Plan, RankTables, make, place
+
+
+def mesh_of(inter: int, intra: int) -> MeshShape:
+    return MeshShape(tuple(tuple(range(i * intra, (i + 1) * intra)) for i in range(inter)))
+
+
+def packed(*lengths: int, **options: object) -> Attended:
+    """Causal documents of these lengths in one row."""
+    labels = np.repeat(np.arange(len(lengths)), lengths)[None]
+    return Attended(1, int(labels.size), labels, **{"lo": 0, **options})  # type: ignore[arg-type]
+
+
+def allowed(mask: Attended) -> np.ndarray:
+    """(B, S, S) bool [b, q, k], from the definition."""
+    n = mask.tokens
+    result = np.ones((mask.batch, n, n), np.bool_)
+    if mask.labels is not None:
+        result &= mask.labels[:, :, None] == mask.labels[:, None, :]
+    if mask.key_valid is not None:
+        result &= mask.key_valid[:, None, :]
+    if mask.query_valid is not None:
+        result &= mask.query_valid[:, :, None]
+    offset = np.arange(n)[:, None] - np.arange(n)
+    return result & (offset >= mask.band[0]) & (offset <= mask.band[1])
+
+
+def wanted(mask: Attended) -> np.ndarray:
+    """(B, S, S) bool: the pairs that must be computed."""
+    result = allowed(mask)
+    return result | ~result.any(axis=2, keepdims=True) if mask.soft else result
+
+
+def check(
+    masks: Sequence[Attended], mesh: MeshShape, plan: Plan, tables: Sequence[RankTables] | None = None
+) -> None:
+    """Assert that the tables of all ranks together compute every mask, and that no row moves unneeded."""
+    tables = [plan.tables(r) for r in range(mesh.size)] if tables is None else tables
+    tokens, batch = masks[0].tokens, masks[0].batch
+    check_columns(mesh, tokens, tables)
+    for i, mask in enumerate(masks):
+        check_rows(mask, mesh, tables, i)
+        sent = np.stack([t.masks[i].splits[0] for t in tables])
+        assert np.array_equal(plan.masks[i].rows_sent, sent)
+        for r, t in enumerate(tables):
+            member = wanted(mask)[:, t.group_columns]
+            assert plan.masks[i].area[r] == member.sum()
+            remote = t.masks[i].remote[: t.masks[i].splits[1].sum()]
+            rows = [(b, c) for b in range(batch) for c in t.group_columns]
+            check_slices(mask, rows, rows + [tuple(x) for x in remote.tolist()], t.masks[i].slices)
+
+
+def check_columns(mesh: MeshShape, tokens: int, tables: Sequence[RankTables]) -> None:
+    longest = -(-tokens // mesh.size)
+    laid = np.full(mesh.size * longest, -1)
+    for r, t in enumerate(tables):
+        assert len(t.columns) == tokens // mesh.size + (r < tokens % mesh.size)
+        assert np.all(np.diff(t.columns) > 0)
+        laid[r * longest : r * longest + len(t.columns)] = t.columns
+        group = mesh.groups[mesh.group_of(r)[0]]
+        assert np.array_equal(np.concatenate([tables[m].columns for m in group]), t.group_columns)
+        assert np.all(np.diff(t.group_columns) > 0)
+        for m in range(mesh.size):
+            own = (len(t.columns), len(tables[m].columns)) if m in group else (0, 0)
+            assert tuple(t.head_splits[:, m]) == own
+    for t in tables:
+        assert np.array_equal(laid[t.order], np.arange(tokens))
+
+
+def check_rows(mask: Attended, mesh: MeshShape, tables: Sequence[RankTables], i: int) -> None:
+    """What is sent is what is received, in order, and is exactly what is needed."""
+    for r, t in enumerate(tables):
+        mine = t.masks[i]
+        group, position = mesh.group_of(r)
+        need = wanted(mask)[:, t.group_columns].any(axis=1)
+        need[:, t.group_columns] = False
+        got: list[tuple[int, int]] = []
+        for other, u in enumerate(tables):
+            theirs = u.masks[i]
+            n = int(theirs.splits[0, r])
+            assert n == mine.splits[1, other]
+            assert n == 0 or (mesh.group_of(other)[1] == position and mesh.group_of(other)[0] != group)
+            start = int(theirs.splits[0, :r].sum())
+            b, index = np.divmod(theirs.send_rows[start : start + n], len(u.group_columns))
+            part = list(zip(b.tolist(), u.group_columns[index].tolist(), strict=True))
+            assert part == sorted(part)
+            got += part
+        assert got == [tuple(x) for x in mine.remote[: mine.splits[1].sum()].tolist()]
+        assert sorted(got) == [tuple(x) for x in np.argwhere(need).tolist()]
+        assert len(mine.send_rows) == max(2, mine.splits[0].sum())
+        assert len(mine.remote) == max(2, mine.splits[1].sum())
+
+
+def check_slices(
+    mask: Attended, rows: list[tuple[int, int]], keys: list[tuple[int, int]], slices: np.ndarray
+) -> None:
+    """Each wanted pair of the group's query rows is in one slice, which holds others only for a formula."""
+    may, want = allowed(mask), wanted(mask)
+    seen = np.zeros_like(may, np.int64)
+    assert len(slices) >= 2
+    real = slices[slices[:, 1] > slices[:, 0]]
+    assert np.all(slices[len(real) :] == 0)
+    assert real[:, [0, 2]].tolist() == sorted(real[:, [0, 2]].tolist())
+    for q0, q1, k0, k1, kind, lo, hi in real.tolist():
+        assert k1 > k0 and q1 <= len(rows) and k1 <= len(keys)
+        assert k1 <= len(rows) or k0 >= len(rows), "own and received rows in one slice"
+        (b, q), (_, k) = rows[q0], keys[k0]
+        assert rows[q0:q1] == [(b, q + n) for n in range(q1 - q0)]
+        assert keys[k0:k1] == [(b, k + n) for n in range(k1 - k0)]
+        i, j = np.arange(q1 - q0)[:, None], np.arange(k1 - k0)
+        assert kind == BAND or (lo, hi) == (0, 0)
+        assert kind != CAUSAL or q1 - q0 == k1 - k0
+        inside = {
+            FULL: i + j >= 0,
+            CAUSAL: j <= i,
+            BAND: (lo <= i - j) & (i - j <= hi),
+            MOD: i + j >= 0,
+        }[kind]
+        block = (b, slice(q, q + q1 - q0), slice(k, k + k1 - k0))
+        assert kind == MOD or np.all(may[block][inside]), "a pair that the mask forbids"
+        assert kind == MOD or not mask.residual
+        seen[block] += inside
+    held = np.zeros(may.shape[:2], np.bool_)
+    held[tuple(np.array(rows).T)] = True
+    assert np.all(seen[want & held[:, :, None]] == 1), "a pair that is missing or twice"
+    assert seen.max() <= 1 and not seen[~held].any()
+    assert not seen[held & ~want.any(axis=2)].any(), "a row that attends to nothing"
+
+
+MESHES = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2)]
+MASKS = {
+    "lengths 1": packed(*[1] * 24),
+    "one giant": packed(29),
+    "one giant, no labels": Attended(1, 29, lo=0),
+    "mixed": packed(1, 9, 2, 1, 17, 3, 4),
+    "bidirectional": packed(7, 13, 5, 8, lo=None),
+    "window": packed(7, 13, 20, hi=2),
+    "anti-causal": packed(7, 13, 5, lo=None, hi=0),
+    "strictly causal": packed(7, 13, 5, lo=1),
+    "interleaved": Attended(1, 26, np.arange(26)[None] % 3, lo=0),
+    "soft, dead tail": Attended(1, 20, lo=0, key_valid=np.arange(20)[None] >= 6, soft=True),
+    "residual": packed(7, 13, 5, residual=True),
+    "nothing": Attended(1, 20, lo=0, key_valid=np.zeros((1, 20), np.bool_)),
+    "nothing, soft": Attended(2, 20, lo=0, query_valid=np.zeros((1, 20), np.bool_), soft=True),
+    "two rows": Attended(2, 21, np.sort(np.arange(42) * 7 % 5).reshape(2, 21), lo=0),
+}
+
+
+@pytest.mark.parametrize("kind", ["balanced", "contiguous"])
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_against_brute_force(name, shape, kind):
+    mesh = mesh_of(*shape)
+    check([MASKS[name]], mesh, make([MASKS[name]], mesh, kind))
+
+
+def test_several_masks_and_a_permuted_mesh():
+    masks = [packed(7, 13, 20), packed(7, 13, 20, hi=3), packed(40, lo=None)]
+    mesh = MeshShape(((5, 0), (1, 4), (2, 3)))
+    check(masks, mesh, make(masks, mesh))
+
+
+@pytest.mark.parametrize("lo", [0, None])
+def test_a_document_whole_on_a_group_is_one_slice(lo):
+    plan = make([packed(300, 100, 300, 100, lo=lo)], mesh_of(2, 1))
+    rows = np.concatenate([plan.tables(r).masks[0].slices for r in (0, 1)])
+    assert sorted((rows[:, 1] - rows[:, 0]).tolist()) == [100, 100, 300, 300]
+    assert np.all(rows[:, 4] == (FULL if lo is None else CAUSAL))
+    assert plan.masks[0].rows_sent.sum() == 0
+
+
+def test_zigzag_halves():
+    plan = make([packed(800)], mesh_of(4, 1))
+    assert plan.balance < 1.01
+    assert [r.tolist() for r in plan.placement.runs] == [
+        [[0, 100], [700, 800]],
+        [[100, 200], [600, 700]],
+        [[200, 300], [500, 600]],
+        [[300, 500]],
+    ]
+    # group 0 attends to all keys, group 3 to those before column 500
+    assert plan.masks[0].rows_sent.sum(axis=0).tolist() == [600, 500, 400, 300]
+
+
+def test_a_window_is_cut_into_blocks():
+    mask = packed(4096, hi=255)
+    (slices,) = [t.slices for t in make([mask], mesh_of(1, 1)).tables(0).masks]
+    assert len(slices) == 2 * 4096 // 256 - 1
+    size = (slices[:, 1] - slices[:, 0]) * (slices[:, 3] - slices[:, 2])
+    assert size.sum() <= 2 * allowed(mask).sum()
+    check([mask], mesh_of(1, 1), make([mask], mesh_of(1, 1)))
+
+
+def test_a_window_needs_its_halo_only():
+    plan = make([packed(4096, hi=255)], mesh_of(4, 1))
+    assert plan.masks[0].rows_sent.sum() == 3 * 255
+    assert plan.balance < 1.05
+
+
+def test_labels_too_interleaved_go_to_the_formula():
+    tokens = 1200
+    mask = Attended(1, tokens, np.arange(tokens)[None] % 2, lo=0)
+    plan = make([mask], mesh_of(2, 1))
+    assert plan.balance < 1.05
+    for r in range(2):
+        t = plan.tables(r).masks[0]
+        assert set(t.slices[:, 4]) == {MOD} and len(t.slices) < 10
+    check([mask], mesh_of(2, 1), plan)
+
+
+def test_packs_are_balanced():
+    rng = np.random.default_rng(0)
+    for groups in (2, 4, 8):
+        for sigma in (0.8, 1.2, 1.6):
+            lengths = np.minimum(np.exp(rng.normal(6, sigma, 150)).astype(int) + 1, 30000)
+            assert make([packed(*lengths)], mesh_of(groups, 1)).balance < 1.1
+
+
+def test_deterministic():
+    masks = [MASKS["mixed"], MASKS["mixed"]]
+    one, two = (make(masks, mesh_of(4, 2)).tables(5) for _ in range(2))
+    for a, b in zip(one.masks, two.masks, strict=True):
+        assert all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    assert np.array_equal(one.order, two.order)
+
+
+def break_send_order(t):
+    return dataclasses.replace(t, send_rows=t.send_rows[::-1])
+
+
+def break_a_slice(t):
+    slices = t.slices.copy()
+    slices[0, 1] -= 1
+    return dataclasses.replace(t, slices=slices)
+
+
+def break_by_doubling(t):
+    return dataclasses.replace(t, slices=np.sort(np.concatenate((t.slices, t.slices[:1])), axis=0))
+
+
+def break_a_kind(t):
+    slices = t.slices.copy()
+    slices[slices[:, 4] == CAUSAL, 4] = FULL
+    return dataclasses.replace(t, slices=slices)
+
+
+def break_a_received_row(t):
+    remote = t.remote.copy()
+    remote[0, 1] += 1
+    return dataclasses.replace(t, remote=remote)
+
+
+@pytest.mark.parametrize(
+    "mutate", [break_send_order, break_a_slice, break_by_doubling, break_a_kind, break_a_received_row]
+)
+def test_the_checker_finds_a_broken_plan(mutate):
+    masks, mesh = [packed(40)], mesh_of(2, 1)
+    plan = make(masks, mesh)
+    tables = [plan.tables(r) for r in range(mesh.size)]
+    check(masks, mesh, plan, tables)
+    tables[1] = dataclasses.replace(tables[1], masks=(mutate(tables[1].masks[0]),))
+    with pytest.raises(AssertionError):
+        check(masks, mesh, plan, tables)
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(ValueError) as error:
+        place([packed(7)], mesh_of(2, 2))
+    assert str(error.value) == (
+        "place: got 7 tokens a row on 4 ranks; wanted at least 8, two a rank: "
+        "use fewer ranks or a longer batch"
+    )
+    with pytest.raises(ValueError, match=r"got masks of .* wanted one or more masks of one batch"):
+        place([packed(7), packed(8)], mesh_of(1, 1))
+    with pytest.raises(ValueError, match="got placement 'random'; wanted 'balanced' or 'contiguous'"):
+        place([packed(9)], mesh_of(1, 1), "random")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got groups .* wanted groups of one size"):
+        MeshShape(((0, 1), (2,)))
+    with pytest.raises(ValueError, match=r"got rank 4; wanted 0..3"):
+        make([packed(9)], mesh_of(2, 2)).tables(4)
+    with pytest.raises(
+        ValueError, match=r"Attended.labels: got int32 of shape \(5,\); wanted int64 of shape"
+    ):
+        Attended(1, 5, np.zeros(5, np.int32))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got lo=3 > hi=2"):
+        Attended(1, 5, lo=3, hi=2)

@@ -1,0 +1,88 @@
+"""The planner against brute force on drawn masks and meshes."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsap_compile.plan import Attended, make, slices
+from test_plan import MESHES, check, mesh_of
+
+BANDS = st.one_of(
+    st.sampled_from([(0, None), (None, None), (0, 3), (-2, 2), (1, None), (None, 0)]),
+    st.tuples(st.integers(-6, 6), st.integers(0, 9)).map(lambda x: (x[0], x[0] + x[1])),
+)
+
+
+@st.composite
+def labels(draw: st.DrawFn, rows: int, tokens: int) -> np.ndarray | None:
+    how = draw(st.sampled_from(["none", "documents", "interleaved"]))
+    if how == "none":
+        return None
+    values = np.zeros((rows, tokens), np.int64)
+    for row in values:
+        if how == "interleaved":
+            row[:] = draw(st.lists(st.integers(-1, 2), min_size=tokens, max_size=tokens))
+        else:
+            cuts = draw(st.lists(st.integers(1, tokens - 1), max_size=6))
+            row[:] = np.searchsorted(np.unique(cuts), np.arange(tokens), side="right")
+    return values
+
+
+@st.composite
+def valid(draw: st.DrawFn, rows: int, tokens: int) -> np.ndarray | None:
+    how = draw(st.sampled_from(["none", "none", "tail", "any"]))
+    if how == "none":
+        return None
+    if how == "tail":
+        ends = [draw(st.integers(0, tokens)) for _ in range(rows)]
+        return np.arange(tokens) < np.array(ends)[:, None]
+    bits = draw(st.lists(st.booleans(), min_size=rows * tokens, max_size=rows * tokens))
+    return np.array(bits).reshape(rows, tokens)
+
+
+@st.composite
+def attended(draw: st.DrawFn, batch: int, tokens: int) -> Attended:
+    rows = st.sampled_from([1, batch])
+    lo, hi = draw(BANDS)
+    return Attended(
+        batch,
+        tokens,
+        draw(labels(draw(rows), tokens)),
+        draw(valid(draw(rows), tokens)),
+        draw(valid(draw(rows), tokens)),
+        lo,
+        hi,
+        residual=draw(st.booleans()) and draw(st.booleans()),
+        soft=draw(st.booleans()) and draw(st.booleans()),
+    )
+
+
+@st.composite
+def problem(draw: st.DrawFn) -> tuple:
+    shape = draw(st.sampled_from(MESHES))
+    tokens = draw(st.integers(2 * shape[0] * shape[1], 40))
+    batch = draw(st.integers(1, 3))
+    masks = [draw(attended(batch, tokens)) for _ in range(draw(st.integers(1, 2)))]
+    return masks, mesh_of(*shape), draw(st.sampled_from(["balanced", "contiguous"]))
+
+
+@settings(max_examples=250, deadline=None)
+@given(problem())
+def test_against_brute_force(drawn):
+    masks, mesh, kind = drawn
+    check(masks, mesh, make(masks, mesh, kind))
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem(), st.sampled_from([1, 3]))
+def test_small_blocks_and_few_exact_slices(drawn, block):
+    """The limits that only large inputs reach, brought within reach of small ones."""
+    masks, mesh, kind = drawn
+    old = slices.MIN_BLOCK, slices.MAX_EXACT, slices.MAX_EXACT_PER_PIECE
+    try:
+        slices.MIN_BLOCK, slices.MAX_EXACT, slices.MAX_EXACT_PER_PIECE = block, 4 * block, 0
+        check(masks, mesh, make(masks, mesh, kind))
+    finally:
+        slices.MIN_BLOCK, slices.MAX_EXACT, slices.MAX_EXACT_PER_PIECE = old
