@@ -27,6 +27,9 @@ from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
 #: What pre-dispatch graphs call to open and close a no_grad region.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
 
+#: What opens and closes an autocast region in a pre-dispatch graph.
+AUTOCAST_BORDERS = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
 without_autocast = torch._C._DisableAutocast
 
 
@@ -89,7 +92,7 @@ def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs
     before = mode.allow_non_fake_inputs
     mode.allow_non_fake_inputs = True
     try:
-        with mode, enable_python_dispatcher():
+        with mode, enable_python_dispatcher(), torch._C._DisableAutocast():
             return target(*args, **kwargs)
     finally:
         mode.allow_non_fake_inputs = before

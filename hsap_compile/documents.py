@@ -23,13 +23,15 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor], batch: int, tokens: int
     """
     read = _Reader(leaves, batch, tokens)
     labels = read.labels(mask.labels)
-    residual, lo, hi = mask.residual, None, None
+    residual, unread, lo, hi = mask.residual, mask.unread, None, None
     for band in mask.bands:
         if not _follows_columns(band, read, labels):
-            residual = True
+            residual = unread = True
             continue
         lo = _tighter(max, lo, band.lo)
         hi = _tighter(min, hi, band.hi)
+    if unread and mask.soft:  # a query may attend to nothing, hence to everything, and nobody knows which
+        return unknown(mask, batch, tokens)
     return Attended(
         batch=batch,
         tokens=tokens,

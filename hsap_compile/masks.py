@@ -9,7 +9,7 @@ which is then evaluated element by element: slower, never wrong.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -36,7 +36,8 @@ class Mask:
     ``labels``, ``bands``, ``key_valid`` and ``query_valid`` are necessary conditions on an attended pair
     (formulas of (b, q), key_valid of (b, k)); with ``residual`` false they are sufficient as well and the
     logits are ``score`` wherever they hold.  ``soft``: masked logits are finite, so that a query that may
-    attend to nothing attends to everything alike.  ``logits``: the whole formula, always right.
+    attend to nothing attends to everything alike.  ``unread``: a condition is in the formula only, so that
+    the structure does not tell which queries attend to nothing.  ``logits``: the whole formula, always right.
     """
 
     logits: sympy.Expr
@@ -46,6 +47,7 @@ class Mask:
     query_valid: sympy.Basic = sympy.true
     residual: bool = False
     soft: bool = False
+    unread: bool = False
 
     @property
     def structure(self) -> tuple[sympy.Basic, ...]:
@@ -76,7 +78,8 @@ def normalise(logits: sympy.Expr) -> tuple[Mask, float]:
     if plain and scale != 1:
         logits = logits.xreplace({base: score})
     mask = Mask(logits, residual=not plain, soft=any(f != -sympy.oo for f in floors))
-    for condition in sympy.And.make_args(sympy.And(*conditions)):
+    together = sympy.to_nnf(sympy.And(*conditions), simplify=False)
+    for condition in sympy.And.make_args(together):
         mask = _add(mask, condition)
     return mask, float(scale) if plain else 1.0
 
@@ -137,8 +140,6 @@ def _bias_condition(bias: sympy.Expr, floors: list[sympy.Expr]) -> sympy.Basic |
 
 def _add(mask: Mask, condition: sympy.Basic) -> Mask:
     """``mask`` and ``condition``, the latter as structure where it can be."""
-    from dataclasses import replace
-
     if condition is sympy.true:
         return mask
     free = condition.free_symbols & {b, h, q, k}
@@ -155,7 +156,7 @@ def _add(mask: Mask, condition: sympy.Basic) -> Mask:
             bands = _bands(condition)
             if bands is not None:
                 return replace(mask, bands=(*mask.bands, *bands))
-    return replace(mask, residual=True)
+    return replace(mask, residual=True, unread=True)
 
 
 def _label(condition: sympy.Eq) -> sympy.Expr | None:

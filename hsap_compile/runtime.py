@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from hsap_compile.documents import attended, unknown
 from hsap_compile.errors import Refused
+from hsap_compile.kernels.exchange import all_gather, all_reduce
 from hsap_compile.mesh import world
 from hsap_compile.passes.partition_attention import PlannedMask
 from hsap_compile.plan import Attended, MeshShape, Plan, make
@@ -178,12 +179,10 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        group = dist.distributed_c10d._resolve_process_group(ctx.group)
         result = list(grads)
         for bucket in _buckets(grads):
             flat = torch.cat([g.reshape(-1) for g in (grads[i] for i in bucket) if g is not None])
-            dist.all_reduce(flat, group=group)
-            parts = flat.split([g.numel() for g in (grads[i] for i in bucket) if g is not None])
+            parts = all_reduce(flat, ctx.group).split([g.numel() for g in (grads[i] for i in bucket) if g is not None])
             for i, part in zip(bucket, parts, strict=True):
                 gradient = grads[i]
                 assert gradient is not None
@@ -226,12 +225,9 @@ def _check_agreement(program: Program, args: Sequence[Any], tokens: int, first: 
             parameters += float(args[i].detach().double().abs().sum())
     bits = int(np.float64(round(parameters, 6)).view(np.int64))
     mine = torch.tensor([program.signature, tokens, content, bits], dtype=torch.int64)
-    group = dist.distributed_c10d._resolve_process_group(program.group)
-    if dist.get_backend(group) == "nccl":
+    if dist.get_backend() == "nccl":
         mine = mine.to(device)
-    everyone = mine.new_empty(mine.numel() * group.size())
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    rows = everyone.view(-1, mine.numel()).tolist()
+    rows = all_gather(mine, program.mesh.size, program.group).view(-1, mine.numel()).tolist()
     for column, what, do in (
         (0, "the ranks run different graphs", "call the compiled model with the same kinds of inputs on every rank"),
         (1, "the ranks were given batches of different lengths", "pass the same whole batch on every rank; the backend shards it"),

@@ -6,8 +6,10 @@ i // (Hq // Hkv)), D / Dv head sizes, M slices, N blocks of one run, G = Hq // H
 ``hsap::attend`` runs ATen's flash kernel on views of the rows, batching slices that are equally long
 and equally spaced; slices whose logits are an index formula take a chunked dense path.  What slices
 say about the same query row is merged by log-sum-exp.  float16 and bfloat16 are computed in float32:
-on CPU ATen's own half precision is never faster forward, up to 10 times slower backward (float16; AVX512
-with bf16, torch 2.13), and one rounding at the end is more exact than one per slice.
+one rounding at the end is more exact than one per slice, and ATen's own half precision is slower or equal
+(float16: forward 1.7, backward 10 times; bfloat16: equal, 2.8 times slower backward at 64 tokens).  The
+exception is bfloat16 backward over thousands of tokens on a CPU that multiplies bfloat16, which is 1.6
+times faster than this (torch 2.13, AVX512-BF16, one thread).
 """
 
 from __future__ import annotations
@@ -236,16 +238,14 @@ def _spaced(
     """(q_start, q_step, k_start, k_step, count) of maximal equally spaced stretches, greedily."""
     i = 0
     while i < len(starts):
-        (q, k), q_step, k_step, count = starts[i], nq, 1, 1
+        q, k = starts[i]
+        q_step, k_step, count = nq, 1, 1  # of one block the steps do not matter, but must be positive
         if batch and i + 1 < len(starts):
-            q_next, k_next = starts[i + 1]
-            q_step, k_step = q_next - q, k_next - k
-            if q_step >= nq and k_step > 0:  # blocks of queries must not overlap: they are written to
-                while i + count < len(starts) and starts[i + count] == (
-                    q + count * q_step,
-                    k + count * k_step,
-                ):
-                    count += 1
+            q_gap, k_gap = starts[i + 1][0] - q, starts[i + 1][1] - k
+            if q_gap >= nq and k_gap > 0:  # blocks of queries must not overlap: they are written to
+                q_step, k_step, count = q_gap, k_gap, 2
+        while count > 1 and starts[i + count : i + count + 1] == [(q + count * q_step, k + count * k_step)]:
+            count += 1
         yield q, q_step, k, k_step, count
         i += count
 
@@ -285,7 +285,8 @@ class _Operands:
         dtype, size = _compute_dtype(q.dtype), max(q.shape[2], v.shape[2])
         k_far = k[:0] if k_remote is None else k_remote
         v_far = v[:0] if v_remote is None else v_remote
-        return cls(*(_ready(x, dtype, size) for x in (q, k, v, k_far, v_far)), scale)
+        ready = [_ready(x, dtype, size) for x in (q, k, v, k_far, v_far)]
+        return cls(ready[0], ready[1], ready[2], ready[3], ready[4], scale)
 
     def keys(self, run: _Run) -> tuple[Tensor, Tensor]:
         """Keys and values of a run (N, Hkv, nk, D)."""
@@ -552,6 +553,7 @@ def _formula_of(
 
 
 @torch.library.impl("hsap::attend", "cpu")
+@torch.autocast("cpu", enabled=False)  # the products inside are in the computed dtype
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -654,6 +656,7 @@ def _attend_fake(
 
 
 @torch.library.impl("hsap::attend_backward", "cpu")
+@torch.autocast("cpu", enabled=False)
 @torch.no_grad()  # there is no autograd kernel above this one: the formula's gradient is taken inside
 def _attend_backward(
     grad_out: Tensor,
@@ -695,7 +698,10 @@ def _attend_backward(
     found = dict(zip(wanted, sums, strict=False))  # no sums where no slice has a formula
     return (
         d_q.total(q.dtype),
-        *(total.total(y.dtype) for total, y in zip((*own, *remote), (k, v, k, v), strict=True)),
+        own[0].total(k.dtype),
+        own[1].total(v.dtype),
+        remote[0].total(k.dtype),
+        remote[1].total(v.dtype),
         [_leaf_grad(leaf, found.get(i), i in wanted) for i, leaf in enumerate(leaves)],
     )
 

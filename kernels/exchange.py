@@ -24,8 +24,17 @@ import torch.distributed as dist
 _library = torch.library.Library("hsap", "FRAGMENT")
 
 
-def _group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)
+_c10d = torch.ops._c10d_functional
+
+
+def all_gather(x: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    """``x`` (N, ...) of every rank, (ranks * N, ...) in order of rank.  Not differentiable."""
+    return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.contiguous(), ranks, group))
+
+
+def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The sum of ``x`` over the ranks.  Not differentiable."""
+    return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), "sum", group))
 
 
 def _define(schema: str, implementation: Any, fake: Any, backward: Any = None, setup: Any = None) -> Any:
@@ -77,13 +86,12 @@ def _gather(
     x: torch.Tensor, columns: torch.Tensor, order: torch.Tensor, size: int, dim: int, group: str
 ) -> torch.Tensor:
     """Every rank's rows of dimension ``dim``, put into the caller's order: ``size`` rows."""
-    ranks = _group(group)
-    most = -(-size // ranks.size())  # counts are equal up to one: pad to the larger
+    ranks = dist.get_world_size()
+    most = -(-size // ranks)  # counts are equal up to one: pad to the larger
     rows = x.movedim(dim, 0)
     padded = rows.new_zeros((most, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
-    everything = padded.new_empty((most * ranks.size(), *rows.shape[1:]))
-    dist.all_gather_into_tensor(everything, padded, group=ranks)
+    everything = all_gather(padded, ranks, group)
     return everything.index_select(0, order).movedim(0, dim).contiguous()
 
 
@@ -115,12 +123,6 @@ GATHER = _define(
 # --- sums over ranks ----------------------------------------------------------------------------------
 
 
-def _all_reduced(x: torch.Tensor, group: str) -> torch.Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=_group(group))
-    return total
-
-
 def _like(x: Any, group: str) -> Any:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -131,7 +133,7 @@ def _keep_group(ctx: Any, inputs: Any, output: Any) -> None:
 
 SUM_RANKS = _define(
     "sum_ranks(Tensor x, str group) -> Tensor",
-    _all_reduced,
+    all_reduce,
     _like,
     lambda ctx, grad: (grad, None),
     _keep_group,
@@ -155,18 +157,10 @@ def _all_to_all(x: torch.Tensor, splits: torch.Tensor, rows: int, reverse: bool,
     outgoing, incoming = splits.tolist()
     if reverse:
         outgoing, incoming = incoming, outgoing
-    width = x.shape[1:]
-    received = x.new_empty((rows, *width))
-    arriving = sum(incoming)
-    received[arriving:] = 0
-    dist.all_to_all_single(
-        received[:arriving],
-        x[: sum(outgoing)].contiguous(),
-        output_split_sizes=incoming,
-        input_split_sizes=outgoing,
-        group=_group(group),
-    )
-    return received
+    sent = x[: sum(outgoing)].contiguous()
+    received = _c10d.wait_tensor(_c10d.all_to_all_single(sent, incoming, outgoing, group))
+    missing = rows - received.shape[0]
+    return torch.nn.functional.pad(received, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else received
 
 
 def _all_to_all_fake(x: Any, splits: Any, rows: Any, reverse: bool, group: str) -> Any:

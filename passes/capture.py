@@ -5,7 +5,8 @@ after:  ATen overloads; attention, cross entropy and linear are still one operat
         written in place, so a value is its node
 
 1. trace the graph again below the Python functions and above autograd;
-2. replace every in-place operator by its functional form; a write into a view (``x[:, 1:] = y``) becomes
+2. drop dropout that does nothing, and make autocast explicit: operands that it would have cast are cast;
+3. replace every in-place operator by its functional form; a write into a view (``x[:, 1:] = y``) becomes
    a scatter into the base, and views made before the write are made anew after it.
 """
 
@@ -16,7 +17,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from hsap_compile._torch import fake_mode_of, is_operator, operator_name, run_fake, trace_pre_dispatch
+from hsap_compile._torch import (
+    AUTOCAST_BORDERS,
+    fake_mode_of,
+    is_operator,
+    operator_name,
+    run_fake,
+    trace_pre_dispatch,
+    without_autocast,
+)
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import remove_dead
 
@@ -40,9 +49,73 @@ def capture(module: GraphModule) -> GraphModule:
         placeholder.meta["val"] = value
         placeholder.meta["source"] = original.name
         placeholder.meta["parameter"] = isinstance(value, torch.nn.Parameter)
-    _functionalize(graph, fake_mode_of(inputs))
+    mode = fake_mode_of(inputs)
+    _drop_idle_dropout(graph)
+    _explicit_autocast(graph, mode)
+    _functionalize(graph, mode)
     remove_dead(graph)
     return graph
+
+
+def _drop_idle_dropout(module: GraphModule) -> None:
+    for node in list(module.graph.nodes):
+        if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+
+
+def _explicit_autocast(module: GraphModule, mode: Any) -> None:
+    """Operators whose result has another type without autocast get their operands cast to it.
+
+    The traced graph stands above autocast: it records what autocast makes of an operator, not the casts.
+    """
+    borders = [n for n in module.graph.nodes if n.target in AUTOCAST_BORDERS]
+    for node in reversed(borders):
+        module.graph.erase_node(node)
+    if not borders and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        return
+    for node in list(module.graph.nodes):
+        wanted = _floating(node.meta.get("val"))
+        if not is_operator(node.target) or wanted is None or _converts(node):
+            continue
+        operands = [n for n in node.all_input_nodes if _floating(n.meta.get("val")) is not None]
+        types = {_floating(n.meta["val"]) for n in operands}
+        if types <= {wanted} or not _was_cast(mode, node, operands, wanted):
+            continue
+        with module.graph.inserting_before(node):
+            for operand in operands:
+                if _floating(operand.meta["val"]) != wanted:
+                    cast = _emit(module.graph, mode, node, aten.to.dtype, (operand, wanted), {})
+                    node.replace_input_with(operand, cast)
+
+
+def _floating(value: Any) -> torch.dtype | None:
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value.dtype if isinstance(value, torch.Tensor) and value.is_floating_point() else None
+
+
+def _was_cast(mode: Any, node: Node, operands: list[Node], wanted: torch.dtype) -> bool:
+    """Whether only autocast explains the type of the result.  Operators promote: none returns a narrower
+    type than a tensor operand of its own accord (a scalar tensor does not count in promotion)."""
+    tensors = [n.meta["val"] for n in operands if n.meta["val"].dim() > 0]
+    if any(t.itemsize > wanted.itemsize for t in tensors):
+        return True
+    return _result_dtype(mode, node) != wanted
+
+
+def _converts(node: Node) -> bool:
+    return operator_name(node.target) in ("aten::to", "aten::_to_copy", "aten::type_as")
+
+
+def _result_dtype(mode: Any, node: Node) -> torch.dtype | None:
+    """What the operator returns without autocast; None when it does not take its operands' types."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    try:
+        with without_autocast():
+            return _floating(run_fake(mode, node.target, args, kwargs))
+    except RuntimeError:
+        return None
 
 
 def _functionalize(module: GraphModule, mode: Any) -> None:

@@ -84,12 +84,12 @@ def _operator(node: Node) -> Attention:
     scale = given["scale"]
     if scale is None:
         scale = 1.0 / math.sqrt(hint_of(query.meta["val"].shape[-1]))
-    heads = query.meta["val"].shape[1] if query.meta["val"].dim() == 4 else None
+    key, value = _peeled(query, key, value)
     return Attention(
         output=node,
         query=query,
-        key=_real_heads(key, heads),
-        value=_real_heads(value, heads),
+        key=key,
+        value=value,
         scale=float(scale),
         causal=bool(given["is_causal"]),
         mask=given["attn_mask"],
@@ -141,12 +141,12 @@ def _eager(softmax: Node) -> Attention | None:
     key = _transposed(transposed)
     if key is None:
         return None
-    heads = query.meta["val"].shape[1] if rank == 4 else None
+    key, value = _peeled(query, key, following.args[1])
     return Attention(
         output=following,
         query=query,
-        key=_real_heads(key, heads),
-        value=_real_heads(following.args[1], heads),
+        key=key,
+        value=value,
         scale=1.0,
         logits=logits,
         product=product,
@@ -185,13 +185,21 @@ def _same_shape(x: Node, y: Node) -> bool:
     return len(a) == len(b) and all(expr_of(i) == expr_of(j) for i, j in zip(a, b, strict=True))
 
 
-def _real_heads(node: Node, heads: Any) -> Node:
+def _peeled(query: Node, key: Node, value: Node) -> tuple[Node, Node]:
+    """Keys and values with their real heads, when both repeat them alike."""
+    if query.meta["val"].dim() != 4:
+        return key, value
+    k, v = _real_heads(key), _real_heads(value)
+    return (k, v) if expr_of(k.meta["val"].shape[1]) == expr_of(v.meta["val"].shape[1]) else (key, value)
+
+
+def _real_heads(node: Node) -> Node:
     """(B, Hkv, S, D) where ``node`` is (B, H, S, D) with every head repeated H / Hkv times."""
-    if heads is None or node.op != "call_function":
+    if node.op != "call_function":
         return node
     name = operator_name(node.target)
-    if name in ("aten::contiguous", "aten::clone"):
-        inner = _real_heads(node.args[0], heads)
+    if name in _TRANSPARENT and expr_of(node.args[0].meta["val"].shape[1]) == expr_of(node.meta["val"].shape[1]):
+        inner = _real_heads(node.args[0])
         return node if inner is node.args[0] else inner
     if name == "aten::repeat_interleave" and arguments(node).get("dim") == 1:
         return node.args[0]

@@ -14,6 +14,7 @@ A mask that cannot be walked is itself a leaf of two token dimensions: exact, bu
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -50,8 +51,6 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
 
 
 def _renumbered(mask: Any, numbers: dict[int, int]) -> Any:
-    from dataclasses import replace
-
     def new(expr: Any) -> Any:
         return formula.renumber(expr, numbers)
 
@@ -109,10 +108,7 @@ class _Lifter:
     def logits(self) -> sympy.Expr:
         attention = self.attention
         if attention.logits is not None:
-            try:
-                return _number(self.element(attention.logits, self._position(attention.logits)))
-            except NotLiftable:
-                raise
+            return _number(self.element(attention.logits, self._position(attention.logits)))
         logits: sympy.Expr = score
         if attention.causal:
             logits = sympy.Piecewise((logits, q >= k), (-sympy.oo, True))

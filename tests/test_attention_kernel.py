@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import sympy
@@ -46,11 +47,12 @@ class Case:
     grad: Tensor
 
     def to(self, dtype: torch.dtype) -> Case:
-        values = {n: getattr(self, n) for n in ("q", "k", "v", "k_remote", "v_remote", "grad")}
+        changed: dict[str, Any] = {
+            n: getattr(self, n) for n in ("q", "k", "v", "k_remote", "v_remote", "grad")
+        }
+        changed = {n: None if x is None else x.to(dtype) for n, x in changed.items()}
         leaves = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.leaves)
-        return replace(
-            self, leaves=leaves, **{n: None if x is None else x.to(dtype) for n, x in values.items()}
-        )
+        return replace(self, leaves=leaves, **changed)
 
     def run(self, attend: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
         """out, lse, gradients of every floating input."""
@@ -118,7 +120,8 @@ def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def drawn(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of make_case: a failure then prints integers, not tensors."""
     own, remote = draw(st.integers(1, 40)), draw(st.sampled_from([0, 3, 20]))
     slices = [[0, 0, 0, 0, draw(st.integers(0, 3)), 0, 0]]  # padding
     keys = cuts(draw, own) + [(own + a, own + b) for a, b in cuts(draw, remote)]
@@ -131,21 +134,25 @@ def cases(draw: st.DrawFn) -> Case:
                 slices.append([q0, q0 + n, k0, k0 + n, kind, 0, 0])
             elif kind is not None:
                 slices.append([q0, q1, k0, k1, kind, lo, hi])
-    return make_case(
-        sorted(slices),
-        own,
-        remote,
-        heads=draw(st.sampled_from([(1, 1), (4, 2), (3, 3), (6, 1)])),
-        sizes=draw(st.sampled_from([(8, 8), (16, 8), (8, 20), (5, 5)])),
-        mod=draw(st.sampled_from(sorted(FORMULAS))),
-        otherwise=draw(st.sampled_from([-sympy.oo, LOWEST, -1e4])),
-        strided=draw(st.booleans()),
-        seed=draw(st.integers(0, 9)),
-    )
+    return {
+        "slices": sorted(slices),
+        "own": own,
+        "remote": remote,
+        "heads": draw(st.sampled_from([(1, 1), (4, 2), (3, 3), (6, 1)])),
+        "sizes": draw(st.sampled_from([(8, 8), (16, 8), (8, 20), (5, 5)])),
+        "mod": draw(st.sampled_from(sorted(FORMULAS))),
+        "otherwise": draw(st.sampled_from([-sympy.oo, LOWEST, -1e4])),
+        "strided": draw(st.booleans()),
+        "seed": draw(st.integers(0, 9)),
+    }
 
 
 def errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
-    """The largest difference of each tensor, relative to the largest wanted value."""
+    """The largest difference of each tensor, relative to the largest wanted value.
+
+    Inputs are of size 1, and so is what gradients are differences of: that is the floor of the scale (a
+    row with one key has dq = 0, but its rounding is that of its terms).
+    """
     assert len(found) == len(wanted)
     result = []
     for x, y in zip(found, wanted, strict=True):
@@ -153,7 +160,7 @@ def errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
         assert x.shape == y.shape and not x.isnan().any()
         assert torch.equal(x == -torch.inf, y == -torch.inf)
         at = y.isfinite()
-        scale = max(y[at].abs().max().item(), 1e-3) if at.any() else 1.0
+        scale = max(y[at].abs().max().item(), 1.0) if at.any() else 1.0
         result.append((x[at] - y[at]).abs().max().item() / scale if at.any() else 0.0)
     return result
 
@@ -166,42 +173,45 @@ def check(case: Case, dtype: torch.dtype) -> None:
     assert found[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     if dtype in HALF:
         eager = errors(case.run(attend_reference), exact)
-        limits = [2 * max(e, torch.finfo(dtype).eps) for e in eager]
+        limits = [2 * max(e, torch.finfo(dtype).eps) for e in eager]  # eager may be exact by luck
     else:
         limits = [1e-11 if dtype == torch.float64 else 1e-5] * len(exact)
-    assert all(e <= limit for e, limit in zip(errors(found, exact), limits, strict=True))
+    assert [e for e in zip(errors(found, exact), limits, strict=True) if e[0] > e[1]] == []
 
 
-@settings(max_examples=120, deadline=None)
-@given(cases(), st.sampled_from([torch.float64, torch.float32]))
-def test_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype)
+@settings(max_examples=200, deadline=None)
+@given(drawn(), st.sampled_from([torch.float64, torch.float32]))
+def test_equals_the_reference(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    check(make_case(**arguments), dtype)
 
 
-@settings(max_examples=40, deadline=None)
-@given(cases(), st.sampled_from(HALF))
-def test_half_precision_is_as_good_as_eager(case: Case, dtype: torch.dtype) -> None:
-    if LOWEST in f.loads(case.mod).atoms(sympy.Float):  # eager float16 cannot hold it
-        case = replace(case, mod=f.dumps(f.score))
-    check(case, dtype)
+@settings(max_examples=60, deadline=None)
+@given(drawn(), st.sampled_from(HALF))
+def test_half_precision_is_as_good_as_eager(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    if arguments["otherwise"] == LOWEST:  # eager float16 cannot hold it
+        arguments = {**arguments, "otherwise": -sympy.oo}
+    check(make_case(**arguments), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_is_as_good_as_eager_sdpa(dtype: torch.dtype) -> None:
-    lengths = [64, 64, 100, 28]
+    lengths, remote = [64, 64, 100, 28], 40
     starts = [0, 64, 128, 228]
     slices = [[s, s + n, s, s + n, CAUSAL, 0, 0] for s, n in zip(starts, lengths, strict=True)]
-    case = make_case(slices, 256, sizes=(32, 32)).to(dtype)
+    slices.insert(1, [0, 100, 256, 256 + remote, FULL, 0, 0])
+    case = make_case(slices, 256, remote, sizes=(32, 32)).to(dtype)
     document = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
     seen = (document[:, None] == document) & torch.ones(256, 256, dtype=torch.bool).tril()
+    seen = torch.cat([seen, (torch.arange(256) < 100)[:, None].expand(-1, remote)], 1)
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    def sdpa(q: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = torch.cat([rest[0], rest[2]]), torch.cat([rest[1], rest[3]])
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return out[0].transpose(0, 1), q[0, ..., 0].T
 
     exact = case.to(torch.float64).run(attend_reference)
-    part = [0, 2, 3, 4]  # out, dq, dk, dv
+    part = [0, 2, 3, 4, 5, 6]  # out, dq, dk, dv, dk_remote, dv_remote
     ours, eager = (case.run(run) for run in (torch.ops.hsap.attend, sdpa))
     wanted = [exact[i] for i in part]
     ours_off, eager_off = (errors([x[i] for i in part], wanted) for x in (ours, eager))
@@ -218,9 +228,19 @@ def test_a_row_of_lowest_logits_attends_uniformly(dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
-def test_wide_and_narrow_bands_of_a_long_document() -> None:
-    for lo, hi in [(0, 50), (-20, 30), (0, 2200), (-(2**31), -40), (100, 2**31)]:  # 2200: empty key blocks
-        check(make_case([[0, 2600, 0, 2600, BAND, lo, hi]], 2600, heads=(1, 1), sizes=(8, 8)), torch.float64)
+@pytest.mark.parametrize(
+    ("rows", "lo", "hi"),
+    [
+        (500, 0, 50),
+        (500, -20, 30),
+        (500, -(2**31), -40),
+        (500, 100, 2**31),
+        (2600, 0, 2200),  # the kernel reads 512 keys at a time: here some rows see none of the first 512
+    ],
+)
+def test_bands_of_a_long_document(rows: int, lo: int, hi: int) -> None:
+    case = make_case([[0, rows, 0, rows, BAND, lo, hi]], rows, heads=(1, 1), sizes=(8, 8))
+    check(case, torch.float64)
 
 
 def test_dense_blocks_are_cut_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,28 +295,25 @@ def test_opcheck() -> None:
     )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_once_for_all_sizes(backend: str) -> None:
-    frames = 0
-
-    def around(*args: object) -> tuple[Tensor, Tensor]:
-        nonlocal frames
-        frames += 1  # runs while tracing only
-        q, *rest = args
-        assert isinstance(q, Tensor)
-        out, lse = torch.ops.hsap.attend(q * 2, *rest)
-        return out.sin(), lse
-
-    compiled = torch.compile(around, backend=backend, dynamic=True, fullgraph=True)
-    small = make_case([[0, 9, 0, 9, CAUSAL, 0, 0], [9, 30, 31, 38, MOD, 0, 0]], 30, 17, sizes=(8, 12))
-    for case in (MIXED, small):
-        wanted = case.run(lambda q, *rest: _sin(*torch.ops.hsap.attend(q * 2, *rest)))
-        assert max(errors(case.run(compiled), wanted)) <= 1e-11
-    assert frames == 1
-
-
-def _sin(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _around(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.hsap.attend(q * 2, *rest)
     return out.sin(), lse
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_once_for_all_sizes(backend: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(_around, backend=backend, dynamic=True, fullgraph=True)
+    small = make_case([[0, 9, 0, 9, CAUSAL, 0, 0], [9, 30, 31, 38, MOD, 0, 0]], 30, 17, sizes=(8, 12))
+    assert max(errors(MIXED.run(compiled), MIXED.run(_around))) <= 1e-11
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert max(errors(small.run(compiled), small.run(_around))) <= 1e-11
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = MIXED.to(torch.float32).run(torch.ops.hsap.attend)
+    assert max(errors(found, MIXED.run(attend_reference))) <= 1e-5
 
 
 def test_only_asked_leaves_get_a_gradient() -> None:
@@ -306,7 +323,9 @@ def test_only_asked_leaves_get_a_gradient() -> None:
     out, lse = torch.ops.hsap.attend(*MIXED.floats, *rest)
     assert out.requires_grad and not lse.requires_grad
     out.sum().backward()  # a gradient of stride 0
-    assert leaves[0].grad is None and (leaves[1].grad == 0).all()  # alibi does not read the table
+    assert (
+        leaves[0].grad is None and leaves[1].grad is not None and not leaves[1].grad.any()
+    )  # alibi does not read the table
 
 
 @pytest.mark.parametrize(
@@ -331,7 +350,8 @@ def _plain_sum(
 ) -> None:
     span.of(self.out).add_(out[..., : self.out.shape[2]])
     span.of(self._peak).copy_(torch.logaddexp(span.of(self._peak), peak))
-    span.of(self._mass).fill_(1)
+    if self._mass is not None:
+        span.of(self._mass).fill_(1)
 
 
 def test_merging_without_rescaling_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,8 +360,14 @@ def test_merging_without_rescaling_is_noticed(monkeypatch: pytest.MonkeyPatch) -
         check(MIXED, torch.float64)
 
 
-def test_backward_without_the_merged_lse_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_with_another_lse_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     softmax = attention._softmax
-    monkeypatch.setattr(attention, "_softmax", lambda *a: replace(softmax(*a), lse=softmax(*a).lse + 0.01))
+    monkeypatch.setattr(attention, "_softmax", lambda *a: replace(softmax(*a), lse=softmax(*a).lse + 1e-6))
     with pytest.raises(AssertionError):
         check(MIXED, torch.float64)
+
+
+def test_backward_without_what_rounding_took_from_lse_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_log_mass", lambda *_: None)
+    with pytest.raises(AssertionError):
+        check(make_case([[0, 4, 4, 20, MOD, 0, 0]], 20, otherwise=LOWEST), torch.float64)
