@@ -18,7 +18,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from _corpus import VOCABULARY, packed_rows
+from hsap_compile.runtime import StepReport
 
 TOLERANCE = 1e-4  # of a loss: absolute; of a parameter's gradient: relative to its largest element
 LEARNING_RATE = 1e-3
@@ -55,21 +56,24 @@ def main() -> int:
     with ranks() as (rank, world):
         rows = shared_rows(arguments.tokens, arguments.steps, rank)
         module = llama(arguments.tokens)
-        options: dict[str, Any] | None = (
-            {"intra": math.gcd(2, world)} if arguments.backend == "hsap" else None
-        )
+        reports: list[StepReport] = []
+        options: dict[str, Any] | None = None
+        if arguments.backend == "hsap":  # only the loss is read: do not gather the logits
+            options = {"intra": math.gcd(2, world), "outputs": "local", "on_step": reports.append}
         model = torch.compile(module, backend=arguments.backend, options=options)
-        run = train(module, model, rows, arguments.steps, f"{arguments.backend} x {world}", show=rank == 0)
+        title = f"{arguments.backend} x {world}"
+        run = train(module, model, rows, arguments.steps, title, reports, show=rank == 0)
         if rank == 0:
             recompiles = counters["stats"]["unique_graphs"] - 1
             module = llama(arguments.tokens)
             steps = min(arguments.steps, arguments.reference_steps)
-            reference = train(module, module, rows, steps, "reference", show=True)
+            reference = train(module, module, rows, steps, "reference", [], show=True)
             report = compare(run, reference, arguments.tokens) | {"recompiles": recompiles}
-            plot(run, reference, f"{arguments.backend} x {world}", arguments.out)
+            plot(run, reference, title, arguments.out)
         if world > 1:
             dist.barrier()
     if rank == 0:
+        print(f"attention balance and bytes sent in the last step: {sent(reports[-1:])}")
         print(json.dumps(report), flush=True)
     return 0 if rank > 0 or within_tolerance(report) else 1
 
@@ -130,9 +134,16 @@ def llama(tokens: int) -> LlamaForCausalLM:
 
 
 def train(
-    module: LlamaForCausalLM, model: Model, rows: torch.Tensor, steps: int, title: str, *, show: bool
+    module: LlamaForCausalLM,
+    model: Model,
+    rows: torch.Tensor,
+    steps: int,
+    title: str,
+    reports: Sequence[StepReport],
+    *,
+    show: bool,
 ) -> Run:
-    """Trains ``module`` by calling ``model``; a step is one packed row."""
+    """Trains ``module`` by calling ``model``; a step is one packed row.  ``reports`` grows by one a step."""
     run = Run()
     optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE)
     tokens = rows.shape[-1]
@@ -148,16 +159,22 @@ def train(
             optimizer.zero_grad()
             run.losses.append(loss.item())
             run.seconds.append(time.perf_counter() - started)
-            if show and (plan := describe_plan()):
-                bar.write(plan)
-            bar.set_postfix(step=step + 1, loss=f"{run.losses[-1]:.4f}")
+            bar.set_postfix(step=step + 1, loss=f"{run.losses[-1]:.4f}", **sent(reports[-1:]))
             bar.update(tokens)
     return run
 
 
-def describe_plan() -> str | None:
-    """Bytes sent by each level and the balance of the last step's plan."""
-    return None
+def sent(reports: Sequence[StepReport]) -> dict[str, str]:
+    """What the last step's plan sends on each level, and how even it is."""
+    return {
+        key: text
+        for report in reports
+        for key, text in (
+            ("inter", f"{report.inter_bytes / 2**20:.2f}MiB"),
+            ("intra", f"{report.intra_bytes / 2**20:.2f}MiB"),
+            ("balance", f"{report.balance:.3f}"),
+        )
+    }
 
 
 def compare(run: Run, reference: Run, tokens: int) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """Every private or unstable torch name that the project uses, in one place.
 
-Seen working on torch 2.13.0 (CPU); written for torch >= 2.11.
+Seen working on torch 2.13.0 and 2.14.1 (CPU); written for torch >= 2.11.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +25,8 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
+
+from hsap_compile.errors import Refused
 
 #: What pre-dispatch graphs call to open and close a no_grad region.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
@@ -168,3 +172,25 @@ def was_marked(tensor: torch.Tensor, dim: int) -> bool:
     return dim in getattr(tensor, "_dynamo_weak_dynamic_indices", ()) or dim in getattr(
         tensor, "_dynamo_dynamic_indices", ()
     )
+
+
+OLDEST, NEWEST_TESTED = (2, 11), (2, 14)
+
+
+@functools.cache
+def check_version(version: str = torch.__version__) -> None:
+    """Refuse a torch that lacks what the passes build on; warn once of one nobody has tried."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < OLDEST:
+        raise Refused(
+            "this torch is too old",
+            got=f"torch {version}",
+            wanted=f"torch >= {OLDEST[0]}.{OLDEST[1]}",
+            do='pip install "torch>=2.11"',
+        )
+    if (major, minor) > NEWEST_TESTED:
+        warnings.warn(
+            f"hsap: torch {version} is newer than what was tested ({NEWEST_TESTED[0]}.{NEWEST_TESTED[1]}); "
+            "compare one step with eager before a long run",
+            stacklevel=2,
+        )

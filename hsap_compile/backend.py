@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from hsap_compile._torch import (
     RetraceWithSymbols,
     belongs_to_module,
+    check_version,
     expr_of,
     maybe_mark_dynamic,
     was_marked,
@@ -34,6 +35,7 @@ def hsap(
 
     ``options``: see ``hsap_compile.options.Options``.  Raises ``Refused`` with what, got, wanted, do.
     """
+    check_version()
     chosen = parse(options, mode)
     return Runner(compile_graph(module, chosen, prepare(module, example_inputs)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -34,6 +34,7 @@ class Options:
     strict: refuse an operator that would run on gathered tokens.
     lower: "inductor", or "aot_eager" / "eager" to run the rewritten graph as it is.
     inductor: configuration patches for Inductor.
+    on_step: called before every step with its ``hsap_compile.runtime.StepReport`` (plan, balance, bytes).
     """
 
     mesh: DeviceMesh | None = None
@@ -44,6 +45,7 @@ class Options:
     strict: bool = False
     lower: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    on_step: Callable[[Any], None] | None = None
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -72,6 +74,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     _check_type(given, "intra", int)
     _check_type(given, "mesh", DeviceMesh)
     _check_type(given, "inductor", Mapping)
+    _check_type(given, "on_step", Callable)
     if given.get("intra") is not None and given.get("mesh") is not None:
         raise Refused(
             "both a mesh and a group size are given",

@@ -6,6 +6,7 @@ Each pass is a file in ``passes`` with one public function; this list is the arc
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +16,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import expr_of, fake_mode_of, fake_table, trace_structured
-from hsap_compile.errors import Refused
+from hsap_compile.errors import Refused, where
 from hsap_compile.graph import extract, placeholders
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
 from hsap_compile.passes.capture import capture
-from hsap_compile.passes.find_attention import find_attention
+from hsap_compile.passes.find_attention import Attention, find_attention
 from hsap_compile.passes.infer_tokens import infer_tokens
 from hsap_compile.passes.lift_mask import lift_mask
 from hsap_compile.passes.lower import lower
@@ -41,8 +42,9 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
     _done("capture", graph, mode)
 
     attentions = find_attention(graph)
+    log.info("find_attention: %d attentions", len(attentions))
     dense_masks = lift_mask(graph, attentions, mode)
-    log.info("lift_mask: %d attentions, %d masks stay dense", len(attentions), dense_masks)
+    log.info("lift_mask: %d masks stay dense", dense_masks)
     _done("lift_mask", graph, mode)
 
     heads, kv_heads = _common_heads(attentions)
@@ -53,6 +55,7 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
     if ranks > 1:
         if symbol is None:
             raise _no_tokens()
+        _refuse_cache(graph, attentions)
         infer_tokens(graph, symbol)
         hint = max(2, int(symbol_hint(graph, symbol)) // ranks)
         sharded = shard_tokens(
@@ -71,7 +74,9 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         _done("shard_tokens", graph, mode)
 
     partitioned = partition_attention(graph, mode, mesh, group_name())
-    log.info("partition_attention: %d attentions over %d x %d ranks", partitioned.attentions, mesh.inter, mesh.intra)
+    log.info(
+        "partition_attention: %d attentions over %d x %d ranks", len(partitioned.traffic), mesh.inter, mesh.intra
+    )
     _done("partition_attention", graph, mode)
 
     leaves = [leaf for mask in partitioned.masks if mask.plannable for leaf in mask.leaves]
@@ -85,6 +90,8 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         group=group_name(),
         placement=options.placement,
         batch=partitioned.batch,
+        traffic=partitioned.traffic,
+        on_step=options.on_step,
         tokens=_token_input(graph, symbol, inputs),
         summed=_summed(graph, inputs) if options.grad_sync else frozenset(),
         local_outputs=local_outputs,
@@ -105,10 +112,23 @@ def _done(name: str, graph: GraphModule, mode: Any) -> None:
     )
 
 
-def _common_heads(attentions: Sequence[Any]) -> tuple[int, int]:
-    """The greatest common divisors of all attentions' query heads and key/value heads."""
-    import math
+def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:
+    """Keys and values that leave the graph are a key/value cache."""
+    (output,) = (n for n in graph.graph.nodes if n.op == "output")
+    leaving = set(output.all_input_nodes)
+    for attention in attentions:
+        if attention.key in leaving or attention.value in leaving:
+            raise Refused(
+                "the model returns a key/value cache",
+                got="keys and values of an attention among the outputs",
+                wanted="a training or scoring forward, whose outputs are a loss, logits or hidden states",
+                do="pass use_cache=False (Hugging Face), or call the model without its cache",
+                at=where(attention.output),
+            )
 
+
+def _common_heads(attentions: Sequence[Attention]) -> tuple[int, int]:
+    """The greatest common divisors of all attentions' query heads and key/value heads."""
     def heads(node: Node) -> int:
         value = node.meta["val"]
         return int(value.shape[1] if value.dim() == 4 else value.shape[0])

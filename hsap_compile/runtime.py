@@ -18,10 +18,34 @@ from hsap_compile.documents import attended, unknown
 from hsap_compile.errors import Refused
 from hsap_compile.kernels.exchange import all_gather, all_reduce
 from hsap_compile.mesh import world
-from hsap_compile.passes.partition_attention import PlannedMask
+from hsap_compile.passes.partition_attention import PlannedMask, Traffic
 from hsap_compile.plan import Attended, MeshShape, Plan, make
 
 _PLANS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step's plan, and the bytes all ranks together send for its attentions, forward and backward:
+    ``inter_bytes`` of keys and values between groups, ``intra_bytes`` of heads inside groups."""
+
+    plan: Plan
+    inter_bytes: int
+    intra_bytes: int
+
+    @property
+    def balance(self) -> float:
+        """Attention area of the busiest rank over the mean."""
+        return self.plan.balance
+
+
+def report(plan: Plan, traffic: Sequence[Traffic]) -> StepReport:
+    """Count what the attentions of ``traffic`` send under ``plan``."""
+    columns = plan.placement.columns
+    to_others = (plan.placement.mesh.intra - 1) * sum(len(c) for c in columns)
+    inter = sum(int(plan.masks[t.mask].rows_sent.sum()) * t.kv for t in traffic)
+    intra = sum(to_others * (t.heads_in + t.heads_out) for t in traffic)
+    return StepReport(plan, 2 * inter, 2 * intra)
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,8 @@ class Program:
     group: str
     placement: Any
     batch: int
+    traffic: tuple[Traffic, ...]
+    on_step: Callable[[StepReport], None] | None
     tokens: tuple[int, int]
     summed: frozenset[int]
     local_outputs: frozenset[int]
@@ -81,6 +107,8 @@ class Runner:
             self.warned = _warn_of_leaks(args, masks)
         plan, tables = self._plan(masks, tokens, rank)
         self.last_plan = plan
+        if program.on_step is not None:
+            program.on_step(report(plan, program.traffic))
         device = args[where].device
         inputs = list(args)
         if program.summed and torch.is_grad_enabled():

@@ -21,7 +21,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
-from hsap_compile._torch import fake_table
+from hsap_compile._torch import expr_of, fake_table
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, ancestors, placeholders, remove_dead
 from hsap_compile.kernels import attention, dense, exchange
@@ -43,12 +43,24 @@ class PlannedMask:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What one attention sends, in bytes a row: ``kv`` for a row that another group needs, ``heads_in``
+    and ``heads_out`` for a token (all B rows of it) that goes to, and comes back from, one other rank of
+    the group.  ``mask`` is its index.  The backward sends the same again."""
+
+    mask: int
+    kv: int
+    heads_in: int
+    heads_out: int
+
+
+@dataclass(frozen=True)
 class Partitioned:
-    """``masks`` in table order; ``batch`` is B; ``attentions`` how many were partitioned."""
+    """``masks`` in table order; ``batch`` is B; ``traffic`` has one entry for every attention."""
 
     masks: tuple[PlannedMask, ...]
     batch: int
-    attentions: int
+    traffic: tuple[Traffic, ...]
 
 
 @dataclass
@@ -72,10 +84,11 @@ class _Tables:
 
 def partition_attention(module: GraphModule, mode: Any, mesh: MeshShape, group: str) -> Partitioned:
     """Rewrite every canonical attention of ``module`` (in place) for one rank of ``mesh``."""
-    sites = [n for n in module.graph.nodes if n.target is dense.OP and _own_tokens(n)]
+    sites = [n for n in module.graph.nodes if n.target is dense.OP and _self_attention(n)]
     tables = _Tables(module, mode)
     keys: list[tuple[str, tuple[Node, ...]]] = []
     planned: list[PlannedMask] = []
+    traffic: list[Traffic] = []
     batch = 1
     for site in sites:
         mask: Mask = site.meta["mask"]
@@ -87,16 +100,19 @@ def partition_attention(module: GraphModule, mode: Any, mesh: MeshShape, group: 
         batch = int(site.args[0].meta["val"].shape[0])
         with module.graph.inserting_before(site):
             build = Builder(module.graph, mode, site)
-            result = _Site(build, tables, mesh, group, site, keys.index(key)).rewritten()
+            attention_site = _Site(build, tables, mesh, group, site, keys.index(key))
+            result = attention_site.rewritten()
+        traffic.append(attention_site.traffic())
         site.replace_all_uses_with(result)
         module.graph.erase_node(site)
     remove_dead(module)
-    return Partitioned(tuple(planned), batch, len(sites))
+    return Partitioned(tuple(planned), batch, tuple(traffic))
 
 
-def _own_tokens(site: Node) -> bool:
-    """Self-attention over sharded tokens; anything else stays the dense operator."""
-    return bool(site.meta.get("partition", True))
+def _self_attention(site: Node) -> bool:
+    """Queries and keys are the same tokens; anything else (cross-attention) stays the dense operator."""
+    q, k = (x.meta["val"].shape[2] for x in site.args[:2])
+    return expr_of(q) == expr_of(k)
 
 
 def _from_inputs(leaves: tuple[Node, ...]) -> bool:
@@ -142,6 +158,14 @@ class _Site:
             return self._heads_out(out, n, rows)
         shape = [self.batch, n, self.heads, self.widths[2]]
         return build(aten.permute.default, build(aten.reshape.default, out, shape), [0, 2, 1, 3])
+
+    def traffic(self) -> Traffic:
+        g, size = self.mesh.intra, self.q.meta["val"].dtype.itemsize
+        heads, kv_heads = self.heads // g, self.kv_heads * self._repeats() // g
+        of_q, of_k, of_v = self.widths
+        kv = kv_heads * (of_k + of_v) * size
+        heads_in = self.batch * (heads * of_q * size + kv)
+        return Traffic(self.index, kv, heads_in, self.batch * heads * of_v * size)
 
     def _rows(self, x: Node) -> Node:
         """(B, H, n, D) -> (B * n, H, D)."""
