@@ -103,10 +103,21 @@ def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs
 
 
 def fake_table(mode: FakeTensorMode, table: torch.Tensor, dynamic: Sequence[int]) -> torch.Tensor:
-    """A fake of ``table`` whose dimensions ``dynamic`` have symbols of their own."""
-    sizes = [DimDynamic.DYNAMIC if d in dynamic else DimDynamic.STATIC for d in range(table.dim())]
+    """A fake of ``table`` whose dimensions ``dynamic`` have symbols of their own.
+
+    The symbols are unbacked: nothing may be concluded from this table's sizes.  A backed symbol would let
+    Inductor guard on it, and dynamo drops guards on symbols that are no input of its own: a kernel that
+    was specialised for few tokens would then run on many.
+    """
+    sizes = [DimDynamic.UNBACKED if d in dynamic else DimDynamic.STATIC for d in range(table.dim())]
     context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * table.dim())
-    return mode.from_tensor(table, symbolic_context=context)
+    assert mode.shape_env is not None
+    with mode.shape_env.ignore_fresh_unbacked_symbols():
+        fake = mode.from_tensor(table, symbolic_context=context)
+    for dim in dynamic:
+        torch._check(fake.shape[dim] >= 2)
+        torch._check(fake.shape[dim] <= 2**40)
+    return fake
 
 
 def shape_env_of(mode: FakeTensorMode) -> ShapeEnv | None:

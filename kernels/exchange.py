@@ -7,10 +7,12 @@ shard           rows of a whole tensor       gather
 gather          whole tensor from all rows   shard
 sum_ranks       all-reduce                   identity
 broadcast       identity (a copy)            all-reduce
+share           identity (a copy)            the gradient on rank 0, else 0
 all_to_all      rows to ranks by a table     all_to_all, the table reversed
 ==============  ===========================  ==============================
 
-A *whole* tensor is the same on every rank, and so is its gradient.  Host tables (int64, CPU) say who
+A *whole* tensor is the same on every rank, and so is its gradient; the gradients of ``share`` are parts
+of a sum that is taken outside of the graph.  Host tables (int64, CPU) say who
 gets what, so that nothing is compiled anew when documents change.
 """
 
@@ -50,9 +52,7 @@ def _define(schema: str, implementation: Any, fake: Any, backward: Any = None, s
 # --- shard and gather ---------------------------------------------------------------------------------
 
 
-def _shard(
-    x: torch.Tensor, columns: torch.Tensor, order: torch.Tensor, dim: int, group: str
-) -> torch.Tensor:
+def _shard(x: torch.Tensor, columns: torch.Tensor, order: torch.Tensor, dim: int, group: str) -> torch.Tensor:
     return x.index_select(dim, columns)
 
 
@@ -127,6 +127,10 @@ def _like(x: Any, group: str) -> Any:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _keep_group(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.group = inputs[1]
 
@@ -141,9 +145,24 @@ SUM_RANKS = _define(
 
 BROADCAST = _define(
     "broadcast(Tensor x, str group) -> Tensor",
-    lambda x, group: x.clone(memory_format=torch.contiguous_format),
+    lambda x, group: _copy(x),
     _like,
     lambda ctx, grad: (SUM_RANKS(grad, ctx.group), None),
+    _keep_group,
+)
+
+
+ON_FIRST = _define(
+    "on_first(Tensor x, str group) -> Tensor",
+    lambda x, group: _copy(x) if dist.get_rank() == 0 else torch.zeros_like(_like(x, group)),
+    _like,
+)
+
+SHARE = _define(
+    "share(Tensor x, str group) -> Tensor",
+    lambda x, group: _copy(x),
+    _like,
+    lambda ctx, grad: (ON_FIRST(grad, ctx.group), None),
     _keep_group,
 )
 

@@ -6,6 +6,7 @@ and by the names of the arguments in the operator's schema; what neither shows s
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch.fx.node import map_arg
 from hsap_compile._torch import expr_of, hint_of, is_operator, is_pointwise, operator_name
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes.find_attention import arguments
-from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis
+from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis, rows_in_front
 
 if TYPE_CHECKING:
     from hsap_compile.passes.shard_tokens import Sharder
@@ -33,7 +34,7 @@ _ELEMENTWISE = _names(
     "to _to_copy type_as clone contiguous alias detach lift_fresh_copy dropout native_dropout feature_dropout"
     " zeros_like ones_like full_like empty_like rand_like silu gelu celu selu mish prelu log_sigmoid"
     " __and__ __or__ __xor__ masked_fill where one_hot square float expand_as"
-    " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide"
+    " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide copy fill"
 )
 #: Operators whose arguments name every dimension they mix; all others are left as they are.
 _BY_DIM = _names(
@@ -41,6 +42,12 @@ _BY_DIM = _names(
     " split_with_sizes slice select cat stack gather index_select unbind flip roll narrow argmax argmin glu"
     " transpose squeeze unsqueeze movedim swapaxes diff logsumexp amax amin sum mean prod any all max min var"
     " std norm linalg_vector_norm repeat_interleave scatter scatter_add cummax kthvalue tensor_split"
+    " slice_scatter var_mean std_mean cosine_similarity"
+)
+#: f(x, y, ..., reduction) with one loss for every element of the broadcast operands.
+_LOSSES = _names(
+    "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div"
+    " soft_margin_loss poisson_nll_loss hinge_embedding_loss margin_ranking_loss"
 )
 _NORMS = _names("layer_norm rms_norm native_layer_norm _fused_rms_norm")
 
@@ -64,7 +71,7 @@ def rule_for(node: Node) -> Any:
     name = operator_name(node.target)
     if name in RULES:
         return RULES[name]
-    if "reduction" in arguments(node):
+    if name in _LOSSES:
         return _loss
     if name in _ELEMENTWISE or is_pointwise(node.target):
         return _elementwise
@@ -141,10 +148,19 @@ def _source(node: Node) -> tuple[Node, TokenAxis]:
     raise _not_local("no operand has a single token dimension")
 
 
+def _only_source(node: Node) -> tuple[Node, TokenAxis]:
+    """The first argument, which must be the one with tokens."""
+    source = node.args[0]
+    axis = source.meta.get("tokens")
+    if not isinstance(axis, TokenAxis):
+        raise _not_local("a value without a single token dimension")
+    return source, axis
+
+
 def _view(sharder: Sharder, node: Node) -> Any:
-    source, axis = _source(node)
+    source, axis = _only_source(node)
     out = _output_axis(node)
-    if out.length != axis.length:
+    if out.length != axis.length or rows_in_front(source, axis) != rows_in_front(node, out):
         raise _not_local("a view that changes the tokens of a row")
     start = sharder.start_of(source)
     local = sharder.local(source, start)
@@ -152,10 +168,42 @@ def _view(sharder: Sharder, node: Node) -> Any:
 
 
 def _expand(sharder: Sharder, node: Node) -> Any:
-    source, axis = _source(node)
+    source = node.args[0]
     start = sharder.start_of(source)
     shape = sharder.local_shape(node)
-    return _made(sharder.emit(aten.expand.default, sharder.local(source, start), shape), start)
+    return _made(sharder.emit(aten.expand.default, sharder.operand(source, start), shape), start)
+
+
+def _repeat(sharder: Sharder, node: Node) -> Any:
+    """repeat(x, times): the tokens once."""
+    source, axis = _only_source(node)
+    times = node.args[1][axis.dim - source.meta["val"].dim()]
+    if times != 1:
+        raise _not_local("it repeats the tokens")
+    return _as_is(sharder, node)
+
+
+def _pad(sharder: Sharder, node: Node) -> Any:
+    """pad(x, [last dimension's left, right, ...]): not at the tokens."""
+    source, axis = _only_source(node)
+    behind = source.meta["val"].dim() - 1 - axis.dim
+    if tuple(node.args[1][2 * behind : 2 * behind + 2]) not in ((), (0, 0)):
+        raise _not_local("it pads the tokens")
+    return _as_is(sharder, node)
+
+
+def _einsum(sharder: Sharder, node: Node) -> Any:
+    """einsum("bsd,df->bsf", ..): the tokens' letter is kept, and no other dimension holds tokens."""
+    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    if "->" not in equation or "." in equation:
+        raise _not_local("an einsum without explicit dimensions")
+    inputs, result = equation.split("->")
+    out = _output_axis(node)
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        axis = operand.meta.get("tokens")
+        if axis is MANY or (isinstance(axis, TokenAxis) and letters[axis.dim] != result[out.dim]):
+            raise _not_local("an einsum that sums over tokens")
+    return _as_is(sharder, node)
 
 
 def _permutation(sharder: Sharder, node: Node) -> Any:
@@ -164,11 +212,13 @@ def _permutation(sharder: Sharder, node: Node) -> Any:
 
 
 def _new(sharder: Sharder, node: Node) -> Any:
-    """new_zeros(x, size) and its like: the size is this rank's."""
+    """new_zeros(x, size) and its like: the size is this rank's when it counts tokens."""
     given = arguments(node)
-    rest = {k: v for k, v in node.kwargs.items() if k != "size"}
-    source = sharder.operand(node.args[0])
-    extra = [given["fill_value"]] if "fill_value" in given else []
+    rest = {k: v for k, v in node.kwargs.items() if k not in ("size", "fill_value")}
+    source = sharder.operand(node.args[0], sharder.start_of(node.args[0]))
+    extra = [map_arg(given["fill_value"], sharder.whole)] if "fill_value" in given else []
+    if not isinstance(node.meta["tokens"], TokenAxis):
+        return sharder.emit(node.target, source, map_arg(given["size"], sharder.whole), *extra, **rest)
     return _made(sharder.emit(node.target, source, sharder.local_shape(node), *extra, **rest))
 
 
@@ -193,10 +243,11 @@ def _matmul(sharder: Sharder, node: Node) -> Any:
         size = side.meta["val"].dim()
         if size > 1 and axis.dim == size + contracted:
             raise _not_local("a product that sums over tokens")
-        if size == 1 or axis.dim - size != out.dim - rank or axis.outer != out.outer:
+        other = right if side is left else left
+        # a vector on the other side takes its dimension of the result away
+        missing = other.meta["val"].dim() == 1 and (side is left or axis.dim < size - 2)
+        if size == 1 or axis.dim - size + missing != out.dim - rank or axis.outer != out.outer:
             raise _not_local("token dimensions of the operands differ")
-    if out.dim < rank - 2:  # a batch dimension: the operand without it is broadcast, with it must have it
-        return _as_is(sharder, node)
     return _as_is(sharder, node)
 
 
@@ -294,9 +345,9 @@ def _reduction(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims
     """sum(x) = sum_ranks(sum(x_local)); a mean divides by the whole count."""
     start = sharder.start_of(source)
     value = sharder.local(source, start)
-    dtype = source.meta["val"].dtype
     given = arguments(node)
-    wide = _wide(dtype if given.get("dtype") is None else given["dtype"])
+    asked = given.get("dtype")
+    wide = _wide(source.meta["val"].dtype if asked is None else asked) or asked
     keep = bool(given.get("keepdim", False))
     rank = source.meta["val"].dim()
     total = _rank_sum(sharder, value, axis, start, rank, sorted(dims), keep, wide)
@@ -336,8 +387,14 @@ def _loss(sharder: Sharder, node: Node) -> Any:
     given = arguments(node)
     reduction = given["reduction"]
     source, axis = _source(node)
-    others = [n.meta.get("tokens") for n in _tensor_inputs(node) if n.meta.get("tokens") is not None]
-    if any(o is MANY or o.dim != axis.dim or o.outer != axis.outer or o.length != axis.length for o in others):
+    behind = source.meta["val"].dim() - axis.dim
+    for other in _tensor_inputs(node):
+        its = other.meta.get("tokens")
+        if its is None:
+            continue
+        same = its is not MANY and (its.outer, its.length) == (axis.outer, axis.length)
+        if same and other.meta["val"].dim() - its.dim == behind:
+            continue
         raise _not_local("token dimensions of the operands differ")
     start = sharder.start_of(*node.all_input_nodes)
     schema = [a.name for a in node.target._schema.arguments]
@@ -346,21 +403,21 @@ def _loss(sharder: Sharder, node: Node) -> Any:
     rows = sharder.emit(node.target, *[values[k] for k in schema])
     if reduction == 0:
         return _made(rows, start)
-    shape = source.meta["val"].shape
-    dims = list(range(len(shape)))
+    shape = [expr_of(size) for size in rows.meta["val"].shape]
+    rows_axis = TokenAxis(axis.dim + len(shape) - source.meta["val"].dim(), axis.outer, axis.length)
+    shape[rows_axis.dim] = axis.outer * axis.length
     wide = _wide(node.meta["val"].dtype)
-    total = _rank_sum(sharder, rows, axis, start, len(shape), dims, False, wide)
+    total = _rank_sum(sharder, rows, rows_axis, start, len(shape), list(range(len(shape))), False, wide)
     if reduction == 1:
-        count: Any = 1
-        for size in shape:
-            count = count * expr_of(size)
+        count = functools.reduce(operator.mul, shape)
         total = sharder.emit(aten.div.Tensor, total, sharder.size(count))
     result = node.meta["val"].dtype
     return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
 
 
 def _cross_entropy(sharder: Sharder, node: Node) -> Any:
-    """mean over kept labels = sum_ranks(sum of rows) / sum_ranks(their weights), in one all-reduce."""
+    """mean over kept labels = sum_ranks(sum of rows) / sum_ranks(their weights), in one all-reduce.
+    nll_loss is the same on log-probabilities."""
     given = arguments(node)
     logits, target, weight = given["self"], given["target"], given["weight"]
     axis = logits.meta.get("tokens")
@@ -380,8 +437,9 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
     if _wide(x.meta["val"].dtype) is not None and given["reduction"] != 0:
         x = sharder.emit(aten.to.dtype, x, torch.float32)
         w = None if w is None else sharder.emit(aten.to.dtype, w, torch.float32)
-    ignore, smoothing = given["ignore_index"], given["label_smoothing"]
-    rows = sharder.emit(aten.cross_entropy_loss.default, x, y, w, 0, ignore, smoothing)
+    ignore = given["ignore_index"]
+    more = [given["label_smoothing"]] if "label_smoothing" in given else []
+    rows = sharder.emit(node.target, x, y, w, 0, ignore, *more)
     if given["reduction"] == 0:
         return _made(rows, start)
     rows_rank = rows.meta["val"].dim()
@@ -412,7 +470,9 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
         both = sharder.emit(aten.stack.default, [total, weights])
         both = sharder.emit(exchange.SUM_RANKS, both, sharder.group)
         mean = sharder.emit(
-            aten.div.Tensor, sharder.emit(aten.select.int, both, 0, 0), sharder.emit(aten.select.int, both, 0, 1)
+            aten.div.Tensor,
+            sharder.emit(aten.select.int, both, 0, 0),
+            sharder.emit(aten.select.int, both, 0, 1),
         )
     return mean if mean.meta["val"].dtype == result else sharder.emit(aten.to.dtype, mean, result)
 
@@ -421,7 +481,9 @@ def _attention(sharder: Sharder, node: Node) -> Any:
     """The canonical attention stays one operator on local rows: ``partition_attention`` comes next."""
     q, k, v, leaves, logits, scale = node.args
     axes = [x.meta.get("tokens") for x in (q, k, v)]
-    if any(not isinstance(a, TokenAxis) or (a.dim, a.outer, a.length) != (2, 1, sharder.symbol) for a in axes):
+    if any(
+        not isinstance(a, TokenAxis) or (a.dim, a.outer, a.length) != (2, 1, sharder.symbol) for a in axes
+    ):
         raise _not_local("an attention whose queries and keys are not the same tokens")
     operands = [sharder.local(x) for x in (q, k, v)]
     whole = []
@@ -447,5 +509,8 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(_names("embedding"), _embedding),
     **dict.fromkeys(_names("index"), _index),
-    **dict.fromkeys(_names("cross_entropy_loss"), _cross_entropy),
+    **dict.fromkeys(_names("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"), _cross_entropy),
+    **dict.fromkeys(_names("repeat tile"), _repeat),
+    **dict.fromkeys(_names("pad constant_pad_nd"), _pad),
+    **dict.fromkeys(_names("einsum"), _einsum),
 }

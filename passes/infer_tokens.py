@@ -75,13 +75,11 @@ def _folded_in_front(node: Node, axis: TokenAxis) -> bool:
     if operator_name(node.target) in VIEWS:
         if len(sources) != 1:
             return False
-        source = sources[0]
-        was = source.meta["tokens"]
-        in_front_before = was.outer * _leading(source, was.dim)
-        in_front_now = axis.outer * _leading(node, axis.dim)
-        return bool(in_front_before == in_front_now)
+        return rows_in_front(sources[0], sources[0].meta["tokens"]) == rows_in_front(node, axis)
     return any(s.meta["tokens"].outer == axis.outer for s in sources)
 
 
-def _leading(node: Node, dim: int) -> Any:
-    return sympy.prod([expr_of(size) for size in node.meta["val"].shape[:dim]])
+def rows_in_front(node: Node, axis: TokenAxis) -> sympy.Expr:
+    """How many rows of tokens the dimensions up to ``axis`` hold: a view that keeps it keeps every row."""
+    leading = [expr_of(size) for size in node.meta["val"].shape[: axis.dim]]
+    return sympy.expand(axis.outer * sympy.prod(leading))

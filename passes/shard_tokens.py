@@ -15,11 +15,13 @@ rows of its token dimension).  The old graph is read in order, and for every nod
 4. a sum over tokens is a local sum and ``sum_ranks``; a mean loss is a sum over a sum.
 
 A parameter used by local operators has only this rank's share of its gradient: it is marked to be summed
-over ranks (``meta["sum_gradient"]``), or goes through ``broadcast`` when whole operators use it too.
+over ranks (``meta["sum_gradient"]``).  Whole operators give every rank all of it: they read the parameter
+through ``share``, which keeps it on one rank, so that the sum is right for both kinds of use.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +34,7 @@ from torch.fx.node import map_arg
 from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, operator_name, run_fake
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import remove_dead
-from hsap_compile.kernels import exchange
+from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import is_random, rule_for
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis
 
@@ -91,6 +93,8 @@ class Sharder:
     no_grad: set[Node] = field(default_factory=set)
     fallbacks: list[Fallback] = field(default_factory=list)
     tables: dict[str, Node] = field(default_factory=dict)
+    symbols: dict[sympy.Expr, Node] = field(default_factory=dict)
+    locally_used: set[Node] = field(default_factory=set)
     origin: Node | None = None
 
     # --- emitting ---------------------------------------------------------------------------------
@@ -105,17 +109,17 @@ class Sharder:
         return node
 
     def size(self, expr: Any) -> Any:
-        """A whole size: an int, or a node that computes ``c * S + a``."""
+        """A whole size: an int, or a node that computes it from the sizes of inputs."""
         expr = sympy.expand(expr_of(expr) if not isinstance(expr, sympy.Basic) else expr)
         if expr.is_Integer:
             return int(expr)
-        return self._linear(expr, self.tables["S"])
-
-    def _linear(self, expr: sympy.Expr, tokens: Node) -> Any:
-        factor = int(expr.coeff(self.symbol, 1))
-        constant = int(expr - factor * self.symbol)
-        node = tokens if factor == 1 else self.emit(operator.mul, tokens, factor)
-        return node if constant == 0 else self.emit(operator.add, node, constant)
+        if expr in self.symbols:
+            return self.symbols[expr]
+        if not (expr.is_Add or expr.is_Mul):
+            raise NotLocal(f"a size of {expr}")
+        parts = [self.size(part) for part in reversed(expr.args)]  # numbers stand first in sympy
+        combine = operator.add if expr.is_Add else operator.mul
+        return functools.reduce(lambda a, b: self.emit(combine, a, b), parts)
 
     def local_shape(self, node: Node) -> list[Any]:
         """The sizes that the local form of ``node`` has."""
@@ -132,7 +136,9 @@ class Sharder:
     def axis(self, node: Node) -> TokenAxis:
         axis = node.meta["tokens"]
         if not isinstance(axis, TokenAxis):
-            raise NotLocal("a value with several token dimensions" if axis is MANY else "a value without tokens")
+            raise NotLocal(
+                "a value with several token dimensions" if axis is MANY else "a value without tokens"
+            )
         return axis
 
     def whole(self, node: Node) -> Any:
@@ -154,8 +160,13 @@ class Sharder:
                 do="draw them outside of the compiled model and pass them in",
                 at=where(node),
             )
+        if node.target in _SIZES and isinstance(node.meta["val"], torch.SymInt):
+            return self.size(node.meta["val"])
         args = map_arg((node.args, node.kwargs), self.whole)
-        return self.emit(node.target, *args[0], **args[1])
+        made = self.emit(node.target, *args[0], **args[1])
+        if node.target is dense.OP:
+            made.meta["partition"] = False  # every rank computes all of it
+        return made
 
     def _gathered(self, node: Node) -> Node:
         axis, home = self.axis(node), self.home[node]
@@ -189,11 +200,10 @@ class Sharder:
     def _local_from_cheap(self, node: Node, start: int) -> Node | None:
         """Computed on local rows, when the operator can be; None otherwise."""
         axis = self.axis(node)
-        rule = rule_for(node) if node.op == "call_function" else None
-        if rule is None or axis.length != self.symbol or start != 0 or is_random(node):
+        if node.op != "call_function" or axis.length != self.symbol or start != 0 or is_random(node):
             return None
         try:
-            result = rule(self, node)
+            result = self._by_rule(node)
         except NotLocal:
             return None
         return result.node if isinstance(result, Local) and result.start == 0 else None
@@ -236,8 +246,6 @@ class Sharder:
             self.locals[key] = self.emit(exchange.BROADCAST, value, self.group)
         return self.locals[key]
 
-    locally_used: set[Node] = field(default_factory=set)
-
     def start_of(self, *nodes: Node) -> int:
         """Where the local operands among ``nodes`` start; they must agree."""
         starts = {self.home[n].start for n in nodes if n in self.home}
@@ -269,24 +277,61 @@ class Sharder:
         if not any(n in self.heavy for n in node.all_input_nodes):
             return  # cheap: emitted when asked for
         self.heavy.add(node)
-        varying = any(n in self.home for n in node.all_input_nodes)
-        tokens = node.meta.get("tokens")
-        if tokens is None and not varying and not _has_tokens(node):
-            args = map_arg((node.args, node.kwargs), self.whole)
-            self.wholes[node] = self._detached(node, self.emit(node.target, *args[0], **args[1]))
+        if self._is_whole(node):
+            self.wholes[node] = self._detached(node, self._recomputed(node))
             return
         try:
-            rule = rule_for(node)
-            if rule is None:
-                raise NotLocal("no rule for this operator")
-            result = rule(self, node)
+            result = self._by_rule(node)
         except NotLocal as reason:
-            self._fall_back(node, str(reason))
+            if _has_tokens(node):
+                self._report(node, str(reason))
+            self.wholes[node] = self._detached(node, self._recomputed(node))
             return
         if isinstance(result, Local):
             self.home[node] = Local(self._detached(node, result.node), result.start)
         else:
             self.wholes[node] = self._detached(node, result)
+
+    def _is_whole(self, node: Node) -> bool:
+        """Whether ``node`` has only one form: no tokens take part, or it is a size or a part of a tuple."""
+        if not isinstance(node.meta["val"], torch.Tensor | tuple | list):
+            return True
+        if node.target is operator.getitem:
+            return node.args[0] not in self.home
+        return node.meta["tokens"] is None and not _has_tokens(node)
+
+    def _by_rule(self, node: Node) -> Any:
+        """The local form of ``node``, or a whole value.  Raises ``NotLocal``."""
+        rule = rule_for(node)
+        if rule is None:
+            raise NotLocal("no rule for this operator")
+        try:
+            result = rule(self, node)
+        except Refused:
+            raise
+        except RuntimeError as error:  # shapes that do not fit, once rows of one rank meet whole tokens
+            raise NotLocal(f"its local operands do not fit: {str(error).splitlines()[0]}") from error
+        made = result.node if isinstance(result, Local) else result
+        if not self._fits(node.meta["val"], made.meta["val"], isinstance(result, Local)):
+            raise NotLocal("its local result does not have one row for each token")
+        return result
+
+    def _fits(self, old: Any, new: Any, local: bool) -> bool:
+        """Whether ``new`` has the shape that this rank's rows of ``old`` have, or (not local) its shape."""
+        if isinstance(old, tuple | list):
+            return len(old) == len(new) and all(
+                self._fits(a, b, local) for a, b in zip(old, new, strict=True)
+            )
+        if not isinstance(old, torch.Tensor):
+            return True
+        rows = expr_of(self.tables["columns"].meta["val"].shape[0])
+        was = [sympy.expand(expr_of(size)) for size in old.shape]
+        dims = [d for d, size in enumerate(was) if self.symbol in size.free_symbols]
+        if local and len(dims) != 1:
+            return False
+        if local:
+            was[dims[0]] = was[dims[0]].coeff(self.symbol, 1) * rows
+        return was == [sympy.expand(expr_of(size)) for size in new.shape] and old.dtype == new.dtype
 
     def _attribute(self, node: Node) -> Node:
         new = self.graph.get_attr(node.target)
@@ -299,19 +344,20 @@ class Sharder:
             return self.emit(aten.detach.default, new)
         return new
 
-    def _fall_back(self, node: Node, reason: str) -> None:
+    def _report(self, node: Node, reason: str) -> None:
         fallback = Fallback(operator_name(node.target), reason, where(node))
         if self.strict:
             raise Refused(
                 f"{fallback.operator} cannot be computed on one rank's tokens ({reason})",
-                got='strict=True and an operator that mixes tokens',
+                got="strict=True and an operator that mixes tokens",
                 wanted="operators that treat every token alone, attention, and losses",
                 do="change the model there, or drop strict=True to compute it on gathered tokens",
                 at=fallback.at,
             )
         self.fallbacks.append(fallback)
-        args = map_arg((node.args, node.kwargs), self.whole)
-        self.wholes[node] = self._detached(node, self.emit(node.target, *args[0], **args[1]))
+
+
+_SIZES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
 
 
 def _has_tokens(node: Node) -> bool:
@@ -347,7 +393,7 @@ def shard_tokens(
     output = next(n for n in module.graph.nodes if n.op == "output")
     sharder.origin = None
 
-    stay = {n for n in output.all_input_nodes if outputs == "local" and n in sharder.home}
+    stay = {n for n in output.all_input_nodes if outputs == "local" and _one_row_a_column(sharder, n)}
     sharder.graph.output(
         map_arg(output.args[0], lambda n: sharder.home[n].node if n in stay else sharder.whole(n))
     )
@@ -359,6 +405,16 @@ def shard_tokens(
     remove_dead(new)
     local = frozenset(i for i, value in enumerate(output.args[0]) if value in stay)
     return Sharded(new, tuple(sharder.fallbacks), local)
+
+
+def _one_row_a_column(sharder: Sharder, node: Node) -> bool:
+    """Whether row i of the local form is column ``columns[i]`` and nothing else."""
+    axis = node.meta.get("tokens")
+    return (
+        node in sharder.home
+        and isinstance(axis, TokenAxis)
+        and (axis.outer, axis.length) == (1, sharder.symbol)
+    )
 
 
 def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:
@@ -383,11 +439,17 @@ def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> Non
         sharder.tables[name] = table
     sharder.tables["n"] = sharder.emit(aten.sym_size.int, sharder.tables["columns"], 0)
     for node in sharder.old.graph.nodes:
-        if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
-            for dim, size in enumerate(node.meta["val"].shape):
-                if expr_of(size) == sharder.symbol:
-                    sharder.tables["S"] = sharder.emit(aten.sym_size.int, sharder.wholes[node], dim)
-                    return
+        value = node.meta.get("val")
+        if node.op != "placeholder":
+            continue
+        if isinstance(value, torch.SymInt):
+            sharder.symbols.setdefault(expr_of(value), sharder.wholes[node])
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if expr_of(size).is_Symbol and expr_of(size) not in sharder.symbols:
+                sharder.symbols[expr_of(size)] = sharder.emit(aten.sym_size.int, sharder.wholes[node], dim)
+    if sharder.symbol in sharder.symbols:
+        sharder.tables["S"] = sharder.symbols[sharder.symbol]
+        return
     raise Refused(
         "no input has the tokens as a dimension",
         got="a graph whose sequence length is not the size of any input",
@@ -397,17 +459,19 @@ def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> Non
 
 
 def _settle_parameters(sharder: Sharder) -> None:
-    """Local uses of a parameter: its gradient is summed at the graph's edge, or at the use when whole
-    operators use it as well."""
-    for old in sharder.locally_used:
-        new = sharder.wholes[old]
-        local_users = [u for u in new.users if u in _varying(sharder)]
-        if len(local_users) == len(new.users):
-            new.meta["sum_gradient"] = True
+    """Every rank has its share of a parameter's gradient, to be summed: local uses give their rows' part,
+    whole ones (alike on every rank) count on one rank only."""
+    varying = _varying(sharder)
+    for old in sharder.old.graph.nodes:
+        if old.op != "placeholder" or not (old in sharder.locally_used or old.meta["parameter"]):
             continue
-        with sharder.graph.inserting_after(sharder.tables["order"]):
-            copy = sharder.emit(exchange.BROADCAST, new, sharder.group)
-        new.replace_all_uses_with(copy, delete_user_cb=lambda u, users=set(local_users): u in users)
+        new = sharder.wholes[old]
+        whole_users = {u for u in new.users if u not in varying and u.target is not aten.detach.default}
+        new.meta["sum_gradient"] = old in sharder.differentiable and bool(new.users)
+        if whole_users and old in sharder.differentiable:
+            with sharder.graph.inserting_after(sharder.tables["order"]):
+                share = sharder.emit(exchange.SHARE, new, sharder.group)
+            new.replace_all_uses_with(share, delete_user_cb=lambda u, users=whole_users: u in users)
 
 
 def _varying(sharder: Sharder) -> set[Node]:

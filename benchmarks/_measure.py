@@ -1,0 +1,196 @@
+"""What the benchmarks share: contenders in processes of their own, turns, tables and result files.
+
+Other programs may run on the machine, so contenders take turns (A B A B ...), and what counts is the
+least time of each: interference only ever adds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+class Bar(NamedTuple):
+    """A promise: ``got`` is at most ``limit``."""
+
+    name: str
+    got: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.got <= self.limit
+
+    def __str__(self) -> str:
+        sign = "<=" if self.met else ">"
+        return f"{'met   ' if self.met else 'MISSED'} {self.name}: {self.got:.3g} {sign} {self.limit:.3g}"
+
+
+class Ranks:
+    """``step = build(*args)`` in each of ``count`` new processes; ``turn()`` calls ``step()`` in all.
+
+    ``build`` stands at the top of a module.  With ``distributed`` the processes are gloo ranks.
+    ``environment`` is set before they start.
+    """
+
+    def __init__(
+        self,
+        build: Callable[..., Callable[..., Any]],
+        *args: Any,
+        count: int = 1,
+        distributed: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="benchmark-")
+        context = multiprocessing.get_context("spawn")
+        store = f"file://{self._directory.name}/store" if distributed else ""
+        self._pipes: list[Connection] = []
+        self._processes = []
+        before = dict(os.environ)
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            os.environ.update(_launcher(rank, count) if distributed else {}, **(environment or {}))
+            process = context.Process(target=_serve, args=(theirs, store, rank, count, build, args))
+            process.start()
+            os.environ.clear()
+            os.environ.update(before)
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def turn(self, *args: Any) -> list[Any]:
+        """What ``step(*args)`` returns on each rank."""
+        for pipe in self._pipes:
+            pipe.send(args)
+        return [pipe.recv() for pipe in self._pipes]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join()
+        self._directory.cleanup()
+
+
+def _launcher(rank: int, count: int) -> dict[str, str]:
+    """What torchrun sets."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def _serve(pipe: Connection, store: str, rank: int, count: int, build: Any, args: Sequence[Any]) -> None:
+    import torch.distributed as dist
+
+    if store:
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
+    step = build(*args)
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            break
+        pipe.send(step(*request))
+    if store:
+        dist.destroy_process_group()
+
+
+def reset_peak() -> None:
+    """Forget this process's peak memory, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_bytes() -> int:
+    """Most resident memory of this process since ``reset_peak``, or ever where that is not possible."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def summary(seconds: Sequence[float]) -> Row:
+    """Least and median of ``seconds``, and all of them."""
+    return {
+        "min_s": round(min(seconds), 5),
+        "median_s": round(statistics.median(seconds), 5),
+        "all_s": [round(s, 5) for s in seconds],
+    }
+
+
+def environment() -> Row:
+    import torch
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def report(name: str, parameters: Mapping[str, Any], rows: Sequence[Row], bars: Sequence[Bar]) -> None:
+    """Print a table and the bars, and write all of it into ``results/<name>.json``."""
+    print(f"\n{name}  {json.dumps(parameters)}")
+    print(table(rows))
+    for bar in bars:
+        print(bar)
+    content = {
+        "benchmark": name,
+        "machine": environment(),
+        "parameters": dict(parameters),
+        "results": list(rows),
+        "bars": [bar._asdict() | {"met": bar.met} for bar in bars],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows' scalar values in columns."""
+    columns = [c for c in rows[0] if not isinstance(rows[0][c], list | dict)]
+    cells = [columns, *([_cell(row.get(c, "")) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in cells)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
