@@ -43,7 +43,7 @@ class Ranks:
     """``step = build(*args)`` in each of ``count`` new processes; ``turn()`` calls ``step()`` in all.
 
     ``build`` stands at the top of a module.  With ``distributed`` the processes are gloo ranks.
-    ``environment`` is set before they start.
+    ``environment`` is set before they start.  Inductor's cache is a new one.
     """
 
     def __init__(
@@ -60,9 +60,10 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._processes = []
         before = dict(os.environ)
+        settings = {"TORCHINDUCTOR_CACHE_DIR": f"{self._directory.name}/inductor", **(environment or {})}
         for rank in range(count):
             ours, theirs = context.Pipe()
-            os.environ.update(_launcher(rank, count) if distributed else {}, **(environment or {}))
+            os.environ.update(_launcher(rank, count) if distributed else {}, **settings)
             process = context.Process(target=_serve, args=(theirs, store, rank, count, build, args))
             process.start()
             os.environ.clear()
@@ -81,6 +82,10 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:

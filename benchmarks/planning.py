@@ -3,8 +3,8 @@
     python benchmarks/planning.py
 
 Documents are drawn from three length distributions and packed into one row as they come; the mask is
-document and causal.  Reading the documents from the batch (the digest, the labels) is the same for every
-number of ranks and listed by itself.
+document and causal as transformers writes it, by position_ids.  ``read_ms`` is what every call costs before a
+plan is made or found: the mask's leaves to labels, and their digest.  It does not depend on the ranks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import sympy
+import torch
 
 from _measure import Row, report, summary
+from hsap_compile import formula, masks
+from hsap_compile.documents import attended
 from hsap_compile.plan import Attended, MeshShape, Plan, make
 from hsap_compile.runtime import _digest
 
@@ -35,12 +39,16 @@ def main() -> None:
     rows: list[Row] = []
     for distribution in DISTRIBUTIONS:
         for documents in arguments.documents:
-            mask = packed(draw(distribution, documents))
-            for ranks in arguments.ranks:
-                rows.append(measure(distribution, documents, mask, ranks, arguments))
+            lengths = draw(distribution, documents)
+            mask, leaves = transformers_mask(), batch_of(lengths)
+            packed = attended(mask, leaves, 1, int(lengths.sum()))
+            read_ms = least_ms(lambda m=mask, x=leaves: read(m, x), arguments.repeats)
+            for shape in meshes(arguments):
+                case = {"distribution": distribution, "documents": documents, "tokens": packed.tokens}
+                rows.append(case | {"read_ms": read_ms} | measure(packed, shape, arguments.repeats))
     report("planning", vars(arguments), rows, [])
     if arguments.profile:
-        profile(packed(draw("fineweb", arguments.documents[-1])), mesh(arguments.ranks[-1], arguments.intra))
+        profile(draw("slimpajama", arguments.documents[-1]), meshes(arguments)[-1])
 
 
 def parse() -> argparse.Namespace:
@@ -49,7 +57,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--documents", type=int, nargs="+", default=[16, 200, 1500])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 64])
-    parser.add_argument("--intra", type=int, default=8, help="ranks of a group, at most half of them")
+    parser.add_argument("--intra", type=int, nargs="+", default=[1, 8], help="ranks of a group")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="print where the largest case's time goes")
     return parser.parse_args()
@@ -64,45 +72,49 @@ def draw(distribution: str, documents: int) -> np.ndarray:
     return np.exp(np.interp(random.uniform(0, 100, documents), list(PROLONG), logs)).astype(np.int64)
 
 
-def packed(lengths: np.ndarray) -> Attended:
-    """One row of these documents, causal."""
-    labels = np.repeat(np.arange(len(lengths)), lengths)[None]
-    return Attended(batch=1, tokens=labels.shape[1], labels=labels, lo=0)
+def transformers_mask() -> masks.Mask:
+    """Same document, and causal by position: leaf 0 numbers the documents, leaf 1 holds position_ids."""
+    b, q, k = formula.b, formula.q, formula.k
+    same = sympy.Eq(formula.leaf(0, b, q), formula.leaf(0, b, k))
+    causal = formula.leaf(1, b, k) <= formula.leaf(1, b, q)
+    return masks.normalise(sympy.Piecewise((formula.score, same & causal), (-sympy.oo, True)))[0]
 
 
-def mesh(ranks: int, intra: int) -> MeshShape:
-    """Groups of ``intra`` ranks, smaller where there would be fewer than two groups."""
-    intra = min(intra, ranks // 2)
-    return MeshShape(tuple(tuple(range(i, i + intra)) for i in range(0, ranks, intra)))
+def batch_of(lengths: np.ndarray) -> list[torch.Tensor]:
+    """The mask's leaves on one row of these documents."""
+    sizes = torch.from_numpy(lengths)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    return [labels[None], (torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels])[None]]
 
 
-def measure(
-    distribution: str, documents: int, mask: Attended, ranks: int, arguments: argparse.Namespace
-) -> Row:
-    shape = mesh(ranks, arguments.intra)
+def read(mask: masks.Mask, leaves: list[torch.Tensor]) -> bytes:
+    tokens = leaves[0].shape[1]
+    return _digest([attended(mask, leaves, 1, tokens)], tokens)
+
+
+def meshes(arguments: argparse.Namespace) -> list[MeshShape]:
+    """Of all ranks and group sizes, those with at least two groups."""
+    sizes = [(ranks, intra) for ranks in arguments.ranks for intra in arguments.intra if 2 * intra <= ranks]
+    return [MeshShape(tuple(tuple(range(i, i + g)) for i in range(0, n, g))) for n, g in sizes]
+
+
+def measure(mask: Attended, shape: MeshShape, repeats: int) -> Row:
+    rank = shape.size - 1
 
     def both() -> Plan:
         plan = make([mask], shape)
-        plan.tables(ranks - 1)
+        plan.tables(rank)
         return plan
 
     plan = both()
-    make_ms, both_ms, read_ms = (
-        least_ms(f, arguments.repeats)
-        for f in (lambda: make([mask], shape), both, lambda: _digest([mask], mask.tokens))
-    )
+    make_ms, both_ms = (least_ms(f, repeats) for f in (lambda: make([mask], shape), both))
     return {
-        "distribution": distribution,
-        "documents": documents,
-        "tokens": mask.tokens,
         "mesh": f"{shape.inter} x {shape.intra}",
         "make_ms": make_ms,
-        "tables_ms": round(both_ms - make_ms, 3),
         "make + tables_ms": both_ms,
-        "digest_ms": read_ms,
         "balance": round(plan.balance, 4),
-        "slices": len(plan.tables(ranks - 1).masks[0].slices),
-        "rows_received": int(plan.masks[0].rows_sent.sum(0).max()),
+        "slices": len(plan.tables(rank).masks[0].slices),
+        "most_rows_received": int(plan.masks[0].rows_sent.sum(0).max()),
     }
 
 
@@ -115,9 +127,13 @@ def least_ms(call: Callable[[], object], repeats: int) -> float:
     return round(1e3 * summary(seconds)["min_s"], 3)
 
 
-def profile(mask: Attended, shape: MeshShape) -> None:
+def profile(lengths: np.ndarray, shape: MeshShape) -> None:
+    mask, leaves = transformers_mask(), batch_of(lengths)
+    tokens = leaves[0].shape[1]
     with profiled():
-        make([mask], shape).tables(shape.size - 1)
+        read(mask, leaves)
+    with profiled():
+        make([attended(mask, leaves, 1, tokens)], shape).tables(shape.size - 1)
 
 
 @contextmanager

@@ -59,7 +59,9 @@ def parse() -> argparse.Namespace:
 
 def compare(documents: int, arguments: argparse.Namespace) -> dict[str, Row]:
     """A row per contender, ``repeats`` turns of each."""
-    contenders = ["hsap", "inductor"] + (["inductor, is_causal", "eager, is_causal"] if documents == 1 else [])
+    contenders = ["hsap", "inductor"] + (
+        ["inductor, is_causal", "eager, is_causal"] if documents == 1 else []
+    )
     # one at a time compiles, so that nobody's peak hides behind another's
     ranks = {c: Ranks(step_of, c, arguments.tokens, documents, arguments.threads) for c in contenders}
     first = {c: ranks[c].turn()[0] for c in contenders}
@@ -68,7 +70,7 @@ def compare(documents: int, arguments: argparse.Namespace) -> dict[str, Row]:
         for contender in contenders:
             steps[contender] += ranks[contender].turn()
     for process in ranks.values():
-        process.__exit__()
+        process.close()
     rows = {c: row(documents, c, first[c], steps[c]) for c in contenders}
     for found in rows.values():
         found["time / inductor"] = round(found["min_s"] / rows["inductor"]["min_s"], 4)

@@ -122,8 +122,7 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
 
 def _token_dims(value: torch.Tensor, length: int) -> tuple[int, ...]:
     """The dimensions of an input that hold the ``length`` tokens of a row."""
-    sizes = [int(s) if isinstance(s, int) else -1 for s in value.shape]
-    matching = [d for d, s in enumerate(sizes) if s == length]
+    matching = [d for d, size in enumerate(value.shape) if expr_of(size) == length]
     if len(matching) < 2:
         return tuple(matching)
     if value.dim() >= 4 or value.dtype == torch.bool:  # a dense mask

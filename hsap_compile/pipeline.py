@@ -92,7 +92,7 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         batch=partitioned.batch,
         traffic=partitioned.traffic,
         on_step=options.on_step,
-        tokens=_token_input(graph, symbol, inputs),
+        tokens=_token_input(graph, symbol, inputs) if symbol is not None else _static_length(attentions),
         summed=_summed(graph, inputs) if options.grad_sync else frozenset(),
         local_outputs=local_outputs,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
@@ -156,6 +156,11 @@ def _token_input(graph: GraphModule, symbol: sympy.Symbol | None, inputs: int) -
                 if expr_of(size) == symbol:
                     return i, dim
     raise _no_tokens()
+
+
+def _static_length(attentions: Sequence[Attention]) -> int:
+    """For one rank and a length that no input has (image patches, say)."""
+    return int(attentions[0].query.meta["val"].shape[-2]) if attentions else 1
 
 
 def _no_tokens() -> Refused:

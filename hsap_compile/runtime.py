@@ -54,7 +54,7 @@ class Program:
 
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
     from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension) whose size is
-    S; ``summed`` are the inputs whose gradients are shares; ``local_outputs`` the outputs that hold only
+    S, or S when it is a constant; ``summed`` are the inputs whose gradients are shares; ``local_outputs`` the outputs that hold only
     this rank's rows.
     """
 
@@ -68,11 +68,18 @@ class Program:
     batch: int
     traffic: tuple[Traffic, ...]
     on_step: Callable[[StepReport], None] | None
-    tokens: tuple[int, int]
+    tokens: tuple[int, int] | int
     summed: frozenset[int]
     local_outputs: frozenset[int]
     parameters: frozenset[int]
     signature: int
+
+    def length(self, args: Sequence[Any]) -> int:
+        """S of a call."""
+        if isinstance(self.tokens, int):
+            return self.tokens
+        position, dim = self.tokens
+        return int(args[position].shape[dim])
 
 
 @dataclass
@@ -97,8 +104,7 @@ class Runner:
                 wanted=f"{program.mesh.size}",
                 do="call torch.compiler.reset() and compile again",
             )
-        where, dim = program.tokens
-        tokens = int(args[where].shape[dim])
+        tokens = program.length(args)
         if ranks > 1:
             _check_agreement(program, args, tokens, first=self.calls == 0)
         self.calls += 1
@@ -109,7 +115,7 @@ class Runner:
         self.last_plan = plan
         if program.on_step is not None:
             program.on_step(report(plan, program.traffic))
-        device = args[where].device
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
         inputs = list(args)
         if program.summed and torch.is_grad_enabled():
             shared = sorted(i for i in program.summed if inputs[i].requires_grad)

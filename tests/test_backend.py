@@ -1,0 +1,140 @@
+"""``torch.compile(..., backend="hsap")`` in one process: what is asked of dynamo, refusals and warnings."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from simulate import eager, relative, simulate, traced, worst
+from torch.nn import functional as F
+
+from hsap_compile.errors import Refused
+
+EAGER = {"lower": "eager"}
+
+
+class Tiny(torch.nn.Module):
+    """One attention over documents given by their numbers."""
+
+    def __init__(self, heads: int = 2, width: int = 4) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.heads, size = heads, heads * width
+        self.embedding = torch.nn.Embedding(11, size, dtype=torch.float64)
+        self.qkv = torch.nn.Linear(size, 3 * size, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mask = documents[:, None, :, None] == documents[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def batch(documents: list[int], rows: int = 1) -> dict[str, torch.Tensor]:
+    tokens = len(documents)
+    return {
+        "ids": (torch.arange(rows * tokens) * 7 % 11).view(rows, tokens),
+        "documents": torch.tensor(documents).repeat(rows, 1),
+    }
+
+
+def test_one_process_needs_no_process_group() -> None:
+    model = Tiny()
+    given = batch([0, 0, 1, 1, 1, 2])
+    got = torch.compile(model, backend="hsap", options=EAGER)(**given)
+    assert relative(got.detach(), model(**given).detach()) <= 1e-13
+
+
+def test_interleaved_documents_are_legal() -> None:
+    documents = np.random.default_rng(0).integers(0, 4, 37).tolist()
+    trace = traced(Tiny(), batch(documents))
+    wanted = eager(trace)
+    for inter, intra in ((1, 1), (2, 2), (4, 1)):
+        for step in simulate(trace, inter, intra).ranks:
+            assert max(worst(step, wanted)) <= 1e-12
+
+
+def test_heads_that_do_not_divide_are_refused_with_what_would() -> None:
+    trace = traced(Tiny(heads=3), batch([0] * 12))
+    with pytest.raises(Refused, match=r"groups of 2 ranks are not possible") as caught:
+        simulate(trace, 1, 2)
+    assert "one of [1]" in str(caught.value)
+
+
+def test_fewer_than_two_tokens_a_rank_are_refused() -> None:
+    trace = traced(Tiny(), batch([0] * 7))
+    with pytest.raises((Refused, ValueError)) as caught:
+        simulate(trace, 4, 1)
+    assert "7" in str(caught.value) and "4" in str(caught.value)
+
+
+def test_complex_inputs_are_refused() -> None:
+    with pytest.raises(Exception, match=r"complex and quantised inputs are not supported"):
+        torch.compile(lambda x: x * 2, backend="hsap")(torch.ones(4, dtype=torch.complex64))
+
+
+class Specialised(Tiny):
+    """Looks up its length in a Python table, which makes it a constant."""
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, documents) * {4: 1.0, 5: 2.0}[ids.shape[1]]
+
+
+def test_a_length_that_stays_a_constant_is_refused() -> None:
+    with pytest.raises(Exception, match=r"the sequence length stays a constant"):
+        torch.compile(Specialised(), backend="hsap", options=EAGER)(**batch([0, 0, 1, 1]))
+
+
+class Cached(Tiny):
+    """Returns its keys, as a model with a key/value cache does."""
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> Any:
+        x = self.embedding(ids)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(2), k, v
+
+
+def test_a_key_value_cache_is_refused_on_many_ranks() -> None:
+    trace = traced(Cached(), batch([0] * 8))
+    with pytest.raises(Refused, match=r"the model returns a key/value cache") as caught:
+        simulate(trace, 2, 1)
+    assert "use_cache=False" in str(caught.value)
+    assert max(worst(simulate(trace, 1, 1).ranks[0], eager(trace))) <= 1e-12
+
+
+class Positioned(Tiny):
+    """Causal over the whole row, whatever the positions say."""
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids) + self.embedding(positions)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(2)
+
+
+def test_restarting_positions_without_a_mask_are_warned_of_once() -> None:
+    model = torch.compile(Positioned(), backend="hsap", options=EAGER)
+    ids = torch.arange(7)[None]
+    with pytest.warns(UserWarning, match=r"really attends across documents.*attention_mask=None"):
+        model(ids, torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, torch.tensor([[0, 1, 0, 1, 2, 3, 4]]))
+        torch.compile(Positioned(), backend="hsap", options=EAGER)(ids, torch.arange(7)[None])
+
+
+def test_every_pass_leaves_a_readable_graph(caplog: pytest.LogCaptureFixture) -> None:
+    trace = traced(Tiny(), batch([0, 0, 1, 1, 1, 2]))
+    with caplog.at_level(logging.DEBUG, logger="hsap_compile"):
+        simulate(trace, 1, 2)
+    text = caplog.text
+    for name in ("capture", "lift_mask", "shard_tokens", "partition_attention"):
+        assert f"after {name}:" in text
+    assert "torch.ops.hsap.all_to_all.default" in text
+    assert "partition_attention: 1 attentions over 1 x 2 ranks" in text

@@ -1,0 +1,119 @@
+"""Options are checked before anything is compiled; what a user reads is pinned here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from threads import run_threads
+from torch.distributed.device_mesh import init_device_mesh
+
+from hsap_compile.errors import Refused
+from hsap_compile.mesh import mesh_shape
+from hsap_compile.options import Options, parse
+
+
+def refusal(options: dict[str, Any] | None = None, mode: str | None = None) -> str:
+    with pytest.raises(Refused) as caught:
+        parse(options, mode)
+    return str(caught.value)
+
+
+def test_defaults() -> None:
+    assert parse(None, None) == Options()
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
+    text = refusal({"placment": "balanced"})
+    assert 'there is no option "placment"' in text
+    assert 'did you mean "placement"?' in text
+    assert "one of mesh, intra, placement, outputs, grad_sync, strict, lower, inductor, on_step" in text
+
+
+@pytest.mark.parametrize("key", ["placement", "outputs", "lower"])
+def test_a_value_that_does_not_exist_is_refused(key: str) -> None:
+    text = refusal({key: "fast"})
+    assert f'option "{key}" has a value that does not exist' in text
+    assert "got:    'fast'" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [("strict", 1, "bool"), ("grad_sync", None, ""), ("intra", "2", "int"), ("intra", True, "int"), ("mesh", 4, "DeviceMesh")],
+)  # fmt: skip
+def test_a_wrong_type_is_refused(key: str, value: Any, kind: str) -> None:
+    if value is None:
+        assert parse({key: None}, None) is not None
+        return
+    text = refusal({key: value})
+    assert f'option "{key}" has the wrong type' in text
+    assert f"wanted: a {kind}" in text
+
+
+def test_mode_is_honoured_or_refused() -> None:
+    assert parse(None, "default") == Options()
+    patches = parse(None, "max-autotune-no-cudagraphs").inductor
+    assert patches["max_autotune"] is True
+    assert parse({"inductor": {"max_autotune": False}}, "max-autotune").inductor["max_autotune"] is False
+    assert 'mode="reduce-overhead" is not supported' in refusal(mode="reduce-overhead")
+
+
+def _groups(options: Options, kv_heads: int, heads: int) -> Any:
+    return mesh_shape(options, kv_heads, heads).groups
+
+
+def test_the_default_group_is_the_largest_that_divides_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert run_threads(4, _groups, Options(), 2, 8)[0] == ((0, 1), (2, 3))
+    assert run_threads(4, _groups, Options(), 4, 8)[0] == ((0, 1, 2, 3),)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert run_threads(4, _groups, Options(), 4, 8)[0] == ((0, 1), (2, 3))
+
+
+def test_an_impossible_group_is_refused_with_the_possible_ones() -> None:
+    with pytest.raises(Refused, match=r"groups of 3 ranks are not possible") as caught:
+        run_threads(4, _groups, Options(intra=3), 4, 8)
+    assert "one of [1, 2, 4]" in str(caught.value)
+
+
+def _of_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
+    return _groups(Options(mesh=init_device_mesh("cpu", shape, mesh_dim_names=names)), 4, 8)
+
+
+def test_a_device_mesh_names_its_levels() -> None:
+    assert run_threads(4, _of_mesh, (2, 2), ("inter", "intra"))[0] == ((0, 1), (2, 3))
+    assert run_threads(4, _of_mesh, (2, 2), ("intra", "inter"))[0] == ((0, 2), (1, 3))
+    assert run_threads(2, _of_mesh, (2,), ("inter",))[0] == ((0,), (1,))
+    assert run_threads(2, _of_mesh, (2,), ("intra",))[0] == ((0, 1),)
+
+
+def test_a_mesh_with_other_dimensions_is_refused() -> None:
+    with pytest.raises(Refused, match=r"other dimensions than inter and intra"):
+        run_threads(2, _of_mesh, (2,), ("dp",))
+
+
+def _part_of_the_world() -> Any:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("inter", "intra"))["intra"]
+    return _groups(Options(mesh=mesh), 4, 8)
+
+
+def test_a_mesh_that_is_not_the_world_is_refused() -> None:
+    with pytest.raises(Refused, match=r"the mesh is not over all ranks"):
+        run_threads(4, _part_of_the_world)
+
+
+def test_mesh_and_intra_exclude_each_other() -> None:
+    mesh = run_threads(1, lambda: init_device_mesh("cpu", (1,), mesh_dim_names=("inter",)))[0]
+    assert "both a mesh and a group size are given" in refusal({"mesh": mesh, "intra": 1})
+
+
+def test_torch_versions(recwarn: pytest.WarningsRecorder) -> None:
+    from hsap_compile._torch import check_version
+
+    check_version.__wrapped__(torch.__version__)
+    assert not recwarn.list
+    with pytest.raises(Refused, match=r"this torch is too old"):
+        check_version.__wrapped__("2.10.0")
+    with pytest.warns(UserWarning, match=r"newer than what was tested"):
+        check_version.__wrapped__("9.0.0+cu1")

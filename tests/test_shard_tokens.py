@@ -1,0 +1,239 @@
+"""Random token-wise programs, rewritten for simulated ranks, against eager: outputs and all gradients.
+
+A program is a chain of steps on x (B, S, F).  Every step is a small pattern that returns (B, S, F) and is
+known to stay on this rank's rows (``LOCAL``) or to need gathered tokens for some operators (``GATHERED``,
+with how many).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from simulate import Simulated, Step, Traced, eager, simulate, traced, worst
+from torch import Tensor, nn
+
+from hsap_compile.errors import Refused
+from hsap_compile.kernels import exchange
+from hsap_compile.passes import _families
+from hsap_compile.passes import shard_tokens as sharding
+
+WIDTH, WORDS = 6, 11
+Pattern = Callable[["Program", Tensor, Tensor], Tensor]
+TIGHT = 1e-12  # float64: rounding of sums in another order
+
+
+class Program(nn.Module):
+    """``patterns`` one after another; ``ends``: "loss" (a scalar), "values", or "both"."""
+
+    def __init__(self, patterns: tuple[Pattern, ...], ends: str = "both", frozen: bool = False) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(1)
+        draw = {
+            name: torch.randn(shape, generator=g, dtype=torch.float64) / 2 for name, shape in _SHAPES.items()
+        }
+        for name, value in draw.items():
+            setattr(self, name, nn.Parameter(value, requires_grad=not (frozen and name == "square")))
+        self.patterns, self.ends = patterns, ends
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        x = x * (ids >= 0)[..., None]  # the length of a row is read from integer inputs
+        for pattern in self.patterns:
+            x = pattern(self, x, ids)
+        loss = (x * x * self.vector).mean()
+        return {"loss": (loss,), "values": (x,), "both": (loss, x)}[self.ends]
+
+
+_SHAPES = {
+    "square": (WIDTH, WIDTH), "vector": (WIDTH,), "words": (WORDS, WIDTH), "scalar": (), "kernel": (WIDTH, WIDTH, 3),
+    "places": (64, WIDTH),
+}  # fmt: skip
+
+
+def _detached(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    with torch.no_grad():
+        size = (x @ p.square).abs().mean(1, keepdim=True) + 1.0
+    return x / size
+
+
+def _detached_parts(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    with torch.no_grad():
+        a, b = x.chunk(2, -1)
+        c = a * b
+    return x * torch.cat([c, c], -1).exp().clamp(max=2.0)
+
+
+def _filled(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    y = x.clone()
+    y[..., 1:3] = x[..., 3:5] * p.scalar
+    return y
+
+
+LOCAL: dict[str, Pattern] = {
+    "linear": lambda p, x, i: F.linear(x, p.square, p.vector),
+    "matmul": lambda p, x, i: x @ p.square,
+    "matmul left": lambda p, x, i: (p.square @ x.transpose(1, 2)).mT,
+    "vector": lambda p, x, i: x + (x @ p.vector)[..., None],
+    "einsum": lambda p, x, i: torch.einsum("bsf,fg->bsg", x, p.square),
+    "affine": lambda p, x, i: x * p.vector + p.scalar,
+    "layer norm": lambda p, x, i: F.layer_norm(x, (WIDTH,), p.vector, p.vector),
+    "rms norm": lambda p, x, i: F.rms_norm(x, (WIDTH,), p.vector),
+    "group of features": lambda p, x, i: F.normalize(x, dim=-1),
+    "gelu": lambda p, x, i: F.gelu(x) + F.silu(x),
+    "softmax": lambda p, x, i: torch.softmax(x, -1) + x.log_softmax(-1),
+    "folded": lambda p, x, i: (x.reshape(-1, WIDTH) @ p.square).view(x.shape),
+    "folded loss": lambda p, x, i: x * F.mse_loss(x.flatten(0, 1), x.flatten(0, 1) @ p.square),
+    "heads": lambda p, x, i: x.view(*x.shape[:2], 2, 3).transpose(1, 2).tanh().transpose(1, 2).flatten(2),
+    "halves": lambda p, x, i: torch.cat([-x.chunk(2, -1)[1], x[..., : WIDTH // 2]], -1),
+    "thirds": lambda p, x, i: torch.stack(x.split(2, -1), 1).sum(1).repeat(1, 1, 3),
+    "stacked": lambda p, x, i: torch.stack([x, x @ p.square]).unbind(0)[1],
+    "stacked inside": lambda p, x, i: torch.stack([x, -x], 1).amax(1),
+    "glu": lambda p, x, i: F.pad(F.glu(x, -1), (0, 3)),
+    "features": lambda p, x, i: x - x.mean(-1, keepdim=True) / x.std(-1, keepdim=True).add(1),
+    "biggest": lambda p, x, i: x + x.topk(2, -1).values.sum(-1, keepdim=True),
+    "sorted": lambda p, x, i: x.sort(-1).values + x.cumsum(-1),
+    "picked": lambda p, x, i: x.gather(-1, (i[..., None] % WIDTH).expand(-1, -1, WIDTH)),
+    "flipped": lambda p, x, i: x.flip(-1) + x.roll(1, -1),
+    "words": lambda p, x, i: x + F.embedding(i, p.words),
+    "words by index": lambda p, x, i: x + p.words[i],
+    "one hot": lambda p, x, i: x + F.one_hot(i % WIDTH, WIDTH).to(x.dtype) * p.scalar,
+    "where": lambda p, x, i: torch.where((i > 4)[..., None], x, p.vector),
+    "masked": lambda p, x, i: x.masked_fill((i == 3)[..., None], 0.5),
+    "positions": lambda p, x, i: x + torch.arange(x.shape[1]).to(x.dtype).div(9).sin()[:, None],
+    "places": lambda p, x, i: x + F.embedding(torch.arange(x.shape[1]) % 64, p.places),
+    "counted": lambda p, x, i: x + (i.cumsum(1) % 5)[..., None],
+    "shifted labels": lambda p, x, i: x * F.pad(i, (0, 1))[:, 1:, None].to(x.dtype).sigmoid(),
+    "spread": lambda p, x, i: x + p.vector.expand(x.shape[0], x.shape[1], WIDTH),
+    "filled": _filled,
+    "zeros": lambda p, x, i: x + x.new_full(x.shape, 0.5) + torch.ones_like(x) + x.new_zeros(3).sum(),
+    "length": lambda p, x, i: x / x.shape[1] + x.shape[0],
+    "token mean": lambda p, x, i: x - x.mean(1, keepdim=True),
+    "token sum": lambda p, x, i: x * x.sum().tanh() + x.sum((0, 1)) / x.shape[1],
+    "tail mean": lambda p, x, i: x + x[:, 1:].mean((0, 1)),
+    "middle sum": lambda p, x, i: x + (x[:, 2:-1] * p.square[0]).sum(1, keepdim=True) / x.shape[1],
+    "tail labels": lambda p, x, i: x * F.cross_entropy(x[:, :-1].flatten(0, 1), i[:, 1:].flatten() % WIDTH),
+    "head labels": lambda p, x, i: x * F.cross_entropy(x[:, 1:].mT, i[:, :-1] % WIDTH, reduction="sum"),
+    "losses": lambda p, x, i: x + F.huber_loss(x, p.vector.expand_as(x)) + F.l1_loss(x, x.flip(-1)),
+    "likelihood": lambda p, x, i: x * F.nll_loss(x.log_softmax(-1).mT, i % WIDTH, p.vector.detach() ** 2),
+    "cut": lambda p, x, i: x.detach() * p.scalar + x,
+    "no grad": _detached,
+    "no grad parts": _detached_parts,
+    "regularised": lambda p, x, i: x @ p.square + p.square.pow(2).sum() * p.scalar,
+    "turned weight": lambda p, x, i: x @ p.square.flip(0) + x @ p.square,
+}  # fmt: skip
+
+GATHERED: dict[str, tuple[Pattern, int]] = {
+    "cumsum": (lambda p, x, i: x.cumsum(1) / x.shape[1], 1),
+    "softmax": (lambda p, x, i: x.softmax(1), 1),
+    "turned": (lambda p, x, i: x.flip(1), 1),
+    "rolled": (lambda p, x, i: x.roll(1, 1), 1),
+    "difference": (lambda p, x, i: F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 1)), 2),
+    "prefixed": (lambda p, x, i: torch.cat([p.vector.expand(x.shape[0], 1, WIDTH), x], 1)[:, :-1], 2),
+    "doubled": (lambda p, x, i: torch.cat([x, x], 1)[:, : x.shape[1]], 2),
+    "last": (lambda p, x, i: x + x[:, -1:], 1),
+    "largest": (lambda p, x, i: x - x.amax(1, keepdim=True), 1),
+    "reordered": (lambda p, x, i: x[:, torch.arange(x.shape[1]).flip(0)], 1),
+    "sorted": (lambda p, x, i: x.sort(1).values, 1),
+    "covariance": (lambda p, x, i: x @ (x.mT @ x) / x.shape[1], 1),
+    "token axis first": (lambda p, x, i: x.reshape(x.shape[1], x.shape[0], WIDTH).reshape(x.shape), 2),
+    "convolution": (lambda p, x, i: F.conv1d(x.mT, p.kernel, padding=1).mT, 1),
+    "weight in both": (lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0], 1),
+    "rows mixed": (lambda p, x, i: F.layer_norm(x.mT, x.shape[1:2]).mT, 1),
+}  # fmt: skip
+
+MESHES = [(2, 1), (1, 2), (2, 2), (3, 1)]
+
+
+@contextmanager
+def fallbacks() -> Iterator[list[str]]:
+    """The operators that were reported to run on gathered tokens inside of the block."""
+    found: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "runs on gathered tokens" in record.msg:
+                found.append(record.getMessage())
+
+    logger, handler = logging.getLogger("hsap_compile"), Handler(logging.WARNING)
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
+def batch(rows: int, tokens: int, grad: bool = True, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, tokens, WIDTH, generator=g, dtype=torch.float64)
+    return {"x": x.requires_grad_(grad), "ids": torch.randint(0, WORDS, (rows, tokens), generator=g)}
+
+
+def trace(program: Program, rows: int = 1, tokens: int = 13, grad: bool = True) -> Traced:
+    return traced(program, batch(rows, tokens, grad))
+
+
+def check(of: Traced, inter: int, intra: int, tolerance: float = TIGHT, **options: object) -> list[str]:
+    """Every rank returns and differentiates as eager does; what ran on gathered tokens."""
+    wanted = eager(of)
+    with fallbacks() as found:
+        result = simulate(of, inter, intra, **options)
+    for step in result.ranks:
+        assert max(worst(step, wanted)) <= tolerance
+    return found
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_stays_local(name: str) -> None:
+    assert check(trace(Program((LOCAL["linear"], LOCAL[name])), rows=2), 2, 1) == []
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_falls_back(name: str) -> None:
+    pattern, count = GATHERED[name]
+    found = check(trace(Program((LOCAL["linear"], pattern, LOCAL["affine"])), rows=2), 3, 1)
+    assert len(found) == count, found
+    assert all("test_shard_tokens.py:" in text for text in found)
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_strict_refuses(name: str) -> None:
+    pattern, _ = GATHERED[name]
+    with pytest.raises(Refused, match=r"cannot be computed on one rank's tokens") as caught:
+        simulate(trace(Program((pattern,))), 2, 1, strict=True)
+    assert "drop strict=True" in str(caught.value) and "test_shard_tokens.py:" in str(caught.value)
+
+
+ANY = {**LOCAL, **{f"gathered {name}": pattern for name, (pattern, _) in GATHERED.items()}}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    names=st.lists(st.sampled_from(sorted(ANY)), min_size=2, max_size=6),
+    rows=st.sampled_from([1, 2]),
+    tokens=st.integers(8, 23),
+    mesh=st.sampled_from(MESHES),
+    placement=st.sampled_from(["balanced", "contiguous"]),
+    ends=st.sampled_from(["loss", "values", "both"]),
+    grad=st.booleans(),
+    frozen=st.booleans(),
+)
+def test_programs(
+    names: list[str],
+    rows: int,
+    tokens: int,
+    mesh: tuple[int, int],
+    placement: str,
+    ends: str,
+    grad: bool,
+    frozen: bool,
+) -> None:
+    program = Program(tuple(ANY[name] for name in names), ends, frozen)
+    check(trace(program, rows, tokens, grad), *mesh, tolerance=1e-9, placement=placement)

@@ -1,0 +1,75 @@
+"""The verifier sees a broken graph: one test for each of its rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from simulate import traced
+from test_backend import Tiny, batch
+
+from hsap_compile._torch import fake_mode_of, fake_table
+from hsap_compile.graph import Builder, placeholders
+from hsap_compile.kernels import dense
+from hsap_compile.passes.capture import capture
+from hsap_compile.passes.find_attention import find_attention
+from hsap_compile.passes.lift_mask import lift_mask
+from hsap_compile.verify import BrokenGraph, verify
+
+aten = torch.ops.aten
+
+
+def lifted() -> tuple[torch.fx.GraphModule, Any]:
+    trace = traced(Tiny(), batch([0, 0, 1, 1, 1, 2]))
+    mode = fake_mode_of([n.meta["example_value"] for n in placeholders(trace.module)])
+    graph = capture(trace.module)
+    lift_mask(graph, find_attention(graph), mode)
+    verify(graph, "lift_mask", mode)
+    return graph, mode
+
+
+def test_a_value_that_is_not_known() -> None:
+    graph, mode = lifted()
+    del next(n for n in graph.graph.nodes if n.target is dense.OP).meta["val"]
+    with pytest.raises(BrokenGraph, match="has no value"):
+        verify(graph, "lift_mask", mode)
+
+
+def test_an_attention_without_a_mask() -> None:
+    graph, mode = lifted()
+    del next(n for n in graph.graph.nodes if n.target is dense.OP).meta["mask"]
+    with pytest.raises(BrokenGraph, match="is an attention without a mask"):
+        verify(graph, "lift_mask", mode)
+
+
+def test_a_write_in_place_after_capture() -> None:
+    graph, mode = lifted()
+    node = next(n for n in graph.graph.nodes if n.target is dense.OP)
+    with graph.graph.inserting_after(node):
+        Builder(graph.graph, mode)(aten.relu_.default, node)
+    with pytest.raises(BrokenGraph, match="writes in place"):
+        verify(graph, "capture", mode)
+
+
+def test_rows_of_one_rank_that_meet_whole_tokens() -> None:
+    graph, mode = lifted()
+    node = next(n for n in graph.graph.nodes if n.target is dense.OP)
+    last = placeholders(graph)[-1]
+    with graph.graph.inserting_after(last):
+        table = graph.graph.placeholder("columns")
+    table.meta.update(val=fake_table(mode, torch.zeros(4, dtype=torch.int64), (0,)), table="columns")
+    with graph.graph.inserting_before(node):
+        ids = next(n for n in placeholders(graph) if _is_ids(n))
+        Builder(graph.graph, mode)(aten.add.Tensor, aten_unsqueeze(graph, mode, ids), table)
+    with pytest.raises(BrokenGraph, match="mixes rows of one rank with whole tokens"):
+        verify(graph, "shard_tokens", mode)
+
+
+def _is_ids(node: torch.fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.dtype == torch.int64 and "table" not in node.meta
+
+
+def aten_unsqueeze(graph: torch.fx.GraphModule, mode: Any, node: torch.fx.Node) -> torch.fx.Node:
+    return Builder(graph.graph, mode)(aten.unsqueeze.default, node, -1)
