@@ -18,8 +18,8 @@ from contextlib import contextmanager
 import numpy as np
 import sympy
 import torch
-
 from _measure import Row, report, summary
+
 from hsap_compile import formula, masks
 from hsap_compile.documents import attended
 from hsap_compile.plan import Attended, MeshShape, Plan, make

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from _measure import Bar, Ranks, Row, peak_bytes, report, reset_peak, summary
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 4, 512, 1376, 8, 2, 8192

@@ -110,7 +110,7 @@ def fake_table(mode: FakeTensorMode, table: torch.Tensor, dynamic: Sequence[int]
     was specialised for few tokens would then run on many.
     """
     sizes = [DimDynamic.UNBACKED if d in dynamic else DimDynamic.STATIC for d in range(table.dim())]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * table.dim())
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * table.dim())
     assert mode.shape_env is not None
     with mode.shape_env.ignore_fresh_unbacked_symbols():
         fake = mode.from_tensor(table, symbolic_context=context)
@@ -150,7 +150,8 @@ def compile_with_inductor(
 ) -> Callable[..., Any]:
     """Inductor's compiled form of ``module``, differentiable (AOTAutograd) when its inputs are."""
     with inductor_config.patch(patches):
-        return compile_fx(module, list(inputs), config_patches=patches or None)
+        compiled: Any = compile_fx(module, list(inputs), config_patches=patches or None)
+        return compiled
 
 
 def compile_with_aot_eager(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

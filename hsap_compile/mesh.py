@@ -21,7 +21,9 @@ def world() -> tuple[int, int]:
 def group_name() -> str:
     """The process group of all ranks; empty when there is only this one."""
     if dist.is_available() and dist.is_initialized():
-        return dist.group.WORLD.group_name
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        return everyone.group_name
     return ""
 
 
@@ -56,7 +58,7 @@ def _from_device_mesh(options: Options, size: int) -> MeshShape:
             "the mesh is not over all ranks",
             got=f"a mesh of ranks {sorted(ranks.flatten().tolist())} in a world of {size}",
             wanted="every rank exactly once",
-            do=f'init_device_mesh(device, (inter, intra), mesh_dim_names=("inter", "intra")), inter * intra = {size}',
+            do='init_device_mesh(device, (inter, intra), mesh_dim_names=("inter", "intra")) over all of them',
         )
     if not names or not set(names) <= {"inter", "intra"}:
         raise Refused(

@@ -86,7 +86,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     return Options(**given)
 
 
-def _check_type(given: Mapping[str, Any], key: str, kind: type) -> None:
+def _check_type(given: Mapping[str, Any], key: str, kind: Any) -> None:
     value = given.get(key)
     if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
         raise Refused(
@@ -105,6 +105,6 @@ def _mode(mode: str | None) -> dict[str, Any]:
     raise Refused(
         f'mode="{mode}" is not supported',
         got=f'torch.compile(..., mode="{mode}")',
-        wanted='"default" or "max-autotune-no-cudagraphs": CUDA graphs cannot hold tables that change per batch',
+        wanted='"default" or "max-autotune-no-cudagraphs" (CUDA graphs cannot hold tables that change)',
         do="drop mode=, or use one of these",
     )

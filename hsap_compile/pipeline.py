@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from hsap_compile._torch import expr_of, fake_mode_of, fake_table, trace_structured
+from hsap_compile._torch import expr_of, fake_mode_of, fake_table, hint_of, trace_structured
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import extract, placeholders
 from hsap_compile.mesh import group_name, mesh_shape, world
@@ -68,14 +68,20 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         graph, fallbacks, local_outputs = sharded.module, sharded.fallbacks, sharded.local_outputs
         for fallback in fallbacks:
             log.warning(
-                "%s runs on gathered tokens on every rank (%s), at %s", fallback.operator, fallback.reason, fallback.at
+                "%s runs on gathered tokens on every rank (%s), at %s",
+                fallback.operator,
+                fallback.reason,
+                fallback.at,
             )
         log.info("shard_tokens: %d operators on gathered tokens", len(fallbacks))
         _done("shard_tokens", graph, mode)
 
     partitioned = partition_attention(graph, mode, mesh, group_name())
     log.info(
-        "partition_attention: %d attentions over %d x %d ranks", len(partitioned.traffic), mesh.inter, mesh.intra
+        "partition_attention: %d attentions over %d x %d ranks",
+        len(partitioned.traffic),
+        mesh.inter,
+        mesh.intra,
     )
     _done("partition_attention", graph, mode)
 
@@ -129,6 +135,7 @@ def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:
 
 def _common_heads(attentions: Sequence[Attention]) -> tuple[int, int]:
     """The greatest common divisors of all attentions' query heads and key/value heads."""
+
     def heads(node: Node) -> int:
         value = node.meta["val"]
         return int(value.shape[1] if value.dim() == 4 else value.shape[0])
@@ -144,7 +151,7 @@ def symbol_hint(graph: GraphModule, symbol: sympy.Symbol) -> int:
         value = node.meta["val"]
         for size in value.shape if isinstance(value, torch.Tensor) else ():
             if expr_of(size) == symbol:
-                return int(size.node.hint)
+                return hint_of(size)
     raise _no_tokens()
 
 

@@ -54,8 +54,8 @@ class Program:
 
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
     from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension) whose size is
-    S, or S when it is a constant; ``summed`` are the inputs whose gradients are shares; ``local_outputs`` the outputs that hold only
-    this rank's rows.
+    S, or S when it is a constant; ``summed`` are the inputs whose gradients are shares; ``local_outputs``
+    the outputs that hold only this rank's rows; ``signature`` is the same wherever the graph is.
     """
 
     function: Callable[..., Any]
@@ -216,7 +216,9 @@ class _SumGradients(torch.autograd.Function):
         result = list(grads)
         for bucket in _buckets(grads):
             flat = torch.cat([g.reshape(-1) for g in (grads[i] for i in bucket) if g is not None])
-            parts = all_reduce(flat, ctx.group).split([g.numel() for g in (grads[i] for i in bucket) if g is not None])
+            parts = all_reduce(flat, ctx.group).split(
+                [g.numel() for g in (grads[i] for i in bucket) if g is not None]
+            )
             for i, part in zip(bucket, parts, strict=True):
                 gradient = grads[i]
                 assert gradient is not None
@@ -244,6 +246,27 @@ def _buckets(grads: Sequence[torch.Tensor | None]) -> list[list[int]]:
 # --- what ranks must agree on --------------------------------------------------------------------------
 
 
+#: What ranks compare, in the order of the numbers they exchange, and what to do when they differ.
+_AGREEMENT = (
+    (
+        "the ranks run different graphs",
+        "call the compiled model with the same kinds of inputs on every rank",
+    ),
+    (
+        "the ranks were given batches of different lengths",
+        "pass the same whole batch on every rank; the backend shards it",
+    ),
+    (
+        "the ranks were given different batches",
+        "pass the same whole batch on every rank (same seed, no sampler per rank)",
+    ),
+    (
+        "the ranks hold different parameters",
+        "seed every rank alike, or broadcast the parameters before the first step",
+    ),
+)
+
+
 def _check_agreement(program: Program, args: Sequence[Any], tokens: int, first: bool) -> None:
     """Every rank has the same graph, batch and (at the first call) parameters, or nobody goes on."""
     content = 0
@@ -262,12 +285,7 @@ def _check_agreement(program: Program, args: Sequence[Any], tokens: int, first: 
     if dist.get_backend() == "nccl":
         mine = mine.to(device)
     rows = all_gather(mine, program.mesh.size, program.group).view(-1, mine.numel()).tolist()
-    for column, what, do in (
-        (0, "the ranks run different graphs", "call the compiled model with the same kinds of inputs on every rank"),
-        (1, "the ranks were given batches of different lengths", "pass the same whole batch on every rank; the backend shards it"),
-        (2, "the ranks were given different batches", "pass the same whole batch on every rank (same seed, no per-rank sampler)"),
-        (3, "the ranks hold different parameters", "seed every rank alike, or broadcast the parameters before the first step"),
-    ):  # fmt: skip
+    for column, (what, do) in enumerate(_AGREEMENT):
         values = [row[column] for row in rows]
         if column == 3:
             values = [float(np.int64(v).view(np.float64)) for v in values]

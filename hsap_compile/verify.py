@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
@@ -41,7 +42,8 @@ def _functional(module: GraphModule) -> None:
 
 def _states_meet(module: GraphModule, after: str) -> None:
     """No operator but an exchange mixes this rank's rows with whole sequences."""
-    mine, everyones = set(), set()
+    mine: set[sympy.Symbol] = set()
+    everyones: set[sympy.Symbol] = set()
     for node in placeholders(module):
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):

@@ -34,7 +34,7 @@ _ELEMENTWISE = _names(
     "to _to_copy type_as clone contiguous alias detach lift_fresh_copy dropout native_dropout feature_dropout"
     " zeros_like ones_like full_like empty_like rand_like silu gelu celu selu mish prelu log_sigmoid"
     " __and__ __or__ __xor__ masked_fill where one_hot square float expand_as"
-    " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide copy fill"
+    " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide fill broadcast_tensors"
 )
 #: Operators whose arguments name every dimension they mix; all others are left as they are.
 _BY_DIM = _names(
@@ -110,6 +110,12 @@ def _getitem(sharder: Sharder, node: Node) -> Any:
 
 
 def _elementwise(sharder: Sharder, node: Node) -> Any:
+    _check_aligned(node)
+    return _as_is(sharder, node)
+
+
+def _check_aligned(node: Node) -> None:
+    """All operands have the tokens where the result has them."""
     out = _output_axis(node)
     value = _value_of(node)
     for source in _tensor_inputs(node):
@@ -121,7 +127,6 @@ def _elementwise(sharder: Sharder, node: Node) -> Any:
             aligned = operator_name(node.target) == "aten::one_hot" or from_right == out.dim - value.dim()
             if not aligned or axis.outer != out.outer or axis.length != out.length:
                 raise _not_local("token dimensions of the operands differ")
-    return _as_is(sharder, node)
 
 
 def _value_of(node: Node) -> Any:
@@ -172,6 +177,15 @@ def _expand(sharder: Sharder, node: Node) -> Any:
     start = sharder.start_of(source)
     shape = sharder.local_shape(node)
     return _made(sharder.emit(aten.expand.default, sharder.operand(source, start), shape), start)
+
+
+def _copy(sharder: Sharder, node: Node) -> Any:
+    """copy(x, y): y in the shape and type of x."""
+    _check_aligned(node)
+    start = sharder.start_of(*_tensor_inputs(node))
+    value = sharder.operand(node.args[1], start)
+    value = sharder.emit(aten.expand.default, value, sharder.local_shape(node))
+    return _made(sharder.emit(aten.to.dtype, value, node.meta["val"].dtype), start)
 
 
 def _repeat(sharder: Sharder, node: Node) -> Any:
@@ -510,6 +524,7 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("embedding"), _embedding),
     **dict.fromkeys(_names("index"), _index),
     **dict.fromkeys(_names("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"), _cross_entropy),
+    **dict.fromkeys(_names("copy"), _copy),
     **dict.fromkeys(_names("repeat tile"), _repeat),
     **dict.fromkeys(_names("pad constant_pad_nd"), _pad),
     **dict.fromkeys(_names("einsum"), _einsum),

@@ -7,7 +7,8 @@ after:  ATen overloads; attention, cross entropy and linear are still one operat
 1. trace the graph again below the Python functions and above autograd;
 2. drop dropout that does nothing, and make autocast explicit: operands that it would have cast are cast;
 3. replace every in-place operator by its functional form; a write into a view (``x[:, 1:] = y``) becomes
-   a scatter into the base, and views made before the write are made anew after it.
+   a scatter into the base, and views made before the write are made anew after it.  Which values are views
+   of one another is read from the storages that the trace gave them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from hsap_compile._torch import (
     AUTOCAST_BORDERS,
+    expr_of,
     fake_mode_of,
     is_operator,
     operator_name,
@@ -32,10 +34,20 @@ from hsap_compile.graph import remove_dead
 aten = torch.ops.aten
 
 _SCATTER = {
-    aten.slice.Tensor: aten.slice_scatter.default,
-    aten.select.int: aten.select_scatter.default,
+    "aten::slice": aten.slice_scatter.default,
+    "aten::select": aten.select_scatter.default,
+    "aten::diagonal": aten.diagonal_scatter.default,
 }
-_RESHAPES = {aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.alias.default}
+#: Views of the same elements in the same order.
+_RESHAPES = {
+    f"aten::{name}"
+    for name in (
+        "view reshape _unsafe_view view_as reshape_as unsqueeze squeeze flatten unflatten alias contiguous to "
+        "expand expand_as type_as"
+    ).split()
+}
+_EXCHANGES = {"aten::transpose", "aten::swapaxes", "aten::swapdims"}
+_LAST_TWO = {"aten::t", "aten::mT"}
 
 
 def capture(module: GraphModule) -> GraphModule:
@@ -53,6 +65,7 @@ def capture(module: GraphModule) -> GraphModule:
     _drop_idle_dropout(graph)
     _explicit_autocast(graph, mode)
     _functionalize(graph, mode)
+    _drop_idle_dropout(graph)
     remove_dead(graph)
     return graph
 
@@ -77,6 +90,8 @@ def _explicit_autocast(module: GraphModule, mode: Any) -> None:
     for node in list(module.graph.nodes):
         wanted = _floating(node.meta.get("val"))
         if not is_operator(node.target) or wanted is None or _converts(node):
+            continue
+        if node.target._schema.is_mutable:  # autocast leaves in-place operators alone
             continue
         operands = [n for n in node.all_input_nodes if _floating(n.meta.get("val")) is not None]
         types = {_floating(n.meta["val"]) for n in operands}
@@ -124,17 +139,31 @@ def _functionalize(module: GraphModule, mode: Any) -> None:
         if not is_operator(node.target) or not node.target._schema.is_mutable:
             continue
         mutated = _mutated_argument(node)
-        if mutated.op == "placeholder":
+        chain = [mutated]  # from the written view up to its base
+        while (base := _base_of(chain[-1])) is not None:
+            chain.append(base)
+        changes_shape = torch.Tag.inplace_view in node.target.tags
+        if chain[-1].op != "call_function" and not changes_shape:
             raise Refused(
                 f"the model writes into one of its inputs in place ({operator_name(node.target)})",
-                got=f"an in-place write to {mutated.meta['source']}",
+                got=f"an in-place write to {chain[-1].meta.get('source', chain[-1].name)}",
                 wanted="a forward that leaves parameters, buffers and inputs as they are",
                 do="write into a copy (x = x.clone()) instead",
                 at=where(node),
             )
         with graph.inserting_before(node):
             value = _emit(graph, mode, node, _functional_form(node), node.args, node.kwargs)
-            _write_back(graph, mode, node, mutated, value)
+            dtype = mutated.meta["val"].dtype
+            if value.meta["val"].dtype != dtype:  # a write keeps the type of what is written to
+                value = _emit(graph, mode, node, aten.to.dtype, (value, dtype), {})
+            if changes_shape:  # of this one view: neither its base nor other views see it
+                replaced = {mutated: value}
+            else:
+                replaced = _write_back(graph, mode, node, chain, value)
+        later = set(_after(node))
+        for old, new in replaced.items():
+            old.replace_all_uses_with(new, delete_user_cb=lambda user, later=later: user in later)
+        node.replace_all_uses_with(replaced[mutated])
         graph.erase_node(node)
 
 
@@ -154,10 +183,15 @@ def _mutated_argument(node: Node) -> Node:
 
 
 def _functional_form(node: Node) -> Any:
-    name = operator_name(node.target).split("::")[1].removesuffix("_")
+    name = operator_name(node.target).split("::")[1]
+    if name.startswith("__i"):  # x &= y
+        name = f"__{name.removeprefix('__i')}"
+    else:
+        name = name.removesuffix("_")
     packet = getattr(aten, name, None)
     overload = node.target._overloadname
-    if packet is None or overload not in packet.overloads():
+    found = getattr(packet, overload) if packet is not None and overload in packet.overloads() else None
+    if found is None or found._schema.is_mutable or name in ("resize", "set"):
         raise Refused(
             f"{operator_name(node.target)} has no form that returns a new tensor",
             got=str(node.target._schema),
@@ -165,7 +199,7 @@ def _functional_form(node: Node) -> Any:
             do="replace the in-place operator in the model",
             at=where(node),
         )
-    return getattr(packet, overload)
+    return found
 
 
 def _emit(graph: Graph, mode: Any, origin: Node, target: Any, args: Any, kwargs: Any) -> Node:
@@ -176,40 +210,62 @@ def _emit(graph: Graph, mode: Any, origin: Node, target: Any, args: Any, kwargs:
     return new
 
 
-def _write_back(graph: Graph, mode: Any, node: Node, view: Node, value: Node) -> None:
-    """After ``view`` was overwritten by ``value``: every later use of its base, or of another view of
-    it, sees the new contents."""
-    chain = [view]  # from the written view up to its base
-    while (base := _base_of(chain[-1])) is not None:
-        chain.append(base)
-    new = value
-    replaced = {view: value}
+def _write_back(graph: Graph, mode: Any, node: Node, chain: list[Node], value: Node) -> dict[Node, Node]:
+    """What stands for whom after ``chain[0]`` was overwritten by ``value``: a new base, and every view of
+    it that was made before the write, made anew."""
     for child, parent in zip(chain, chain[1:], strict=False):
-        if child.target in _SCATTER:
-            new = _emit(graph, mode, node, _SCATTER[child.target], (parent, new, *child.args[1:]), child.kwargs)
-        else:
-            sizes = [_size(graph, mode, node, parent, d) for d in range(parent.meta["val"].dim())]
-            new = _emit(graph, mode, node, aten.reshape.default, (new, sizes), {})
-        replaced[parent] = new
-    later = {n for n in _after(node)}
-    for other in list(graph.nodes):  # views of the base that were made before the write and are read after it
+        value = _put(graph, mode, node, child, parent, value)
+    replaced = {chain[-1]: value}
+    for other in list(graph.nodes):
         if other is node:
-            break
-        if other in replaced or other.op != "call_function" or not any(u in later for u in other.users):
-            continue
-        above = _base_of(other)
-        if above is not None and above in replaced:
-            args = torch.fx.node.map_arg(other.args, lambda n: replaced.get(n, n))
-            replaced[other] = _emit(graph, mode, other, other.target, args, other.kwargs)
-    for old, fresh in replaced.items():
-        old.replace_all_uses_with(fresh, delete_user_cb=lambda u: u in later)
-    node.replace_all_uses_with(replaced[view])
+            return replaced
+        base = _base_of(other)
+        if base in replaced and other not in replaced and other is not value:
+            args, kwargs = torch.fx.node.map_arg((other.args, other.kwargs), lambda n: replaced.get(n, n))
+            replaced[other] = _emit(graph, mode, other, other.target, args, kwargs)
+    raise AssertionError(f"{node} is not in its graph")
+
+
+def _put(graph: Graph, mode: Any, node: Node, child: Node, parent: Node, value: Node) -> Node:
+    """``parent`` with the elements that its view ``child`` shows replaced by ``value``."""
+    name = operator_name(child.target)
+    old, new = parent.meta["val"], value.meta["val"]
+    if name in _SCATTER:
+        return _emit(graph, mode, node, _SCATTER[name], (parent, value, *child.args[1:]), child.kwargs)
+    if name in _EXCHANGES:
+        return _emit(graph, mode, node, aten.transpose.int, (value, *child.args[1:3]), {})
+    if name in _LAST_TWO:
+        return _emit(graph, mode, node, aten.transpose.int, (value, -1, -2), {}) if new.dim() > 1 else value
+    if name == "aten::permute":
+        order = [d % new.dim() for d in child.args[1]]
+        return _emit(
+            graph, mode, node, aten.permute.default, (value, [order.index(d) for d in range(new.dim())]), {}
+        )
+    if name in _RESHAPES and old.dtype == new.dtype and expr_of(old.numel()) == expr_of(new.numel()):
+        sizes = [_size(graph, mode, node, parent, d) for d in range(old.dim())]
+        return _emit(graph, mode, node, aten.reshape.default, (value, sizes), {})
+    raise Refused(
+        f"the model writes in place into a view ({operator_name(node.target)} into {name})",
+        got="a write through a view that has no functional form",
+        wanted="writes into tensors, or into slices, selections, reshapes and transposes of them",
+        do="write into a copy (x = x.clone()) instead",
+        at=where(node),
+    )
 
 
 def _base_of(node: Node) -> Node | None:
-    if node.op == "call_function" and (node.target in _SCATTER or node.target in _RESHAPES):
-        return node.args[0]
-    return None
+    """The value that ``node`` is a view of."""
+    mine = _storage(node)
+    if node.op != "call_function" or mine is None:
+        return None
+    return next((n for n in node.all_input_nodes if _storage(n) == mine), None)
+
+
+def _storage(node: Node) -> int | None:
+    value = node.meta.get("val")
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def _size(graph: Graph, mode: Any, origin: Node, tensor: Node, dim: int) -> Any:

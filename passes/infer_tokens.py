@@ -10,9 +10,9 @@ constant after a slice or a pad.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import sympy
 import torch
@@ -71,7 +71,8 @@ def _folded_in_front(node: Node, axis: TokenAxis) -> bool:
     """Whether the factor beside the tokens counts rows in front of them (B * S), not behind (S * K)."""
     if node.op != "call_function":
         return False
-    sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("tokens"), TokenAxis)]
+    operands = (node.args[0] if node.target is operator.getitem else node).all_input_nodes  # type: ignore
+    sources = [n for n in operands if isinstance(n.meta.get("tokens"), TokenAxis)]
     if operator_name(node.target) in VIEWS:
         if len(sources) != 1:
             return False

@@ -23,8 +23,8 @@ from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
 from hsap_compile._torch import expr_of, free_symbols, hint_of, operator_name, run_fake
-from hsap_compile.graph import remove_dead
 from hsap_compile.formula import b, h, k, q, score
+from hsap_compile.graph import remove_dead
 from hsap_compile.kernels import dense
 from hsap_compile.masks import normalise
 from hsap_compile.passes.find_attention import Attention, arguments, token_dims

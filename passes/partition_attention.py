@@ -1,10 +1,10 @@
 """Pass 6: every canonical attention -> exchanges and one operator over this rank's slices.
 
-before: o = attention(q, k, v)                                    (B, H, n, D), this rank's tokens, all heads
-after:  q, k, v = all_to_all(heads of q, k, v)                    (B * N, H / g, D), the group's tokens, own heads
-        k', v' = all_to_all(k, v [rows other groups need])        (C, Hkv / g, D)
+before: o = attention(q, k, v)                             (B, H, n, D): this rank's tokens, all heads
+after:  q, k, v = all_to_all(heads of q, k, v)             (B * N, H / g, D): the group's tokens, own heads
+        k', v' = all_to_all(k, v [rows other groups need]) (C, Hkv / g, D)
         o = attend(q, k, v, k', v', slices)
-        o = all_to_all(o) back                                    (B, H, n, D)
+        o = all_to_all(o) back                             (B, H, n, D)
 
 g is the size of a group (IntraSP), N its tokens, C the rows received from other groups (InterSP).  An
 exchange whose level has size 1 is not there.  Key/value heads that g does not divide are repeated just
@@ -29,7 +29,6 @@ from hsap_compile.masks import Mask
 from hsap_compile.plan import MeshShape
 
 aten = torch.ops.aten
-_ATTEND = torch.ops.hsap.attend.default
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,13 @@ def partition_attention(module: GraphModule, mode: Any, mesh: MeshShape, group: 
     batch = 1
     for site in sites:
         mask: Mask = site.meta["mask"]
-        leaves = tuple(site.args[3])
-        key = (site.args[4], leaves)
+        operands: Any = site.args
+        leaves = tuple(operands[3])
+        key = (operands[4], leaves)
         if key not in keys:
             keys.append(key)
             planned.append(PlannedMask(mask, leaves, _from_inputs(leaves)))
-        batch = int(site.args[0].meta["val"].shape[0])
+        batch = int(operands[0].meta["val"].shape[0])
         with module.graph.inserting_before(site):
             build = Builder(module.graph, mode, site)
             attention_site = _Site(build, tables, mesh, group, site, keys.index(key))
@@ -111,7 +111,8 @@ def partition_attention(module: GraphModule, mode: Any, mesh: MeshShape, group: 
 
 def _self_attention(site: Node) -> bool:
     """Queries and keys are the same tokens; anything else (cross-attention) stays the dense operator."""
-    q, k = (x.meta["val"].shape[2] for x in site.args[:2])
+    operands: Any = site.args
+    q, k = (x.meta["val"].shape[2] for x in operands[:2])
     return expr_of(q) == expr_of(k)
 
 
@@ -131,15 +132,17 @@ class _Site:
     ) -> None:
         self.build, self.tables, self.mesh, self.group = build, tables, mesh, group
         self.site, self.index = site, index
-        self.q, self.k, self.v = site.args[:3]
+        operands: Any = site.args
+        self.q, self.k, self.v, self.leaves, _, self.scale = operands
         self.batch, self.heads = (int(s) for s in self.q.meta["val"].shape[:2])
         self.kv_heads = int(self.k.meta["val"].shape[1])
         self.widths = tuple(int(x.meta["val"].shape[3]) for x in (self.q, self.k, self.v))
         if self.heads % mesh.intra:
+            possible = [g for g in range(1, mesh.size + 1) if mesh.size % g == self.heads % g == 0]
             raise Refused(
                 f"{self.heads} query heads cannot be split over a group of {mesh.intra} ranks",
                 got=f"intra={mesh.intra}",
-                wanted=f"one of {[g for g in range(1, mesh.size + 1) if mesh.size % g == self.heads % g == 0]}",
+                wanted=f"one of {possible}",
                 do='pass options={"intra": ...} with one of these',
                 at=where(site),
             )
@@ -256,18 +259,18 @@ class _Site:
         build = self.build
         slices = self.tables((self.index, "slices"), torch.zeros(11, 7, dtype=torch.int64), (0,))
         mask: Mask = self.site.meta["mask"]
-        leaves, scale = list(self.site.args[3]), self.site.args[5]
+        leaves: list[Node] = list(self.leaves)
         positions, remote, heads, logits = None, None, None, ""
         tokens: Any = 0
         if mask.by_columns:
             leaves = []
         else:
             logits = formula.dumps(mask.logits)
-            positions, heads, tokens = self._positions(q, rows), self._head_numbers(q), self._tokens(leaves)
+            positions, heads, tokens = self._positions(q, rows), self._head_numbers(q), self._tokens()
             remote = self._remote() if k_remote is not None else None
         result = build(
-            _ATTEND, q, k, v, k_remote, v_remote, slices, positions, remote, heads, leaves, logits,
-            tokens, scale,
+            attention.OP, q, k, v, k_remote, v_remote, slices, positions, remote, heads, leaves, logits,
+            tokens, self.scale,
         )  # fmt: skip
         return build(operator.getitem, result, 0)
 
@@ -293,7 +296,7 @@ class _Site:
         position = self.tables("position", torch.zeros(1, dtype=torch.int64), ())
         return build(aten.add.Tensor, heads, build(aten.mul.Tensor, position, count))
 
-    def _tokens(self, leaves: list[Node]) -> Any:
+    def _tokens(self) -> Any:
         for node in placeholders(self.tables.module):
             if node.meta.get("table") == "order":
                 return self.build.size(node, 0)

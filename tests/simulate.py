@@ -14,12 +14,12 @@ from typing import Any
 
 import sympy
 import torch
-from threads import run_threads
 
 from hsap_compile.backend import prepare
 from hsap_compile.options import parse
 from hsap_compile.pipeline import compile_graph
 from hsap_compile.runtime import Program, Runner
+from threads import run_threads
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from simulate import eager, relative, simulate, traced, worst
 from torch.nn import functional as F
 
 from hsap_compile.errors import Refused
+from simulate import eager, relative, simulate, traced, worst
 
 EAGER = {"lower": "eager"}
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from simulate import traced
-from test_backend import Tiny, batch
 
 from hsap_compile._torch import fake_mode_of, fake_table
 from hsap_compile.graph import Builder, placeholders
@@ -16,6 +14,8 @@ from hsap_compile.passes.capture import capture
 from hsap_compile.passes.find_attention import find_attention
 from hsap_compile.passes.lift_mask import lift_mask
 from hsap_compile.verify import BrokenGraph, verify
+from simulate import traced
+from test_backend import Tiny, batch
 
 aten = torch.ops.aten
 
