@@ -32,12 +32,15 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor], batch: int, tokens: int
         hi = _tighter(min, hi, band.hi)
     if unread and mask.soft:  # a query may attend to nothing, hence to everything, and nobody knows which
         return unknown(mask, batch, tokens)
+    query_valid = read.valid(mask.query_valid)
+    if lo is not None and hi is not None and lo > hi:  # nothing is that far from itself
+        query_valid, lo, hi = np.zeros((1, tokens), np.bool_), None, None
     return Attended(
         batch=batch,
         tokens=tokens,
         labels=labels,
         key_valid=read.valid(mask.key_valid),
-        query_valid=read.valid(mask.query_valid),
+        query_valid=query_valid,
         lo=lo,
         hi=hi,
         residual=residual,

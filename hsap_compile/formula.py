@@ -47,7 +47,7 @@ def renumber(expr: sympy.Basic, numbers: Mapping[int, int]) -> sympy.Basic:
     """``expr`` with its leaf ``i`` called ``numbers[i]``."""
     return expr.replace(
         lambda e: leaf_index(e) is not None,
-        lambda e: leaf(numbers[leaf_index(e)], *e.args),
+        lambda e: leaf(numbers[leaf_index(e)], *e.args),  # type: ignore[index]
     )
 
 
@@ -89,7 +89,9 @@ def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torc
         if number is not None:
             return _load(leaves[number], [value(i) for i in e.args])
         if isinstance(e, sympy.Piecewise):
-            *cases, (last, _) = e.args
+            *cases, (last, otherwise) = e.args
+            if otherwise is not sympy.true:
+                raise TypeError(f"the index formula {expr} says nothing where {otherwise} does not hold")
             result = value(last)
             for case, condition in reversed(cases):
                 result = _where(value(condition), value(case), result)
@@ -126,6 +128,30 @@ def _floordiv(x: Any, y: Any) -> Any:
     return x // y
 
 
+def _exact(x: Any, y: Any) -> tuple[Any, Any]:
+    """Integers that meet a fraction in float64, as that of a number is: q / 3 of any q."""
+    for number, tensor in ((x, y), (y, x)):
+        if isinstance(number, float) and isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+            return tuple(t.double() if t is tensor else t for t in (x, y))  # type: ignore[return-value]
+    return x, y
+
+
+def _add(x: Any, y: Any) -> Any:
+    x, y = _exact(x, y)
+    return x + y
+
+
+def _multiply(x: Any, y: Any) -> Any:
+    x, y = _exact(x, y)
+    return x * y
+
+
+def _power(x: Any, y: Any) -> Any:
+    if isinstance(x, torch.Tensor) and not x.is_floating_point() and not (isinstance(y, int) and y >= 0):
+        x = x.double()
+    return x**y
+
+
 def _fold(function: Any) -> Any:
     return lambda *values: functools.reduce(function, values)
 
@@ -146,9 +172,9 @@ def _extreme(on_tensors: Any, on_numbers: Any) -> Any:
 
 
 _FUNCTIONS: dict[Any, Any] = {
-    sympy.Add: _fold(lambda x, y: x + y),
-    sympy.Mul: _fold(lambda x, y: x * y),
-    sympy.Pow: lambda x, y: x**y,
+    sympy.Add: _fold(_add),
+    sympy.Mul: _fold(_multiply),
+    sympy.Pow: _power,
     sympy.Mod: lambda x, y: x % y,
     sympy.floor: _unary(torch.floor, math.floor),
     sympy.Abs: _unary(torch.abs, abs),
@@ -166,5 +192,6 @@ _FUNCTIONS: dict[Any, Any] = {
     sympy.And: _fold(lambda x, y: x & y),
     sympy.Or: _fold(lambda x, y: x | y),
     sympy.Not: lambda x: not x if isinstance(x, bool) else ~x,
+    sympy.Xor: _fold(lambda x, y: x ^ y),
     sympy.Equivalent: lambda x, y: x == y,
 }

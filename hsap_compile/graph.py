@@ -38,6 +38,16 @@ class Builder:
         return size if isinstance(size, int) else self(torch.ops.aten.sym_size.int, tensor, dim)
 
 
+def positional(node: Node) -> tuple[Any, ...]:
+    """The positional arguments of a call; torch types them too widely to work with."""
+    return node.args
+
+
+def target(node: Node) -> Any:
+    """What a node calls."""
+    return node.target
+
+
 def placeholders(module: GraphModule) -> list[Node]:
     return [n for n in module.graph.nodes if n.op == "placeholder"]
 

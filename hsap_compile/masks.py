@@ -74,10 +74,11 @@ def normalise(logits: sympy.Expr) -> tuple[Mask, float]:
     floors: list[sympy.Expr] = []
     base = _strip(logits, conditions, floors)
     scale, rest = base.as_coeff_Mul()
-    plain = rest == score
+    plain = rest == score and scale != 0
     if plain and scale != 1:
         logits = logits.xreplace({base: score})
-    mask = Mask(logits, residual=not plain, soft=any(f != -sympy.oo for f in floors))
+    soft = any(f != -sympy.oo for f in floors)
+    mask = Mask(logits, residual=not plain, soft=soft, unread=not plain and _may_mask(base))
     together = sympy.to_nnf(sympy.And(*conditions), simplify=False)
     for condition in sympy.And.make_args(together):
         mask = _add(mask, condition)
@@ -86,16 +87,14 @@ def normalise(logits: sympy.Expr) -> tuple[Mask, float]:
 
 def _strip(expr: sympy.Expr, conditions: list[sympy.Basic], floors: list[sympy.Expr]) -> sympy.Expr:
     """``expr`` without the masks around it; their conditions and masked values are appended."""
-    if isinstance(expr, sympy.Piecewise) and len(expr.args) == 2:
-        (yes, condition), (no, _) = expr.args
-        if _masks(no):
+    if isinstance(expr, sympy.Piecewise):
+        cases = exclusive(expr)
+        open_cases = [(value, condition) for value, condition in cases if not _masks(value)]
+        if len(open_cases) == 1 and len(cases) > 1:
+            ((value, condition),) = open_cases
             conditions.append(condition)
-            floors.append(no)
-            return _strip(yes, conditions, floors)
-        if _masks(yes):
-            conditions.append(sympy.Not(condition))
-            floors.append(yes)
-            return _strip(no, conditions, floors)
+            floors.extend(masked for masked, _ in cases if _masks(masked))
+            return _strip(value, conditions, floors)
     if isinstance(expr, sympy.Add):
         kept = []
         for term in expr.args:
@@ -110,14 +109,40 @@ def _strip(expr: sympy.Expr, conditions: list[sympy.Basic], floors: list[sympy.E
     return expr
 
 
+def exclusive(expr: sympy.Piecewise) -> list[tuple[sympy.Expr, sympy.Basic]]:
+    """The values of ``expr``, each with the condition under which it is that one."""
+    cases, before = [], sympy.false
+    for value, condition in expr.args:
+        cases.append((value, sympy.And(condition, sympy.Not(before))))
+        before = sympy.Or(before, condition)
+    return cases
+
+
+def _may_mask(base: sympy.Expr) -> bool:
+    """Whether ``base`` may hold masked values of its own: it says so, or adds a tensor over tokens."""
+    if not base.has(score) or any(_masks(n) for n in base.atoms(sympy.Number)):
+        return True
+    return any(
+        formula.leaf_index(e) is not None and any(len(a.free_symbols & {q, k}) == 1 for a in e.args)
+        for e in sympy.preorder_traversal(base)
+    )
+
+
 def _masks(value: sympy.Basic) -> bool:
     return bool(value.is_number) and (value == -sympy.oo or float(value) <= MASKED)
 
 
 def _bias_condition(bias: sympy.Expr, floors: list[sympy.Expr]) -> sympy.Basic | None:
     """Where an additive mask is zero; None when it is not made of zeros and masking values alone."""
-    atoms = {c for p in bias.atoms(sympy.Piecewise) for _, c in p.args if c is not sympy.true}
-    if len(atoms) > 6:
+    if isinstance(bias, sympy.Piecewise):
+        cases = exclusive(bias)
+        if not all(value == 0 or _masks(value) for value, _ in cases):
+            return None
+        floors.extend(value for value, _ in cases if value != 0)
+        return sympy.Or(*[condition for value, condition in cases if value == 0])
+    found_atoms = {c for p in bias.atoms(sympy.Piecewise) for _, c in p.args if c is not sympy.true}
+    atoms = sorted(found_atoms, key=sympy.default_sort_key)
+    if not atoms or len(atoms) > 6:
         return None
     allowed = []
     found = []
@@ -143,6 +168,8 @@ def _add(mask: Mask, condition: sympy.Basic) -> Mask:
     if condition is sympy.true:
         return mask
     free = condition.free_symbols & {b, h, q, k}
+    if condition.has(score):
+        return replace(mask, residual=True, unread=True)
     if free <= {b, k} and k in free:
         return replace(mask, key_valid=sympy.And(mask.key_valid, condition))
     if free <= {b, q} and q in free:

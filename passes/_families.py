@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,8 @@ _ELEMENTWISE = _names(
     "to _to_copy type_as clone contiguous alias detach lift_fresh_copy dropout native_dropout feature_dropout"
     " zeros_like ones_like full_like empty_like rand_like silu gelu celu selu mish prelu log_sigmoid"
     " __and__ __or__ __xor__ masked_fill where one_hot square float expand_as"
-    " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide fill broadcast_tensors"
+    " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide fill"
+    " broadcast_tensors"
 )
 #: Operators whose arguments name every dimension they mix; all others are left as they are.
 _BY_DIM = _names(
@@ -54,7 +56,8 @@ _NORMS = _names("layer_norm rms_norm native_layer_norm _fused_rms_norm")
 
 def is_random(node: Node) -> bool:
     """Whether the operator draws random numbers with these arguments."""
-    if not is_operator(node.target) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    target: Any = node.target
+    if not is_operator(target) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     given = arguments(node)
     return bool(given.get("p", 1.0)) and bool(given.get("train", True))
@@ -76,6 +79,16 @@ def rule_for(node: Node) -> Any:
     if name in _ELEMENTWISE or is_pointwise(node.target):
         return _elementwise
     return _by_dim if name in _BY_DIM else None
+
+
+def _args(node: Node) -> Any:
+    """The arguments, whose types the operator's schema knows and Python does not."""
+    return node.args
+
+
+def _schema(node: Node) -> Any:
+    target: Any = node.target
+    return target._schema.arguments
 
 
 def _not_local(reason: str) -> Exception:
@@ -102,11 +115,11 @@ def _as_is(sharder: Sharder, node: Node) -> Any:
 
 
 def _getitem(sharder: Sharder, node: Node) -> Any:
-    source = node.args[0]
+    source = _args(node)[0]
     if source not in sharder.home:
         raise _not_local("a part of several values that are not local")
     home = sharder.home[source]
-    return _made(sharder.emit(operator.getitem, home.node, node.args[1]), home.start)
+    return _made(sharder.emit(operator.getitem, home.node, _args(node)[1]), home.start)
 
 
 def _elementwise(sharder: Sharder, node: Node) -> Any:
@@ -125,7 +138,7 @@ def _check_aligned(node: Node) -> None:
         if isinstance(axis, TokenAxis):
             from_right = axis.dim - source.meta["val"].dim()
             aligned = operator_name(node.target) == "aten::one_hot" or from_right == out.dim - value.dim()
-            if not aligned or axis.outer != out.outer or axis.length != out.length:
+            if not aligned or axis.layout != out.layout:
                 raise _not_local("token dimensions of the operands differ")
 
 
@@ -155,7 +168,7 @@ def _source(node: Node) -> tuple[Node, TokenAxis]:
 
 def _only_source(node: Node) -> tuple[Node, TokenAxis]:
     """The first argument, which must be the one with tokens."""
-    source = node.args[0]
+    source = _args(node)[0]
     axis = source.meta.get("tokens")
     if not isinstance(axis, TokenAxis):
         raise _not_local("a value without a single token dimension")
@@ -173,7 +186,7 @@ def _view(sharder: Sharder, node: Node) -> Any:
 
 
 def _expand(sharder: Sharder, node: Node) -> Any:
-    source = node.args[0]
+    source = _args(node)[0]
     start = sharder.start_of(source)
     shape = sharder.local_shape(node)
     return _made(sharder.emit(aten.expand.default, sharder.operand(source, start), shape), start)
@@ -183,7 +196,7 @@ def _copy(sharder: Sharder, node: Node) -> Any:
     """copy(x, y): y in the shape and type of x."""
     _check_aligned(node)
     start = sharder.start_of(*_tensor_inputs(node))
-    value = sharder.operand(node.args[1], start)
+    value = sharder.operand(_args(node)[1], start)
     value = sharder.emit(aten.expand.default, value, sharder.local_shape(node))
     return _made(sharder.emit(aten.to.dtype, value, node.meta["val"].dtype), start)
 
@@ -191,7 +204,7 @@ def _copy(sharder: Sharder, node: Node) -> Any:
 def _repeat(sharder: Sharder, node: Node) -> Any:
     """repeat(x, times): the tokens once."""
     source, axis = _only_source(node)
-    times = node.args[1][axis.dim - source.meta["val"].dim()]
+    times = _args(node)[1][axis.dim - source.meta["val"].dim()]
     if times != 1:
         raise _not_local("it repeats the tokens")
     return _as_is(sharder, node)
@@ -201,14 +214,14 @@ def _pad(sharder: Sharder, node: Node) -> Any:
     """pad(x, [last dimension's left, right, ...]): not at the tokens."""
     source, axis = _only_source(node)
     behind = source.meta["val"].dim() - 1 - axis.dim
-    if tuple(node.args[1][2 * behind : 2 * behind + 2]) not in ((), (0, 0)):
+    if tuple(_args(node)[1][2 * behind : 2 * behind + 2]) not in ((), (0, 0)):
         raise _not_local("it pads the tokens")
     return _as_is(sharder, node)
 
 
 def _einsum(sharder: Sharder, node: Node) -> Any:
     """einsum("bsd,df->bsf", ..): the tokens' letter is kept, and no other dimension holds tokens."""
-    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    equation, operands = _args(node)[0].replace(" ", ""), _args(node)[1]
     if "->" not in equation or "." in equation:
         raise _not_local("an einsum without explicit dimensions")
     inputs, result = equation.split("->")
@@ -229,7 +242,7 @@ def _new(sharder: Sharder, node: Node) -> Any:
     """new_zeros(x, size) and its like: the size is this rank's when it counts tokens."""
     given = arguments(node)
     rest = {k: v for k, v in node.kwargs.items() if k not in ("size", "fill_value")}
-    source = sharder.operand(node.args[0], sharder.start_of(node.args[0]))
+    source = sharder.operand(_args(node)[0], sharder.start_of(_args(node)[0]))
     extra = [map_arg(given["fill_value"], sharder.whole)] if "fill_value" in given else []
     if not isinstance(node.meta["tokens"], TokenAxis):
         return sharder.emit(node.target, source, map_arg(given["size"], sharder.whole), *extra, **rest)
@@ -238,7 +251,7 @@ def _new(sharder: Sharder, node: Node) -> Any:
 
 def _linear(sharder: Sharder, node: Node) -> Any:
     source, axis = _source(node)
-    if source is not node.args[0] or axis.dim == source.meta["val"].dim() - 1:
+    if source is not _args(node)[0] or axis.dim == source.meta["val"].dim() - 1:
         raise _not_local("a linear layer over the token dimension")
     return _as_is(sharder, node)
 
@@ -246,7 +259,7 @@ def _linear(sharder: Sharder, node: Node) -> Any:
 def _matmul(sharder: Sharder, node: Node) -> Any:
     """Products whose token dimension is a row of the left operand or a batch dimension of both."""
     out = _output_axis(node)
-    left, right = node.args[-2:]
+    left, right = _args(node)[-2:]
     rank = node.meta["val"].dim()
     for side, contracted in ((left, -1), (right, -2)):
         axis = side.meta.get("tokens")
@@ -260,7 +273,7 @@ def _matmul(sharder: Sharder, node: Node) -> Any:
         other = right if side is left else left
         # a vector on the other side takes its dimension of the result away
         missing = other.meta["val"].dim() == 1 and (side is left or axis.dim < size - 2)
-        if size == 1 or axis.dim - size + missing != out.dim - rank or axis.outer != out.outer:
+        if size == 1 or axis.dim - size + missing != out.dim - rank or axis.layout != out.layout:
             raise _not_local("token dimensions of the operands differ")
     return _as_is(sharder, node)
 
@@ -268,19 +281,19 @@ def _matmul(sharder: Sharder, node: Node) -> Any:
 def _norm(sharder: Sharder, node: Node) -> Any:
     source, axis = _source(node)
     given = arguments(node)
-    if source is not node.args[0] or axis.dim >= source.meta["val"].dim() - len(given["normalized_shape"]):
+    if source is not _args(node)[0] or axis.dim >= source.meta["val"].dim() - len(given["normalized_shape"]):
         raise _not_local("a normalisation over tokens")
     return _as_is(sharder, node)
 
 
 def _embedding(sharder: Sharder, node: Node) -> Any:
-    if node.args[0].meta.get("tokens") is not None:
+    if _args(node)[0].meta.get("tokens") is not None:
         raise _not_local("a table whose rows are tokens")
     return _as_is(sharder, node)
 
 
 def _index(sharder: Sharder, node: Node) -> Any:
-    table, indices = node.args
+    table, indices = _args(node)
     if table.meta.get("tokens") is not None or any(i is None for i in indices):
         raise _not_local("an index into tokens")
     out = _output_axis(node)
@@ -319,9 +332,7 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     if here not in dims:
         for other in _tensor_inputs(node):
             other_axis = other.meta.get("tokens")
-            same = isinstance(other_axis, TokenAxis) and (
-                (other_axis.dim, other_axis.outer, other_axis.length) == (axis.dim, axis.outer, axis.length)
-            )
+            same = isinstance(other_axis, TokenAxis) and other_axis == axis
             if not same:
                 raise _not_local("token dimensions of the operands differ")
         return _as_is(sharder, node)
@@ -344,7 +355,7 @@ def _token_slice(sharder: Sharder, node: Node, source: Node, axis: TokenAxis) ->
     out = node.meta["tokens"]
     if source not in sharder.home:
         raise _not_local("a slice of a whole value")
-    if not isinstance(begin, int) or given["step"] != 1 or axis.outer != 1 or not isinstance(out, TokenAxis):
+    if not isinstance(begin, int) or given["step"] != 1 or axis.folded or not isinstance(out, TokenAxis):
         raise _not_local("a slice along the tokens that is not a plain range")
     home = sharder.home[source]
     if begin < 0:
@@ -406,20 +417,20 @@ def _loss(sharder: Sharder, node: Node) -> Any:
         its = other.meta.get("tokens")
         if its is None:
             continue
-        same = its is not MANY and (its.outer, its.length) == (axis.outer, axis.length)
+        same = its is not MANY and its.layout == axis.layout
         if same and other.meta["val"].dim() - its.dim == behind:
             continue
         raise _not_local("token dimensions of the operands differ")
     start = sharder.start_of(*node.all_input_nodes)
-    schema = [a.name for a in node.target._schema.arguments]
+    schema = [a.name for a in _schema(node)]
     values = {k: map_arg(given[k], lambda n: sharder.operand(n, start)) for k in schema if k in given}
     values["reduction"] = 0
     rows = sharder.emit(node.target, *[values[k] for k in schema])
     if reduction == 0:
         return _made(rows, start)
     shape = [expr_of(size) for size in rows.meta["val"].shape]
-    rows_axis = TokenAxis(axis.dim + len(shape) - source.meta["val"].dim(), axis.outer, axis.length)
-    shape[rows_axis.dim] = axis.outer * axis.length
+    rows_axis = replace(axis, dim=axis.dim + len(shape) - source.meta["val"].dim())
+    shape[rows_axis.dim] = axis.outer * axis.length * axis.inner
     wide = _wide(node.meta["val"].dtype)
     total = _rank_sum(sharder, rows, rows_axis, start, len(shape), list(range(len(shape))), False, wide)
     if reduction == 1:
@@ -442,7 +453,7 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
         raise _not_local("a cross entropy whose classes are tokens")
     probabilities = target.meta["val"].is_floating_point()
     row_dim = axis.dim if probabilities else axis.dim - (axis.dim > class_dim)
-    if target_axis.dim != row_dim or (target_axis.outer, target_axis.length) != (axis.outer, axis.length):
+    if target_axis.dim != row_dim or target_axis.layout != axis.layout:
         raise _not_local("token dimensions of logits and labels differ")
     start = sharder.start_of(logits, target)
     x, y = sharder.operand(logits, start), sharder.operand(target, start)
@@ -458,7 +469,7 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
         return _made(rows, start)
     rows_rank = rows.meta["val"].dim()
     rows_dim = axis.dim - (axis.dim > class_dim)
-    rows_axis = TokenAxis(rows_dim, axis.outer, axis.length)
+    rows_axis = replace(axis, dim=rows_dim)
     valid = sharder.valid_rows(rows_axis, start, rows_rank)
     if valid is not None:
         rows = sharder.emit(aten.where.ScalarOther, valid, rows, 0)
@@ -493,11 +504,9 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
 
 def _attention(sharder: Sharder, node: Node) -> Any:
     """The canonical attention stays one operator on local rows: ``partition_attention`` comes next."""
-    q, k, v, leaves, logits, scale = node.args
+    q, k, v, leaves, logits, scale = _args(node)
     axes = [x.meta.get("tokens") for x in (q, k, v)]
-    if any(
-        not isinstance(a, TokenAxis) or (a.dim, a.outer, a.length) != (2, 1, sharder.symbol) for a in axes
-    ):
+    if any(not isinstance(a, TokenAxis) or (a.dim, *a.layout) != (2, 1, sharder.symbol, 1) for a in axes):
         raise _not_local("an attention whose queries and keys are not the same tokens")
     operands = [sharder.local(x) for x in (q, k, v)]
     whole = []

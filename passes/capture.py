@@ -13,6 +13,7 @@ after:  ATen overloads; attention, cross entropy and linear are still one operat
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from hsap_compile._torch import (
     AUTOCAST_BORDERS,
+    SET_GRAD_ENABLED,
     expr_of,
     fake_mode_of,
     is_operator,
@@ -29,7 +31,7 @@ from hsap_compile._torch import (
     without_autocast,
 )
 from hsap_compile.errors import Refused, where
-from hsap_compile.graph import remove_dead
+from hsap_compile.graph import positional, remove_dead, target
 
 aten = torch.ops.aten
 
@@ -42,8 +44,8 @@ _SCATTER = {
 _RESHAPES = {
     f"aten::{name}"
     for name in (
-        "view reshape _unsafe_view view_as reshape_as unsqueeze squeeze flatten unflatten alias contiguous to "
-        "expand expand_as type_as"
+        "view reshape _unsafe_view view_as reshape_as unsqueeze squeeze flatten unflatten alias contiguous "
+        "to expand expand_as type_as"
     ).split()
 }
 _EXCHANGES = {"aten::transpose", "aten::swapaxes", "aten::swapdims"}
@@ -72,8 +74,8 @@ def capture(module: GraphModule) -> GraphModule:
 
 def _drop_idle_dropout(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
-        if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
-            node.replace_all_uses_with(node.args[0])
+        if node.target is aten.dropout.default and (positional(node)[1] == 0 or not positional(node)[2]):
+            node.replace_all_uses_with(positional(node)[0])
             module.graph.erase_node(node)
 
 
@@ -82,6 +84,8 @@ def _explicit_autocast(module: GraphModule, mode: Any) -> None:
 
     The traced graph stands above autocast: it records what autocast makes of an operator, not the casts.
     """
+    if any(n.target in AUTOCAST_BORDERS for n in module.graph.nodes):
+        _replay(module, mode)
     borders = [n for n in module.graph.nodes if n.target in AUTOCAST_BORDERS]
     for node in reversed(borders):
         module.graph.erase_node(node)
@@ -91,7 +95,7 @@ def _explicit_autocast(module: GraphModule, mode: Any) -> None:
         wanted = _floating(node.meta.get("val"))
         if not is_operator(node.target) or wanted is None or _converts(node):
             continue
-        if node.target._schema.is_mutable:  # autocast leaves in-place operators alone
+        if target(node)._schema.is_mutable:  # autocast leaves in-place operators alone
             continue
         operands = [n for n in node.all_input_nodes if _floating(n.meta.get("val")) is not None]
         types = {_floating(n.meta["val"]) for n in operands}
@@ -102,6 +106,35 @@ def _explicit_autocast(module: GraphModule, mode: Any) -> None:
                 if _floating(operand.meta["val"]) != wanted:
                     cast = _emit(module.graph, mode, node, aten.to.dtype, (operand, wanted), {})
                     node.replace_input_with(operand, cast)
+
+
+def _replay(module: GraphModule, mode: Any) -> None:
+    """Values as they are inside autocast regions: the trace records where these begin and end, but does
+    not enter them."""
+    enter, leave = AUTOCAST_BORDERS
+    regions: dict[Any, Any] = {}
+    allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        for node in module.graph.nodes:
+            if node.target is enter:
+                regions[node] = enter(*positional(node))
+            elif node.target is leave:
+                leave(regions.pop(positional(node)[0]))
+            elif regions or any(n.meta.get("replayed") for n in node.all_input_nodes):
+                if not (is_operator(node.target) or node.target is operator.getitem) or not _tensors(node):
+                    continue
+                args, kwargs = torch.fx.node.map_arg((positional(node), node.kwargs), lambda n: n.meta["val"])
+                with mode:
+                    node.meta.update(val=node.target(*args, **kwargs), replayed=True)
+    finally:
+        mode.allow_non_fake_inputs = allowed
+        for region in reversed(regions.values()):
+            leave(region)
+
+
+def _tensors(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value[0] if isinstance(value, tuple | list) and value else value, torch.Tensor)
 
 
 def _floating(value: Any) -> torch.dtype | None:
@@ -125,24 +158,24 @@ def _converts(node: Node) -> bool:
 
 def _result_dtype(mode: Any, node: Node) -> torch.dtype | None:
     """What the operator returns without autocast; None when it does not take its operands' types."""
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = torch.fx.node.map_arg((positional(node), node.kwargs), lambda n: n.meta["val"])
     try:
         with without_autocast():
-            return _floating(run_fake(mode, node.target, args, kwargs))
+            return _floating(run_fake(mode, target(node), args, kwargs))
     except RuntimeError:
         return None
 
 
 def _functionalize(module: GraphModule, mode: Any) -> None:
-    graph = module.graph
+    graph, views, tracked = module.graph, _views(module), _tracked(module)
     for node in list(graph.nodes):
-        if not is_operator(node.target) or not node.target._schema.is_mutable:
+        if not is_operator(node.target) or not target(node)._schema.is_mutable:
             continue
         mutated = _mutated_argument(node)
         chain = [mutated]  # from the written view up to its base
-        while (base := _base_of(chain[-1])) is not None:
-            chain.append(base)
-        changes_shape = torch.Tag.inplace_view in node.target.tags
+        while chain[-1] in views:
+            chain.append(positional(chain[-1])[0])
+        changes_shape = torch.Tag.inplace_view in target(node).tags
         if chain[-1].op != "call_function" and not changes_shape:
             raise Refused(
                 f"the model writes into one of its inputs in place ({operator_name(node.target)})",
@@ -151,35 +184,98 @@ def _functionalize(module: GraphModule, mode: Any) -> None:
                 do="write into a copy (x = x.clone()) instead",
                 at=where(node),
             )
+        if not changes_shape and node not in tracked and chain[-1] in tracked:
+            raise Refused(
+                "the model writes in place, unseen by autograd, into a value with a gradient "
+                f"({operator_name(node.target)})",
+                got="a write that autograd does not see",
+                wanted="writes that autograd sees, or into values without a gradient",
+                do="write into a copy (x = x.detach().clone()) instead",
+                at=where(node),
+            )
         with graph.inserting_before(node):
-            value = _emit(graph, mode, node, _functional_form(node), node.args, node.kwargs)
+            value = _value_after(graph, mode, node)
             dtype = mutated.meta["val"].dtype
             if value.meta["val"].dtype != dtype:  # a write keeps the type of what is written to
                 value = _emit(graph, mode, node, aten.to.dtype, (value, dtype), {})
             if changes_shape:  # of this one view: neither its base nor other views see it
                 replaced = {mutated: value}
+                views.add(value)
             else:
-                replaced = _write_back(graph, mode, node, chain, value)
+                replaced = _write_back(graph, mode, node, chain, value, views)
+        if node in tracked:
+            tracked.update(replaced.values())
         later = set(_after(node))
         for old, new in replaced.items():
-            old.replace_all_uses_with(new, delete_user_cb=lambda user, later=later: user in later)
+            old.replace_all_uses_with(new, delete_user_cb=later.__contains__)
         node.replace_all_uses_with(replaced[mutated])
         graph.erase_node(node)
 
 
+def _views(module: GraphModule) -> set[Node]:
+    """The nodes that are views of their first argument, in-place operators included."""
+    return {
+        n
+        for n in module.graph.nodes
+        if n.op == "call_function"
+        and positional(n)
+        and isinstance(positional(n)[0], Node)
+        and (storage := _storage(n)) is not None
+        and storage == _storage(positional(n)[0])
+    }
+
+
+def _storage(node: Node) -> int | None:
+    value = node.meta.get("val")
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _tracked(module: GraphModule) -> set[Node]:
+    """The nodes that autograd records: their values have gradients."""
+    found: set[Node] = set()
+    enabled = True
+    for node in module.graph.nodes:
+        if node.target is SET_GRAD_ENABLED:
+            enabled = bool(positional(node)[0])
+        elif node.op == "placeholder":
+            if getattr(node.meta["val"], "requires_grad", False):
+                found.add(node)
+        elif (
+            enabled
+            and node.target is not aten.detach.default
+            and _floating(node.meta.get("val")) is not None
+            and any(n in found for n in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
 def _mutated_argument(node: Node) -> Node:
-    written = [a.name for a in node.target._schema.arguments if a.alias_info and a.alias_info.is_write]
-    position = [a.name for a in node.target._schema.arguments].index(written[0])
-    argument = node.args[position] if position < len(node.args) else node.kwargs[written[0]]
+    written = [a.name for a in target(node)._schema.arguments if a.alias_info and a.alias_info.is_write]
+    position = [a.name for a in target(node)._schema.arguments].index(written[0])
+    argument = positional(node)[position] if position < len(positional(node)) else node.kwargs[written[0]]
     if len(written) > 1 or not isinstance(argument, Node):
         raise Refused(
             f"{operator_name(node.target)} writes into several tensors at once",
-            got=str(node.target._schema),
+            got=str(target(node)._schema),
             wanted="operators that return new tensors",
             do="replace the in-place operator in the model",
             at=where(node),
         )
     return argument
+
+
+def _value_after(graph: Graph, mode: Any, node: Node) -> Node:
+    """What the in-place ``node`` leaves in the tensor that it writes to."""
+    if node.target is not aten.copy_.default:
+        return _emit(graph, mode, node, _functional_form(node), positional(node), node.kwargs)
+    old, value = positional(node)[:2]  # aten::copy has no derivative
+    sizes = [_size(graph, mode, node, old, d) for d in range(old.meta["val"].dim())]
+    value = _emit(graph, mode, node, aten.to.dtype, (value, old.meta["val"].dtype), {})
+    value = _emit(graph, mode, node, aten.expand.default, (value, sizes), {})
+    return _emit(graph, mode, node, aten.clone.default, (value,), {})  # a copy is no view of its source
 
 
 def _functional_form(node: Node) -> Any:
@@ -189,12 +285,12 @@ def _functional_form(node: Node) -> Any:
     else:
         name = name.removesuffix("_")
     packet = getattr(aten, name, None)
-    overload = node.target._overloadname
+    overload = "int" if name == "transpose" else target(node)._overloadname
     found = getattr(packet, overload) if packet is not None and overload in packet.overloads() else None
     if found is None or found._schema.is_mutable or name in ("resize", "set"):
         raise Refused(
             f"{operator_name(node.target)} has no form that returns a new tensor",
-            got=str(node.target._schema),
+            got=str(target(node)._schema),
             wanted="an operator with a functional form",
             do="replace the in-place operator in the model",
             at=where(node),
@@ -210,7 +306,9 @@ def _emit(graph: Graph, mode: Any, origin: Node, target: Any, args: Any, kwargs:
     return new
 
 
-def _write_back(graph: Graph, mode: Any, node: Node, chain: list[Node], value: Node) -> dict[Node, Node]:
+def _write_back(
+    graph: Graph, mode: Any, node: Node, chain: list[Node], value: Node, views: set[Node]
+) -> dict[Node, Node]:
     """What stands for whom after ``chain[0]`` was overwritten by ``value``: a new base, and every view of
     it that was made before the write, made anew."""
     for child, parent in zip(chain, chain[1:], strict=False):
@@ -219,10 +317,12 @@ def _write_back(graph: Graph, mode: Any, node: Node, chain: list[Node], value: N
     for other in list(graph.nodes):
         if other is node:
             return replaced
-        base = _base_of(other)
-        if base in replaced and other not in replaced and other is not value:
-            args, kwargs = torch.fx.node.map_arg((other.args, other.kwargs), lambda n: replaced.get(n, n))
+        if other in views and positional(other)[0] in replaced:
+            args, kwargs = torch.fx.node.map_arg(
+                (positional(other), other.kwargs), lambda n: replaced.get(n, n)
+            )
             replaced[other] = _emit(graph, mode, other, other.target, args, kwargs)
+            views.add(replaced[other])
     raise AssertionError(f"{node} is not in its graph")
 
 
@@ -231,16 +331,19 @@ def _put(graph: Graph, mode: Any, node: Node, child: Node, parent: Node, value: 
     name = operator_name(child.target)
     old, new = parent.meta["val"], value.meta["val"]
     if name in _SCATTER:
-        return _emit(graph, mode, node, _SCATTER[name], (parent, value, *child.args[1:]), child.kwargs)
+        return _emit(graph, mode, node, _SCATTER[name], (parent, value, *positional(child)[1:]), child.kwargs)
     if name in _EXCHANGES:
-        return _emit(graph, mode, node, aten.transpose.int, (value, *child.args[1:3]), {})
+        return _emit(graph, mode, node, aten.transpose.int, (value, *positional(child)[1:3]), {})
     if name in _LAST_TWO:
         return _emit(graph, mode, node, aten.transpose.int, (value, -1, -2), {}) if new.dim() > 1 else value
+    if name == "aten::narrow":
+        dim, start, length = positional(child)[1:]
+        stop = _emit(graph, mode, node, operator.add, (start, length), {})
+        return _emit(graph, mode, node, aten.slice_scatter.default, (parent, value, dim, start, stop), {})
     if name == "aten::permute":
-        order = [d % new.dim() for d in child.args[1]]
-        return _emit(
-            graph, mode, node, aten.permute.default, (value, [order.index(d) for d in range(new.dim())]), {}
-        )
+        order = [d % new.dim() for d in positional(child)[1]]
+        back = [order.index(d) for d in range(new.dim())]
+        return _emit(graph, mode, node, aten.permute.default, (value, back), {})
     if name in _RESHAPES and old.dtype == new.dtype and expr_of(old.numel()) == expr_of(new.numel()):
         sizes = [_size(graph, mode, node, parent, d) for d in range(old.dim())]
         return _emit(graph, mode, node, aten.reshape.default, (value, sizes), {})
@@ -251,21 +354,6 @@ def _put(graph: Graph, mode: Any, node: Node, child: Node, parent: Node, value: 
         do="write into a copy (x = x.clone()) instead",
         at=where(node),
     )
-
-
-def _base_of(node: Node) -> Node | None:
-    """The value that ``node`` is a view of."""
-    mine = _storage(node)
-    if node.op != "call_function" or mine is None:
-        return None
-    return next((n for n in node.all_input_nodes if _storage(n) == mine), None)
-
-
-def _storage(node: Node) -> int | None:
-    value = node.meta.get("val")
-    if isinstance(value, tuple | list) and value:
-        value = value[0]
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def _size(graph: Graph, mode: Any, origin: Node, tensor: Node, dim: int) -> Any:

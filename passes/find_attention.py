@@ -18,18 +18,27 @@ from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import expr_of, free_symbols, hint_of, operator_name
 from hsap_compile.errors import Refused, where
+from hsap_compile.graph import positional, target
 
 aten = torch.ops.aten
 
 #: What stands between softmax(...) and the product with the values without changing the weights' meaning.
-_TRANSPARENT = {"aten::to", "aten::_to_copy", "aten::type_as", "aten::clone", "aten::contiguous", "aten::alias"}
+_TRANSPARENT = {
+    "aten::to",
+    "aten::_to_copy",
+    "aten::type_as",
+    "aten::clone",
+    "aten::contiguous",
+    "aten::alias",
+}
 _LAYOUT = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand"}
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv).
+    """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv); or without B.
 
+    ``flipped``: ``key`` is (B, Hkv, D, S).
     ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
     (a node, or None), ``causal`` and ``scale`` say the same.  ``product``: the q @ k.T of the eager form.
     """
@@ -43,6 +52,7 @@ class Attention:
     mask: Node | None = None
     logits: Node | None = None
     product: Node | None = None
+    flipped: bool = False
 
 
 def find_attention(module: GraphModule) -> tuple[Attention, ...]:
@@ -51,20 +61,21 @@ def find_attention(module: GraphModule) -> tuple[Attention, ...]:
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
+        attention = None
         if node.target is aten.scaled_dot_product_attention.default:
-            found.append(_operator(node))
+            attention = _operator(node)
         elif operator_name(node.target) in ("aten::softmax", "aten::_softmax"):
             attention = _eager(node)
-            if attention is not None:
-                found.append(attention)
+        if attention is not None:
+            found.append(attention)
     return tuple(found)
 
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an operator by their schema's names, defaults filled in."""
-    schema = node.target._schema
+    schema = target(node)._schema
     values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    values.update(zip((a.name for a in schema.arguments), node.args, strict=False))
+    values.update(zip((a.name for a in schema.arguments), positional(node), strict=False))
     values.update(node.kwargs)
     return values
 
@@ -77,11 +88,13 @@ def token_dims(node: Node) -> tuple[int, ...]:
     return tuple(d for d, size in enumerate(value.shape) if free_symbols(size))
 
 
-def _operator(node: Node) -> Attention:
+def _operator(node: Node) -> Attention | None:
     given = arguments(node)
     _refuse_dropout(node, given["dropout_p"])
     query, key, value = given["query"], given["key"], given["value"]
-    scale = given["scale"]
+    scale, causal = given["scale"], given["is_causal"]
+    if isinstance(scale, Node) or isinstance(causal, Node) or not _fit(query, key, value):
+        return None
     if scale is None:
         scale = 1.0 / math.sqrt(hint_of(query.meta["val"].shape[-1]))
     key, value = _peeled(query, key, value)
@@ -91,7 +104,7 @@ def _operator(node: Node) -> Attention:
         key=key,
         value=value,
         scale=float(scale),
-        causal=bool(given["is_causal"]),
+        causal=causal,
         mask=given["attn_mask"],
     )
 
@@ -109,21 +122,23 @@ def _refuse_dropout(node: Node, probability: Any) -> None:
 
 def _eager(softmax: Node) -> Attention | None:
     """softmax(logits) @ value, if that is what ``softmax`` is part of."""
-    logits = softmax.args[0]
     given = arguments(softmax)
+    logits = softmax.args[0]
+    assert isinstance(logits, Node)
     rank = logits.meta["val"].dim()
-    if rank not in (3, 4) or given["dim"] not in (-1, rank - 1) or len(token_dims(logits)) < 2:
+    if rank not in (3, 4) or given["dim"] not in (-1, rank - 1):
+        return None
+    if not {rank - 2, rank - 1} <= set(token_dims(logits)):
         return None
     user: Node = softmax
+    dropouts: list[Node] = []
     while True:
-        users = list(user.users)
-        if len(users) != 1:
+        if len(user.users) != 1:
             return None  # the weights are read elsewhere too
-        following = users[0]
+        (following,) = user.users
         name = operator_name(following.target) if following.op == "call_function" else ""
-        if name in ("aten::dropout", "aten::native_dropout"):
-            probability, training = arguments(following)["p"], arguments(following)["train"]
-            _refuse_dropout(following, probability if training else 0.0)
+        if name == "aten::dropout":
+            dropouts.append(following)
         elif name in ("aten::matmul", "aten::bmm"):
             break
         elif name in _LAYOUT:
@@ -132,16 +147,22 @@ def _eager(softmax: Node) -> Attention | None:
         elif name not in _TRANSPARENT:
             return None
         user = following
-    if following.args[0] is not user:
-        return None
+    value = positional(following)[1]
     product = _product(logits)
-    if product is None:
+    if positional(following)[0] is not user or product is None or not isinstance(value, Node):
         return None
-    query, transposed = product.args[-2:]  # baddbmm(input, q, k) carries its bias first
+    query, transposed = positional(product)[-2:]  # baddbmm(input, q, k) carries its bias first
+    assert isinstance(query, Node) and isinstance(transposed, Node)
     key = _transposed(transposed)
+    flipped = key is None
     if key is None:
+        key = transposed
+    if not _fit(query, key, value, flipped):
         return None
-    key, value = _peeled(query, key, following.args[1])
+    for dropout in dropouts:
+        _refuse_dropout(dropout, arguments(dropout)["p"] if arguments(dropout)["train"] else 0.0)
+    if not flipped:
+        key, value = _peeled(query, key, value)
     return Attention(
         output=following,
         query=query,
@@ -150,7 +171,23 @@ def _eager(softmax: Node) -> Attention | None:
         scale=1.0,
         logits=logits,
         product=product,
+        flipped=flipped,
     )
+
+
+def _fit(query: Node, key: Node, value: Node, flipped: bool = False) -> bool:
+    """Whether the canonical operator takes them: one batch size, key/value heads that divide the heads."""
+    q, k, v = (n.meta["val"].shape for n in (query, key, value))
+    if not len(q) == len(k) == len(v) or len(q) not in (3, 4):
+        return False
+    if flipped:
+        k = (*k[:-2], k[-1], k[-2])
+    if expr_of(k[-2]) != expr_of(v[-2]) or expr_of(q[-1]) != expr_of(k[-1]):
+        return False
+    if len(q) == 4 and not expr_of(q[0]) == expr_of(k[0]) == expr_of(v[0]):
+        return False
+    heads = [expr_of(x[-3]) for x in (q, k, v)]
+    return heads[1] == heads[2] and all(h.is_Integer for h in heads) and heads[0] % heads[1] == 0
 
 
 def _product(logits: Node) -> Node | None:
@@ -174,10 +211,16 @@ def _product(logits: Node) -> Node | None:
 def _transposed(node: Node) -> Node | None:
     """x where ``node`` is x with its last two dimensions exchanged."""
     name = operator_name(node.target) if node.op == "call_function" else ""
-    rank = node.meta["val"].dim()
-    if name == "aten::transpose" and {d % rank for d in node.args[1:3]} == {rank - 1, rank - 2}:
-        return node.args[0]
-    return None
+    rank, source = node.meta["val"].dim(), positional(node)[0] if positional(node) else None
+    if not isinstance(source, Node):
+        return None
+    exchanged = False
+    if name in ("aten::transpose", "aten::swapaxes", "aten::swapdims"):
+        exchanged = {d % rank for d in positional(node)[1:3]} == {rank - 1, rank - 2}
+    elif name == "aten::permute":
+        order = [d % rank for d in positional(node)[1]]
+        exchanged = order == [*range(rank - 2), rank - 1, rank - 2]
+    return source if exchanged or name == "aten::mT" else None
 
 
 def _same_shape(x: Node, y: Node) -> bool:
@@ -198,27 +241,31 @@ def _real_heads(node: Node) -> Node:
     if node.op != "call_function":
         return node
     name = operator_name(node.target)
-    if name in _TRANSPARENT and expr_of(node.args[0].meta["val"].shape[1]) == expr_of(node.meta["val"].shape[1]):
-        inner = _real_heads(node.args[0])
-        return node if inner is node.args[0] else inner
-    if name == "aten::repeat_interleave" and arguments(node).get("dim") == 1:
-        return node.args[0]
+    if name in _TRANSPARENT and expr_of(positional(node)[0].meta["val"].shape[1]) == expr_of(
+        node.meta["val"].shape[1]
+    ):
+        inner = _real_heads(positional(node)[0])
+        return node if inner is positional(node)[0] else inner
+    if node.target is aten.repeat_interleave.self_int:
+        return positional(node)[0] if arguments(node)["dim"] in (1, -3) else node
     if name not in ("aten::reshape", "aten::view", "aten::_unsafe_view", "aten::flatten"):
         return node
-    expanded = node.args[0]
+    expanded = positional(node)[0]
     if expanded.op != "call_function" or operator_name(expanded.target) != "aten::expand":
         return node
-    source = expanded.args[0]
-    while source.op == "call_function" and operator_name(source.target) == "aten::slice" and _same_shape(
-        source, source.args[0]
+    source = positional(expanded)[0]
+    while (
+        source.op == "call_function"
+        and operator_name(source.target) == "aten::slice"
+        and _same_shape(source, positional(source)[0])
     ):
-        source = source.args[0]
+        source = positional(source)[0]
     if source.op != "call_function" or operator_name(source.target) != "aten::unsqueeze":
         return node
-    grown, flat, inner = expanded.meta["val"].shape, node.meta["val"].shape, source.args[0]
+    grown, flat, inner = expanded.meta["val"].shape, node.meta["val"].shape, positional(source)[0]
     small = inner.meta["val"].shape
     repeats_heads = (
-        source.args[1] in (2, -3)
+        positional(source)[1] in (2, -3)
         and len(grown) == 5
         and len(flat) == 4
         and expr_of(grown[1]) == expr_of(small[1])

@@ -3,15 +3,15 @@
 after: ``node.meta["tokens"]`` is a ``TokenAxis`` for a value with exactly one token dimension, None for
 a value without, and ``MANY`` for one with several or with one that is no plain run of tokens.
 
-A dimension holds tokens when its size contains the sequence symbol S.  Sizes are ``outer * length``:
-``outer`` rows that were folded in front (``view(B * S, ...)``), and a length of S, or S plus or minus a
-constant after a slice or a pad.
+A dimension holds tokens when its size contains the sequence symbol S.  Sizes are ``outer * length * inner``:
+``outer`` rows that were folded in front (``view(B * S, ..)``), ``inner`` behind (``view(S * B, ..)``), and a
+length of S, or S plus or minus a constant after a slice or a pad.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import sympy
@@ -36,11 +36,23 @@ VIEWS = frozenset(
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """Dimension ``dim`` of size ``outer * length``: ``outer`` rows of ``length`` tokens each."""
+    """Dimension ``dim``, of size ``outer * length * inner``; its element ``(o * length + t) * inner + i``
+    belongs to token t."""
 
     dim: int
     outer: int
     length: sympy.Expr
+    inner: int = 1
+
+    @property
+    def layout(self) -> tuple[int, sympy.Expr, int]:
+        """What two values must share to be combined token by token."""
+        return self.outer, self.length, self.inner
+
+    @property
+    def folded(self) -> bool:
+        """Whether the dimension holds more than tokens."""
+        return self.outer * self.inner != 1
 
 
 def infer_tokens(module: GraphModule, symbol: sympy.Symbol) -> None:
@@ -59,25 +71,35 @@ def _tokens(node: Node, symbol: sympy.Symbol) -> TokenAxis | Tokens | None:
     if len(dims) > 1:
         return MANY
     size = sympy.expand(expr_of(value.shape[dims[0]]))
-    outer = size.coeff(symbol, 1)
-    length = sympy.expand(size / outer) if outer.is_Integer and outer > 0 else None
+    factor = size.coeff(symbol, 1)
+    length = sympy.expand(size / factor) if factor.is_Integer and factor > 0 else None
     if length is None or not (length - symbol).is_Integer:
         return MANY
-    axis = TokenAxis(dims[0], int(outer), length)
-    return axis if int(outer) == 1 or _folded_in_front(node, axis) else MANY
+    if factor == 1:
+        return TokenAxis(dims[0], 1, length)
+    return _folded(node, dims[0], int(factor), length) or MANY
 
 
-def _folded_in_front(node: Node, axis: TokenAxis) -> bool:
-    """Whether the factor beside the tokens counts rows in front of them (B * S), not behind (S * K)."""
+def _folded(node: Node, dim: int, factor: int, length: sympy.Expr) -> TokenAxis | None:
+    """Whether the factor beside the tokens counts rows in front of them (B * S), behind (S * K), or both."""
     if node.op != "call_function":
-        return False
-    operands = (node.args[0] if node.target is operator.getitem else node).all_input_nodes  # type: ignore
+        return None
+    operands: list[Node] = node.all_input_nodes
+    if node.target is operator.getitem:
+        operands = operands[0].all_input_nodes
     sources = [n for n in operands if isinstance(n.meta.get("tokens"), TokenAxis)]
-    if operator_name(node.target) in VIEWS:
-        if len(sources) != 1:
-            return False
-        return rows_in_front(sources[0], sources[0].meta["tokens"]) == rows_in_front(node, axis)
-    return any(s.meta["tokens"].outer == axis.outer for s in sources)
+    if operator_name(node.target) not in VIEWS:
+        known = (s.meta["tokens"] for s in sources)
+        return next(
+            (replace(k, dim=dim) for k in known if k.outer * k.inner == factor and k.length == length), None
+        )
+    if len(sources) != 1:
+        return None
+    in_front = rows_in_front(sources[0], sources[0].meta["tokens"])
+    outer = in_front / rows_in_front(node, TokenAxis(dim, 1, length))
+    if not outer.is_Integer or factor % int(outer):
+        return None
+    return TokenAxis(dim, int(outer), length, factor // int(outer))
 
 
 def rows_in_front(node: Node, axis: TokenAxis) -> sympy.Expr:

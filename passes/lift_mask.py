@@ -8,12 +8,17 @@ after:  hsap::attention(q, k, v, leaves, "logits(score, b, h, q, k)", scale); th
 2. a tensor that is not made of such operators is a leaf: the formula reads its element;
 3. normalise (``masks``), put the ``Mask`` on the node, leaves beside it.
 
-A mask that cannot be walked is itself a leaf of two token dimensions: exact, but it stays dense.
+A mask that cannot be walked is itself a leaf of two token dimensions: exact, but it stays dense.  An
+attention that does more to its scores than act on every one alone is left as it is written.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +28,17 @@ from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
 from hsap_compile._torch import expr_of, free_symbols, hint_of, operator_name, run_fake
+from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
-from hsap_compile.graph import remove_dead
+from hsap_compile.graph import positional, remove_dead
 from hsap_compile.kernels import dense
-from hsap_compile.masks import normalise
+from hsap_compile.masks import exclusive, normalise
 from hsap_compile.passes.find_attention import Attention, arguments, token_dims
 
 aten = torch.ops.aten
 Index = tuple[sympy.Expr, ...]
+
+log = logging.getLogger("hsap_compile")
 
 
 def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any) -> int:
@@ -38,7 +46,15 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
     dense_masks = 0
     for attention in attentions:
         lifter = _Lifter(attention)
-        logits = lifter.logits()
+        try:
+            logits = lifter.logits()
+        except NotLiftable as reason:
+            log.warning(
+                "an attention stays as it is written: %s does more than act on every score alone, at %s",
+                reason,
+                where(attention.output),
+            )
+            continue
         mask, scale = normalise(logits)
         used = formula.leaves_of(mask.logits)
         numbers = {old: new for new, old in enumerate(used)}
@@ -78,14 +94,15 @@ def _rewrite(
 
     dtype = output.meta["val"].dtype
     with graph.inserting_before(output):
-        operands = [attention.query, attention.key, attention.value]
+        key = attention.key
+        if attention.flipped:
+            key = emit(aten.transpose.int, key, -1, -2)
+        operands = [attention.query, key, attention.value]
         flat = attention.query.meta["val"].dim() == 3
         if flat:
             operands = [emit(aten.unsqueeze.default, x, 0) for x in operands]
         # under autocast the operator casts; the canonical one takes what the result has
-        operands = [
-            x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands
-        ]
+        operands = [x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands]
         node = emit(dense.OP, *operands, leaves, formula.dumps(mask.logits), scale)
         node.meta["mask"] = mask
         if flat:
@@ -95,6 +112,10 @@ def _rewrite(
 
 class NotLiftable(Exception):
     """No rule carries an index through this node."""
+
+    def __str__(self) -> str:
+        node = self.args[0]
+        return operator_name(node.target) if isinstance(node, Node) else str(node)
 
 
 class _Lifter:
@@ -108,13 +129,19 @@ class _Lifter:
     def logits(self) -> sympy.Expr:
         attention = self.attention
         if attention.logits is not None:
-            return _number(self.element(attention.logits, self._position(attention.logits)))
+            found = _number(self.element(attention.logits, self._position(attention.logits)))
+            if found.has(sympy.nan):
+                raise NotLiftable(attention.logits)
+            return found
         logits: sympy.Expr = score
         if attention.causal:
             logits = sympy.Piecewise((logits, q >= k), (-sympy.oo, True))
         if attention.mask is None:
             return logits
-        value = self.element(attention.mask, self._position(attention.mask))
+        position = self._position(attention.mask)
+        value = self.element(attention.mask, position)
+        if value.has(sympy.nan):
+            value = self.leaf(attention.mask, position)
         if attention.mask.meta["val"].dtype == torch.bool:
             return sympy.Piecewise((logits, _boolean(value)), (-sympy.oo, True))
         return logits + _number(value)
@@ -165,20 +192,34 @@ class _Lifter:
             return _constant(operand)
         value = operand.meta["val"]
         if not isinstance(value, torch.Tensor):
-            return _size(value)
+            return self.size(value)
         tail = index[len(index) - value.dim() :]
         return self.element(
             operand,
             tuple(sympy.Integer(0) if _is_one(s) else i for s, i in zip(value.shape, tail, strict=True)),
         )
 
+    def size(self, size: Any) -> sympy.Expr:
+        """A size as a formula of S, the tokens of this attention's keys."""
+        expr = expr_of(size)
+        expr = expr.xreplace({expr_of(self.attention.value.meta["val"].shape[-2]): formula.S})
+        if expr.free_symbols - {formula.S} or expr.atoms(sympy.Function):
+            raise NotLiftable(size)
+        return expr
+
     def _element(self, node: Node, index: Index) -> sympy.Basic:
         if node is self.attention.product:
+            if index != self._position(node):  # the scores of other pairs
+                raise NotLiftable(node)
             if operator_name(node.target) != "aten::baddbmm":
                 return score
             given = arguments(node)
             bias = _constant(given["beta"]) * _number(self.broadcast(given["self"], index))
             return bias + _constant(given["alpha"]) * score
+        if node.op == "get_attr" and not index and node.graph.owning_module is not None:
+            constant = getattr(node.graph.owning_module, str(node.target), None)
+            if type(constant) is torch.Tensor:  # torch.tensor(-inf) in the model's forward
+                return _constant(constant.item())
         if node.op != "call_function":
             raise NotLiftable(node)
         name = operator_name(node.target).removeprefix("aten::")
@@ -189,24 +230,30 @@ class _Lifter:
             return _RULES[name](self, node, index)
         if value.is_floating_point() and len(token_dims(node)) < 2:
             raise NotLiftable(node)  # read the rounded value rather than compute it anew
-        if name in _POINTWISE:
-            operands = [a for a in node.args if isinstance(a, Node | int | float | bool)]
-            return _POINTWISE[name](*[self.broadcast(a, index) for a in operands])
-        raise NotLiftable(node)
+        if name not in _POINTWISE or value.dtype in _NARROW_INTEGERS:
+            raise NotLiftable(node)
+        given = {k: a for k, a in arguments(node).items() if isinstance(a, Node | int | float | bool | str)}
+        mode = given.pop("rounding_mode", None)
+        alpha = given.pop("alpha", None)
+        operands = [self.broadcast(a, index) for a in given.values()]
+        if mode is not None:
+            if mode != "floor":
+                raise NotLiftable(node)
+            name = "floor_divide"
+        if alpha is not None and alpha != 1:
+            scaled = 0 if name == "rsub" else 1
+            operands[scaled] = _arithmetic(operator.mul, operands[scaled], self.broadcast(alpha, ()))
+        result = _POINTWISE[name](*operands)
+        if value.dtype == torch.bool:
+            return _boolean(result)
+        return _rounded(result, value.dtype) if value.is_floating_point() else result
+
+
+_NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)  # their arithmetic may wrap
 
 
 def _is_one(size: Any) -> bool:
     return not free_symbols(size) and hint_of(size) == 1
-
-
-def _size(size: Any) -> sympy.Expr:
-    expr = expr_of(size)
-    symbols = expr.free_symbols
-    if not symbols:
-        return expr
-    if expr in symbols:
-        return formula.S
-    raise NotLiftable(size)
 
 
 def _constant(value: Any) -> sympy.Basic:
@@ -218,8 +265,6 @@ def _constant(value: Any) -> sympy.Basic:
         if math.isinf(value):
             return sympy.oo if value > 0 else -sympy.oo
         return sympy.Integer(int(value)) if value == int(value) and abs(value) < 2**31 else sympy.Float(value)
-    if isinstance(value, torch.SymInt):
-        return _size(value)
     raise NotLiftable(value)
 
 
@@ -232,21 +277,73 @@ def _number(x: sympy.Basic) -> sympy.Expr:
 def _boolean(x: sympy.Basic) -> sympy.Basic:
     if isinstance(x, sympy.logic.boolalg.Boolean) and not isinstance(x, sympy.Symbol):
         return x
-    if isinstance(x, sympy.Piecewise):  # a truth value that was cast to a number and back
-        return sympy.Or(*[sympy.And(c, sympy.Ne(v, 0)) for v, c in _exclusive(x)])
-    return sympy.Ne(x, 0)
+    return _arithmetic(sympy.Ne, x, sympy.Integer(0))
 
 
-def _exclusive(x: sympy.Piecewise) -> list[tuple[sympy.Expr, sympy.Basic]]:
-    cases, before = [], sympy.false
-    for value, condition in x.args:
-        cases.append((value, sympy.And(condition, sympy.Not(before))))
-        before = sympy.Or(before, condition)
-    return cases
+def _cases(x: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Basic]] | None:
+    """The values of a choice among numbers, each with its condition; None for anything else."""
+    if x.is_number:
+        return [(x, sympy.true)]
+    if not isinstance(x, sympy.Piecewise):
+        return None
+    found: list[tuple[sympy.Expr, sympy.Basic]] = []
+    for value, condition in exclusive(x):
+        inner = _cases(value)
+        if inner is None:
+            return None
+        found += [(v, sympy.And(condition, c)) for v, c in inner]
+    return found
+
+
+def _arithmetic(function: Callable[..., Any], *operands: sympy.Basic) -> sympy.Basic:
+    """``function`` of numbers; of choices among numbers it is a choice, so that masks stay readable and
+    exact: ``score + (1 - mask) * -1e9`` must not add -1e9 to the score and take it away again."""
+    values = [_number(x) for x in operands]
+    cases = [_cases(x) for x in values]
+    known = [c for c in cases if c is not None]
+    if len(known) < len(cases) or math.prod(len(c) for c in known) not in range(2, 17):
+        return function(*values)
+    groups: dict[sympy.Basic, list[sympy.Basic]] = {}
+    for combination in itertools.product(*known):
+        result = function(*[value for value, _ in combination])
+        groups.setdefault(result, []).append(sympy.And(*[condition for _, condition in combination]))
+    if set(groups) <= {sympy.true, sympy.false}:
+        return (
+            _any(groups, sympy.true)
+            if len(groups.get(sympy.true, [])) <= len(groups.get(sympy.false, []))
+            else sympy.Not(_any(groups, sympy.false))
+        )
+    default = max(groups, key=lambda v: len(groups[v]))
+    pieces = [(value, _any(groups, value)) for value in groups if value != default]
+    return sympy.Piecewise(*pieces, (default, True))
+
+
+def _any(groups: dict[sympy.Basic, list[sympy.Basic]], value: sympy.Basic) -> sympy.Basic:
+    return sympy.Or(*groups.get(value, []))
+
+
+def _rounded(x: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
+    """``x`` as a tensor of type ``dtype`` holds it, where it is a choice among numbers."""
+
+    def rounded(number: sympy.Expr) -> sympy.Expr:
+        return _constant(float(torch.tensor(float(number), dtype=torch.float64).to(dtype)))
+
+    cases = _cases(_number(x))
+    if cases is None or any(value is sympy.nan for value, _ in cases):
+        return x
+    return _arithmetic(rounded, x) if len(cases) > 1 else rounded(_number(x))
 
 
 def _compare(relation: Any) -> Any:
-    return lambda x, y: relation(_number(x), _number(y))
+    def exact(x: sympy.Expr, y: sympy.Expr) -> sympy.Basic:
+        """x / 3 - y / 3 <= 1 as x - y <= 3: no division rounds."""
+        fractions = {a for a in (x - y).atoms(sympy.Rational) if not a.is_Integer} if x.has(q, k) else ()
+        if not fractions:
+            return relation(x, y)
+        _, whole = (x - y).primitive()
+        return relation(whole, 0)
+
+    return lambda x, y: _arithmetic(exact, x, y)
 
 
 def _logical(on_booleans: Any) -> Any:
@@ -260,29 +357,34 @@ def _where(condition: Any, yes: Any, no: Any) -> sympy.Basic:
     return sympy.Piecewise((_number(yes), condition), (_number(no), True))
 
 
-def _scaled(sign: int) -> Any:
-    return lambda x, y, alpha=sympy.Integer(1): _number(x) + sign * _number(alpha) * _number(y)
+def _numeric(function: Callable[..., Any]) -> Any:
+    return lambda *operands: _arithmetic(function, *operands)
 
 
 def _equal(x: Any, y: Any) -> sympy.Basic:
-    booleans = [isinstance(v, sympy.logic.boolalg.Boolean) and not isinstance(v, sympy.Symbol) for v in (x, y)]
-    return sympy.Equivalent(x, y) if all(booleans) else sympy.Eq(_number(x), _number(y))
+    booleans = [
+        isinstance(v, sympy.logic.boolalg.Boolean) and not isinstance(v, sympy.Symbol) for v in (x, y)
+    ]
+    return sympy.Equivalent(x, y) if all(booleans) else _compare(sympy.Eq)(x, y)
 
 
 _POINTWISE: dict[str, Any] = {
-    "add": _scaled(1),
-    "sub": _scaled(-1),
-    "rsub": lambda x, y, alpha=sympy.Integer(1): _number(y) - alpha * _number(x),
-    "mul": lambda x, y: _number(x) * _number(y),
-    "div": lambda x, y: _number(x) / _number(y),
-    "floor_divide": lambda x, y: formula.floordiv(_number(x), _number(y)),
-    "remainder": lambda x, y: sympy.Mod(_number(x), _number(y)),
-    "neg": lambda x: -_number(x),
-    "abs": lambda x: sympy.Abs(_number(x)),
-    "tanh": lambda x: sympy.tanh(_number(x)),
-    "exp": lambda x: sympy.exp(_number(x)),
-    "minimum": lambda x, y: sympy.Min(_number(x), _number(y)),
-    "maximum": lambda x, y: sympy.Max(_number(x), _number(y)),
+    "add": _numeric(operator.add),
+    "sub": _numeric(operator.sub),
+    "rsub": _numeric(lambda x, y: y - x),
+    "mul": _numeric(operator.mul),
+    "div": _numeric(operator.truediv),
+    "floor_divide": _numeric(
+        lambda x, y: x // y if x.is_Integer and y.is_Integer else formula.floordiv(x, y)
+    ),
+    "remainder": _numeric(sympy.Mod),
+    "neg": _numeric(operator.neg),
+    "abs": _numeric(sympy.Abs),
+    "tanh": _numeric(sympy.tanh),
+    "sigmoid": _numeric(lambda x: (sympy.tanh(x / 2) + 1) / 2),
+    "exp": _numeric(sympy.exp),
+    "minimum": _numeric(sympy.Min),
+    "maximum": _numeric(sympy.Max),
     "eq": _equal,
     "ne": lambda x, y: sympy.Not(_equal(x, y)),
     "lt": _compare(sympy.Lt),
@@ -303,17 +405,23 @@ _POINTWISE: dict[str, Any] = {
 
 
 def _unchanged(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
-    source = node.args[0]
+    source = positional(node)[0]
     if not isinstance(source, Node):
         raise NotLiftable(node)
-    if len(token_dims(source)) > 1 or not source.meta["val"].is_floating_point():
-        return lifter.broadcast(source, index)
-    raise NotLiftable(node)
+    return lifter.broadcast(source, index)
 
 
 def _to(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
+    old, new = positional(node)[0].meta["val"], node.meta["val"]
+    if old.is_floating_point() and new.dtype != torch.bool and old.dtype != new.dtype:
+        if not new.is_floating_point() or len(token_dims(node)) < 2:
+            raise NotLiftable(node)  # it rounds: read the rounded value
     value = _unchanged(lifter, node, index)
-    return _boolean(value) if node.meta["val"].dtype == torch.bool else _number(value)
+    if new.dtype == torch.bool:
+        return _boolean(value)
+    if new.dtype in _NARROW_INTEGERS and old.dtype != torch.bool:
+        raise NotLiftable(node)
+    return _rounded(_number(value), new.dtype) if new.is_floating_point() else _number(value)
 
 
 def _filled(value: int) -> Any:
@@ -326,10 +434,16 @@ def _filled(value: int) -> Any:
 def _full(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
     given = arguments(node)
     value = given["fill_value"] if "fill_value" in given else given["s"]
-    return lifter.broadcast(value, ())
+    found = lifter.broadcast(value, ())
+    dtype = node.meta["val"].dtype
+    if dtype == torch.bool:
+        return _boolean(found)
+    return _rounded(found, dtype) if dtype.is_floating_point else found
 
 
 def _arange(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
+    if node.meta["val"].dtype in (torch.float16, torch.bfloat16):
+        raise NotLiftable(node)  # these round
     given = arguments(node)
     start, step = given.get("start", 0), given.get("step", 1)
     start = lifter.broadcast(start if start is not None else 0, ())
@@ -344,19 +458,23 @@ def _triangle(below: bool) -> Any:
         value = lifter.element(given["self"], index)
         if node.meta["val"].dtype == torch.bool:
             return sympy.And(kept, _boolean(value))
-        return sympy.Piecewise((_number(value), kept), (sympy.Integer(0), True))
+        return (
+            _arithmetic(operator.mul, _number(kept), value)
+            if _cases(_number(value)) == [(value, sympy.true)] and value not in (sympy.oo, -sympy.oo)
+            else sympy.Piecewise((_number(value), kept), (sympy.Integer(0), True))
+        )
 
     return rule
 
 
 def _unsqueeze(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
-    dim = node.args[1] % len(index)
-    return lifter.element(node.args[0], index[:dim] + index[dim + 1 :])
+    dim = positional(node)[1] % len(index)
+    return lifter.element(positional(node)[0], index[:dim] + index[dim + 1 :])
 
 
 def _reshape(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
     """Carries the index through a view that only inserts, removes or keeps dimensions."""
-    source = node.args[0]
+    source = positional(node)[0]
     old, new = source.meta["val"].shape, node.meta["val"].shape
     kept_old = [d for d, size in enumerate(old) if not _is_one(size)]
     kept_new = [d for d, size in enumerate(new) if not _is_one(size)]
@@ -369,16 +487,16 @@ def _reshape(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
 
 
 def _transpose(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
-    position, (one, other) = list(index), node.args[1:3]
+    position, (one, other) = list(index), positional(node)[1:3]
     position[one], position[other] = position[other], position[one]
-    return lifter.element(node.args[0], tuple(position))
+    return lifter.element(positional(node)[0], tuple(position))
 
 
 def _permute(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
     position: list[sympy.Expr] = list(index)
-    for out, into in enumerate(node.args[1]):
+    for out, into in enumerate(positional(node)[1]):
         position[into % len(index)] = index[out]
-    return lifter.element(node.args[0], tuple(position))
+    return lifter.element(positional(node)[0], tuple(position))
 
 
 def _slice(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
@@ -386,30 +504,66 @@ def _slice(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
     dim, start, step = given["dim"] % len(index), given["start"] or 0, given["step"]
     offset = lifter.broadcast(start, ())
     if isinstance(start, int) and start < 0:
-        offset = offset + _size(node.args[0].meta["val"].shape[dim])
+        offset = offset + lifter.size(positional(node)[0].meta["val"].shape[dim])
     position = list(index)
     position[dim] = position[dim] * _constant(step) + offset
-    return lifter.element(node.args[0], tuple(position))
+    return lifter.element(positional(node)[0], tuple(position))
 
 
 def _select(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
-    source, dim, at = node.args
+    source, dim, at = positional(node)
     size = source.meta["val"].shape
     dim %= len(size)
     place = lifter.broadcast(at, ())
     if isinstance(at, int) and at < 0:
-        place = place + _size(size[dim])
+        place = place + lifter.size(size[dim])
     return lifter.element(source, (*index[:dim], place, *index[dim:]))
 
 
 def _gather(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
-    """``source[i, j, ...]`` with broadcast index tensors on the leading dimensions."""
-    source, indices = node.args
-    if any(i is None for i in indices):
+    """``source[:, i, j, ...]`` with broadcast index tensors on adjacent dimensions."""
+    source, indices = positional(node)
+    given = [d for d, i in enumerate(indices) if i is not None]
+    if given != list(range(given[0], given[-1] + 1)) or any(
+        indices[d].meta["val"].dtype == torch.bool for d in given
+    ):
         raise NotLiftable(node)
-    rank = max(i.meta["val"].dim() for i in indices)
-    lead, rest = index[:rank], index[rank:]
-    return lifter.element(source, (*[_number(lifter.broadcast(i, lead)) for i in indices], *rest))
+    rank = max(indices[d].meta["val"].dim() for d in given)
+    before, lead, rest = index[: given[0]], index[given[0] : given[0] + rank], index[given[0] + rank :]
+    position = [_number(lifter.broadcast(indices[d], lead)) for d in given]
+    if source.op == "call_function" and not all(x.is_nonnegative for x in position):
+        return lifter.leaf(source, (*before, *position, *rest))  # a negative index counts from the end
+    return lifter.element(source, (*before, *position, *rest))
+
+
+def _repeat(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
+    source, repeats = positional(node)
+    sizes = source.meta["val"].shape
+    for size, count in zip(sizes, repeats[len(repeats) - len(sizes) :], strict=True):
+        if not _is_one(size) and count != 1:
+            raise NotLiftable(node)
+    return lifter.broadcast(source, index)
+
+
+def _embedding(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
+    """``weight[indices]``; a padding index changes the gradient, and is not lifted."""
+    given = arguments(node)
+    if given["padding_idx"] != -1 or given["scale_grad_by_freq"] or given["sparse"]:
+        raise NotLiftable(node)
+    row = _number(lifter.broadcast(given["indices"], index[:-1]))
+    return lifter.element(given["weight"], (row, index[-1]))
+
+
+def _clamp(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
+    given = arguments(node)
+    if node.meta["val"].is_floating_point():
+        raise NotLiftable(node)  # at a limit, the gradients of max and clamp differ
+    value = lifter.broadcast(given["self"], index)
+    if given.get("min") is not None:
+        value = _arithmetic(sympy.Max, value, lifter.broadcast(given["min"], index))
+    if given.get("max") is not None:
+        value = _arithmetic(sympy.Min, value, lifter.broadcast(given["max"], index))
+    return value
 
 
 _RULES: dict[str, Any] = {
@@ -435,6 +589,7 @@ _RULES: dict[str, Any] = {
     "detach": _unchanged,
     "expand": _unchanged,
     "expand_as": _unchanged,
+    "repeat": _repeat,
     "lift_fresh_copy": _unchanged,
     "unsqueeze": _unsqueeze,
     "squeeze": _reshape,
@@ -446,4 +601,8 @@ _RULES: dict[str, Any] = {
     "slice": _slice,
     "select": _select,
     "index": _gather,
+    "embedding": _embedding,
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": _clamp,
 }

@@ -125,7 +125,9 @@ class Sharder:
         """The sizes that the local form of ``node`` has."""
         axis = self.axis(node)
         shape = [s if isinstance(s, int) else None for s in node.meta["val"].shape]
-        rows = self.tables["n"] if axis.outer == 1 else self.emit(operator.mul, self.tables["n"], axis.outer)
+        rows = self.tables["n"]
+        if axis.folded:
+            rows = self.emit(operator.mul, rows, axis.outer * axis.inner)
         return [
             rows if d == axis.dim else (size if size is not None else self.size(node.meta["val"].shape[d]))
             for d, size in enumerate(shape)
@@ -171,19 +173,24 @@ class Sharder:
     def _gathered(self, node: Node) -> Node:
         axis, home = self.axis(node), self.home[node]
         value, dim = home.node, axis.dim
-        if axis.outer != 1:
+        if axis.folded:
             shape = self.local_shape(node)
-            folded = [*shape[:dim], axis.outer, self.tables["n"], *shape[dim + 1 :]]
-            value, dim = self.emit(aten.reshape.default, value, folded), dim + 1
+            value, dim = self._unfolded(value, shape, axis, self.tables["n"])
         columns, order = self.tables["columns"], self.tables["order"]
         value = self.emit(exchange.GATHER, value, columns, order, self.tables["S"], dim, self.group)
         if axis.length != self.symbol:
             stop = self.size(axis.length + home.start)
             value = self.emit(aten.slice.Tensor, value, dim, home.start, stop)
-        if axis.outer != 1:
+        if axis.folded:
             shape = [self.size(s) for s in node.meta["val"].shape]
             value = self.emit(aten.reshape.default, value, shape)
         return value
+
+    def _unfolded(self, value: Node, shape: list[Any], axis: TokenAxis, rows: Any) -> tuple[Node, int]:
+        """``value`` of ``shape`` with the tokens in a dimension of their own, and which that is."""
+        parts = [axis.outer, rows, axis.inner]
+        unfolded = [*shape[: axis.dim], *parts, *shape[axis.dim + 1 :]]
+        return self.emit(aten.reshape.default, value, unfolded), axis.dim + 1
 
     def local(self, node: Node, start: int = 0) -> Node:
         """The form of ``node`` that holds this rank's rows; row i belongs to column ``columns[i]``."""
@@ -211,10 +218,9 @@ class Sharder:
     def _local_from_whole(self, node: Node, start: int) -> Node:
         axis, value = self.axis(node), self.whole(node)
         dim, rows, order = axis.dim, self.tables["columns"], self.tables["order"]
-        if axis.outer != 1:
+        if axis.folded:
             shape = [self.size(s) for s in node.meta["val"].shape]
-            folded = [*shape[:dim], axis.outer, self.size(axis.length), *shape[dim + 1 :]]
-            value, dim = self.emit(aten.reshape.default, value, folded), dim + 1
+            value, dim = self._unfolded(value, shape, axis, self.size(axis.length))
         if node in self.differentiable:
             if axis.length != self.symbol:
                 raise NotLocal("a part of a whole value with a gradient")
@@ -224,7 +230,7 @@ class Sharder:
                 last = self.emit(operator.sub, self.size(axis.length), 1)
                 rows = self.emit(aten.clamp.default, self.emit(aten.sub.Tensor, rows, start), 0, last)
             value = self.emit(aten.index_select.default, value, dim, rows)
-        if axis.outer != 1:
+        if axis.folded:
             value = self.emit(aten.reshape.default, value, self.local_shape(node))
         return value
 
@@ -261,8 +267,9 @@ class Sharder:
         after = self.emit(aten.ge.Scalar, columns, start)
         before = self.emit(aten.lt.Scalar, columns, self.size(axis.length + start))
         valid = self.emit(aten.logical_and.default, after, before)
-        if axis.outer != 1:
-            valid = self.emit(aten.repeat.default, valid, [axis.outer])
+        if axis.folded:
+            rows = self.emit(aten.unsqueeze.default, valid, 1)
+            valid = self.emit(aten.repeat.default, rows, [axis.outer, axis.inner])
         shape = [1] * rank
         shape[axis.dim] = -1
         return self.emit(aten.reshape.default, valid, shape)
@@ -334,7 +341,7 @@ class Sharder:
         return was == [sympy.expand(expr_of(size)) for size in new.shape] and old.dtype == new.dtype
 
     def _attribute(self, node: Node) -> Node:
-        new = self.graph.get_attr(node.target)
+        new = self.graph.get_attr(str(node.target))
         new.meta["val"] = node.meta.get("val", getattr(self.old, str(node.target), None))
         return new
 
@@ -410,11 +417,7 @@ def shard_tokens(
 def _one_row_a_column(sharder: Sharder, node: Node) -> bool:
     """Whether row i of the local form is column ``columns[i]`` and nothing else."""
     axis = node.meta.get("tokens")
-    return (
-        node in sharder.home
-        and isinstance(axis, TokenAxis)
-        and (axis.outer, axis.length) == (1, sharder.symbol)
-    )
+    return node in sharder.home and isinstance(axis, TokenAxis) and axis.layout == (1, sharder.symbol, 1)
 
 
 def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:

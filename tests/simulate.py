@@ -7,6 +7,7 @@ one process running the untouched graph.  Both return a ``Step``.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,21 @@ def traced(model: Callable[..., Any], batch: Mapping[str, Any]) -> Traced:
     return result
 
 
+def rebatched(trace: Traced, old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of ``trace``, which was made of the batch ``old``, for another batch."""
+    names = {id(value): name for name, value in old.items() if isinstance(value, torch.Tensor)}
+    length = next(
+        value.shape[-1] for value in new.values() if isinstance(value, torch.Tensor) and value.dim() == 2
+    )
+
+    def value(argument: Any) -> Any:
+        if type(argument) is int:  # dynamo passes S as an argument of its own
+            return length
+        return new[names[id(argument)]] if id(argument) in names else argument
+
+    return tuple(value(argument) for argument in trace.args)
+
+
 def eager(trace: Traced, args: tuple[Any, ...] | None = None) -> Step:
     return _step(trace.module, trace.args if args is None else args)
 
@@ -75,19 +91,25 @@ def simulate(
     trace: Traced, inter: int, intra: int, *more: tuple[Any, ...], backward: bool = True, **options: Any
 ) -> Simulated:
     """Run ``trace``; with ``more`` arguments, call after call, and return the last."""
+    return simulate_all(trace, inter, intra, trace.args, *more, backward=backward, **options)[-1]
+
+
+def simulate_all(
+    trace: Traced, inter: int, intra: int, *calls: tuple[Any, ...], backward: bool = True, **options: Any
+) -> list[Simulated]:
+    """Compile ``trace`` once and call it with each of ``calls``."""
     lock, shared = threading.Lock(), {}
     chosen = parse({"lower": "eager", "intra": intra, **options}, None)
 
-    def rank() -> Step:
+    def rank() -> list[Step]:
         with lock:
             if "runner" not in shared:
                 shared["runner"] = Runner(compile_graph(trace.module, chosen, trace.symbol))
-        for args in (trace.args, *more)[:-1]:
-            _step(shared["runner"], args, backward)
-        return _step(shared["runner"], (trace.args, *more)[-1], backward)
+        return [_step(shared["runner"], args, backward) for args in calls]
 
-    steps = run_threads(inter * intra, rank)
-    return Simulated(tuple(steps), shared["runner"].program, shared["runner"])
+    ranks = run_threads(inter * intra, rank)
+    runner = shared["runner"]
+    return [Simulated(tuple(steps), runner.program, runner) for steps in zip(*ranks, strict=True)]
 
 
 def _step(function: Callable[..., Any], args: tuple[Any, ...], backward: bool = True) -> Step:
@@ -106,25 +128,33 @@ def _step(function: Callable[..., Any], args: tuple[Any, ...], backward: bool = 
 
 def _weighted(output: torch.Tensor) -> torch.Tensor:
     """A loss that treats every element differently, the same on every rank."""
-    weights = torch.linspace(-1.0, 1.0, output.numel(), dtype=output.dtype).view(output.shape)
+    weights = torch.linspace(-1.0, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
     return (output * weights).sum()
 
 
 def worst(got: Step, wanted: Step) -> tuple[float, float]:
-    """The largest relative errors of outputs and of gradients (to the largest element of each)."""
+    """The largest relative errors of outputs and of gradients, to the largest element of each.
+
+    A gradient that cancels to nothing has no digits of its own: it is measured by the largest of the others.
+    """
     assert set(got.gradients) == set(wanted.gradients), "gradients of other arguments than eager's"
     outputs = [
         relative(a, b)
         for a, b in zip(got.outputs, wanted.outputs, strict=True)
         if isinstance(b, torch.Tensor) and b.is_floating_point()
     ]
-    gradients = [relative(got.gradients[i], wanted.gradients[i]) for i in wanted.gradients]
+    largest = max((float(g.abs().max()) for g in wanted.gradients.values() if g.numel()), default=0.0)
+    floor = 0.0 if math.isnan(largest) else 1e-4 * largest
+    gradients = [relative(got.gradients[i], wanted.gradients[i], floor) for i in wanted.gradients]
     return max(outputs, default=0.0), max(gradients, default=0.0)
 
 
-def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+def relative(got: torch.Tensor, wanted: torch.Tensor, floor: float = 0.0) -> float:
     assert got.shape == wanted.shape, f"shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
     assert torch.equal(got.isnan(), wanted.isnan()), "NaN where eager has none, or the other way round"
-    difference = (got.double() - wanted.double()).nan_to_num().abs().max() if got.numel() else torch.tensor(0.0)
+    difference = (
+        (got.double() - wanted.double()).nan_to_num().abs().max() if got.numel() else torch.tensor(0.0)
+    )
     scale = wanted.double().nan_to_num().abs().max() if got.numel() else torch.tensor(0.0)
-    return float(difference / scale) if scale > 0 else float(difference)
+    scale = max(float(scale), floor)
+    return float(difference) / scale if scale > 0 else float(difference)

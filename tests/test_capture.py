@@ -1,0 +1,296 @@
+"""Capture: a functional graph against one that writes in place, explicit against ambient autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hsap_compile._torch import operator_name
+from hsap_compile.errors import Refused
+from hsap_compile.passes import capture as capture_pass
+from hsap_compile.passes.capture import capture
+from hsap_compile.verify import BrokenGraph, verify
+from simulate import Traced, eager, traced
+from strategies import dynamic
+
+Function = Callable[[Tensor], Any]
+CASES: dict[str, Function] = {}
+
+
+def case(function: Function) -> Function:
+    CASES[function.__name__.strip("_")] = function
+    return function
+
+
+@case
+def slice_from_itself(x: Tensor) -> Any:
+    x[:, 1:] = x[:, :-1].clone()
+    return x
+
+
+@case
+def select_last(x: Tensor) -> Any:
+    x[:, -1] = 3.0
+    return x
+
+
+@case
+def rows_one_by_one(x: Tensor) -> Any:
+    for i in range(2):
+        x[i].mul_(i + 2)
+    return x
+
+
+@case
+def view_made_before_and_read_after(x: Tensor) -> Any:
+    y = x[:, 1:]
+    x.add_(1)
+    return y * x[:, :1]
+
+
+@case
+def chained_views(x: Tensor) -> Any:
+    v = x[:, 1:]
+    w = v[:, :, 1]
+    x.mul_(3)
+    w.add_(1)
+    return x, v, w
+
+
+@case
+def only_the_last_of_a_chain_is_read(x: Tensor) -> Any:
+    w = x[:, 1:][:, :, 1]
+    x.mul_(3)
+    return w
+
+
+@case
+def one_view_written_twice(x: Tensor) -> Any:
+    v = x[:, 1:]
+    v.add_(1)
+    v.mul_(2)
+    return x, v
+
+
+@case
+def through_a_transpose(x: Tensor) -> Any:
+    y = x.transpose(1, 2)
+    y[:, 1:].add_(1)
+    return x * 2, y
+
+
+@case
+def through_permute_mt_flatten_narrow_diagonal(x: Tensor) -> Any:
+    x.permute(2, 0, 1)[1] = 5
+    x.mT.mul_(torch.arange(1.0, 5.0)[:, None])
+    x.flatten(1)[:, ::2] = 0
+    x.view(-1).add_(1)
+    x.narrow(1, 1, 2).add_(7)
+    x.diagonal(0, 1, 2).mul_(2)
+    return x
+
+
+@case
+def contiguous_and_to_may_be_views(x: Tensor) -> Any:
+    y = x.contiguous()
+    y.add_(1)
+    x.to(x.dtype).mul_(2)
+    z = x.mT.contiguous()  # a copy
+    z.add_(100)
+    return x, z
+
+
+@case
+def shape_changed_in_place(x: Tensor) -> Any:
+    y, z = x.transpose(0, 1), x.clone()
+    x.unsqueeze_(0)
+    z.transpose_(0, 1)
+    return x.sum(0) * y.transpose(0, 1), z
+
+
+@case
+def a_copy_is_no_view_of_its_source(x: Tensor) -> Any:
+    y = torch.zeros_like(x)
+    y.copy_(x)
+    x.add_(1)
+    y[:, :2].copy_(x[:, :2])
+    y[..., 0] += x[..., 1]
+    return x, y
+
+
+@case
+def masked_and_relu(x: Tensor) -> Any:
+    x.masked_fill_(x > 1, -1.0)
+    x[x < -1] = 0
+    F.relu(x, inplace=True)
+    return x
+
+
+@case
+def boolean_assignments(x: Tensor) -> Any:
+    m = x > 0
+    m &= x < 1
+    m |= x > 2
+    m ^= True
+    return torch.where(m, x, 0.0)
+
+
+@case
+def the_type_of_what_is_written_stays(x: Tensor) -> Any:
+    y = x.float()
+    y += x
+    return y.double()
+
+
+@case
+def pieces_are_read_after_a_write(x: Tensor) -> Any:
+    i = torch.arange(6)
+    a, _ = i.split(3)
+    i.add_(1)
+    return x * a.sum()
+
+
+@case
+def idle_dropout_in_place(x: Tensor) -> Any:
+    y = F.dropout(x, 0.5, False, inplace=True)
+    y.add_(1)
+    return x, y
+
+
+def trace(function: Function) -> Traced:
+    def model(ids: Tensor, weight: Tensor) -> Any:
+        return function(weight[ids] * 1.0)
+
+    weight = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    return traced(model, dynamic({"ids": torch.arange(10).view(2, 5), "weight": weight}))
+
+
+def check(traced_call: Traced) -> torch.fx.GraphModule:
+    graph = capture(traced_call.module)
+    verify(graph, "capture", None)
+    got, wanted = eager(Traced(graph, traced_call.symbol, traced_call.args)), eager(traced_call)
+    for a, b in zip(got.outputs, wanted.outputs, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert set(got.gradients) == set(wanted.gradients)
+    for i, gradient in wanted.gradients.items():
+        torch.testing.assert_close(got.gradients[i], gradient, rtol=1e-14, atol=1e-14)
+    return graph
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_place(name: str) -> None:
+    check(trace(CASES[name]))
+
+
+@pytest.mark.parametrize("target", ["x[:, 1:] = 0", "x.add_(1)", "x.view(-1)[0] = 3"])
+def test_writes_to_inputs_are_refused(target: str) -> None:
+    def model(ids: Tensor, x: Tensor) -> Tensor:
+        if target == "x.add_(1)":
+            x.add_(1)
+        elif target == "x[:, 1:] = 0":
+            x[:, 1:] = 0
+        else:
+            x.view(-1)[0] = 3
+        return x.sum() + ids.sum()
+
+    call = traced(model, dynamic({"ids": torch.arange(10).view(2, 5), "x": torch.randn(2, 5)}))
+    with pytest.raises(Refused, match="hsap: the model writes into one of its inputs in place") as refused:
+        capture(call.module)
+    assert "an in-place write to l_x_" in str(refused.value)
+    assert "do:     write into a copy (x = x.clone()) instead" in str(refused.value)
+    assert "test_capture.py:" in str(refused.value)
+
+
+def test_writes_that_autograd_does_not_see_are_refused() -> None:
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.mul_(2)
+        return x * 1.0
+
+    with pytest.raises(Refused, match="in place, unseen by autograd, into a value with a gradient"):
+        capture(trace(function).module)
+    with pytest.raises(Refused, match="in place"):
+        capture(trace(lambda x: x.detach().mul_(2) + x).module)
+
+
+def test_idle_dropout_is_gone_and_real_dropout_stays() -> None:
+    def names(function: Function) -> set[str]:
+        return {operator_name(n.target) for n in capture(trace(function).module).graph.nodes}
+
+    assert "aten::dropout" not in names(lambda x: F.dropout(F.dropout(x, 0.0), 0.5, training=False))
+    assert "aten::dropout" in names(lambda x: F.dropout(x, 0.5))
+
+
+class Block(nn.Module):
+    """What autocast treats in different ways: linear, attention, norm, softmax, a region without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 11)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        b, s, _ = x.shape
+        q, k, v = (t.view(b, s, 4, 4).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        bias = torch.zeros(s, s).masked_fill(torch.ones(s, s).triu(1).bool(), torch.finfo(torch.float32).min)
+        y = F.scaled_dot_product_attention(q, k, v, bias)
+        z = torch.softmax(q @ k.mT, -1) @ v
+        with torch.autocast("cpu", enabled=False):
+            w = torch.matmul(q.float(), k.float().mT).softmax(-1) @ v.float()
+        hidden = (y + z + w).transpose(1, 2).reshape(b, s, 16)
+        total = torch.cat([hidden, x], -1)[..., :16]
+        residual = hidden.to(torch.bfloat16).clone()
+        residual += x  # autocast leaves in-place operators alone
+        logits = self.out(self.norm(total) + residual)
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+@pytest.mark.parametrize("where", ["ambient", "inside", "none"])
+def test_autocast_is_explicit(where: str) -> None:
+    model = Block()
+
+    def call(ids: Tensor) -> Tensor:
+        if where != "inside":
+            return model(ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(ids)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "ambient"):
+        call_traced = traced(call, dynamic({"ids": torch.randint(0, 11, (2, 7))}))
+        wanted = eager(call_traced)
+        graph = capture(call_traced.module)
+    assert not torch.is_autocast_enabled("cpu")
+    got = eager(Traced(graph, call_traced.symbol, call_traced.args))
+    assert [o.dtype for o in got.outputs] == [o.dtype for o in wanted.outputs]
+    torch.testing.assert_close(got.outputs, wanted.outputs, rtol=1e-6, atol=1e-6)
+    assert set(got.gradients) == set(wanted.gradients)
+    for i, gradient in wanted.gradients.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(
+            got.gradients[i], gradient, rtol=0, atol=1e-5 + 1e-2 * scale * (where != "none")
+        )
+    casts = sum(n.target is torch.ops.aten.to.dtype for n in graph.graph.nodes)
+    assert (casts > 10) == (where != "none")
+
+
+def test_the_check_sees_a_write_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = trace(CASES["view_made_before_and_read_after"])
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_pass, "_views", lambda _: set())
+        with pytest.raises(AssertionError):
+            check(call)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_pass, "_functionalize", lambda *_: None)
+        with pytest.raises(BrokenGraph, match="writes in place"):
+            check(call)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_pass, "_explicit_autocast", lambda *_: None)
+        with pytest.raises((AssertionError, RuntimeError)):
+            test_autocast_is_explicit("ambient")

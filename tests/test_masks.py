@@ -1,0 +1,147 @@
+"""What ``normalise`` reads from a formula, against the pairs that the formula allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsap_compile import formula, masks
+from hsap_compile.formula import b, floordiv, h, k, leaf, q, score
+from hsap_compile.masks import Band, Mask, normalise
+from strategies import BATCH, LEAVES, TOKENS, conditions, logits_of, styles
+
+INDEX = {
+    "b": torch.arange(BATCH)[:, None, None],
+    "q": torch.arange(TOKENS)[:, None],
+    "k": torch.arange(TOKENS),
+    "h": 0,
+    "S": TOKENS,
+}
+SHAPE = (BATCH, TOKENS, TOKENS)
+
+
+def evaluated(expr: Any, leaves: Any = LEAVES, **values: Any) -> torch.Tensor:
+    return torch.as_tensor(formula.evaluate(expr, {**INDEX, **values}, leaves)).expand(SHAPE)
+
+
+def structure(mask: Mask) -> torch.Tensor:
+    """(B, S, S) bool: the pairs that pass the mask's labels, bands and valid tokens."""
+    result = torch.ones(SHAPE, dtype=torch.bool)
+
+    def other(expr: Any) -> torch.Tensor:
+        return evaluated(expr.xreplace({q: k}))
+
+    for label in mask.labels:
+        result &= evaluated(label) == other(label)
+    for band in mask.bands:
+        distance = evaluated(band.position) - other(band.position)
+        result &= (distance >= (-(10**9) if band.lo is None else band.lo)) & (
+            distance <= (10**9 if band.hi is None else band.hi)
+        )
+    return result & evaluated(mask.key_valid).bool() & evaluated(mask.query_valid).bool()
+
+
+def allowed(logits: sympy.Expr) -> torch.Tensor:
+    """(B, S, S) bool: the pairs that the formula does not mask."""
+    return evaluated(logits, score=torch.zeros(SHAPE, dtype=torch.float64)) > -1000.0
+
+
+def check(logits: sympy.Expr) -> Mask:
+    mask, scale = normalise(logits)
+    wanted, got = allowed(logits), structure(mask)
+    assert not (wanted & ~got).any(), "the structure forbids a pair that the formula allows"
+    if not mask.residual:
+        assert torch.equal(got, wanted)
+    if not mask.unread:
+        assert torch.equal(got, wanted), "what is not residual in its conditions is read completely"
+    scores = torch.randn(SHAPE, dtype=torch.float64)
+    before, after = evaluated(logits, score=scores), evaluated(mask.logits, score=scores * scale)
+    torch.testing.assert_close(before, after, rtol=1e-12, atol=1e-11)
+    if not mask.residual:  # the logits are the score where it is allowed
+        torch.testing.assert_close(after[wanted], (scores * scale)[wanted], rtol=0, atol=1e-11)
+    finite = torch.isfinite(evaluated(logits, score=torch.zeros(SHAPE))) & ~got
+    assert mask.soft >= bool(finite.any())
+    return mask
+
+
+@settings(max_examples=150, deadline=None)
+@given(conditions(), styles(), st.sampled_from([1, 2, 0.125]))
+def test_structure_is_what_the_formula_allows(condition: sympy.Basic, style: str, scale: float) -> None:
+    check(logits_of(condition, style, sympy.sympify(scale) * score))
+
+
+@settings(max_examples=60, deadline=None)
+@given(conditions(), conditions(), styles(), styles())
+def test_masks_on_masks(one: sympy.Basic, other: sympy.Basic, inner: str, outer: str) -> None:
+    check(logits_of(other, outer, logits_of(one, inner, score)))
+
+
+DOCUMENT = sympy.Eq(leaf(0, b, q), leaf(0, b, k))
+KEY = sympy.Ne(leaf(1, b, k), 0)
+
+
+@pytest.mark.parametrize("style", ["where", "fill", "add", "min", "multiply"])
+@pytest.mark.parametrize(
+    ("condition", "wanted"),
+    [
+        (DOCUMENT, {"labels": (leaf(0, b, q),)}),
+        (q >= k, {"bands": (Band(q, 0, None),)}),
+        (sympy.And(q >= k, q - k < 3), {"bands": {Band(q, 0, None), Band(q, None, 2)}}),
+        (sympy.Abs(q - k) <= 2, {"bands": {Band(q, None, 2), Band(q, -2, None)}}),
+        (sympy.Eq(floordiv(q, 4), floordiv(k, 4)), {"labels": (floordiv(q, 4),)}),
+        (KEY, {"key_valid": KEY}),
+        (sympy.Not(sympy.Or(sympy.Not(DOCUMENT), q < k, sympy.Not(KEY))),
+         {"labels": (leaf(0, b, q),), "bands": (Band(q, 0, None),), "key_valid": KEY}),
+        (leaf(0, b, q) >= leaf(0, b, k), {"bands": (Band(leaf(0, b, q), 0, None),)}),
+    ],
+)  # fmt: skip
+def test_what_is_recognised(condition: sympy.Basic, wanted: dict[str, Any], style: str) -> None:
+    mask = check(logits_of(condition, style, score))
+    assert not mask.residual and not mask.unread
+    assert mask.soft == (style in ("min", "multiply"))
+    for name in ("labels", "bands", "key_valid", "query_valid"):
+        default = sympy.true if name.endswith("valid") else ()
+        got, want = getattr(mask, name), wanted.get(name, default)
+        assert (set(got) == want) if isinstance(want, set) else (got == want), (name, got)
+
+
+def test_score_functions_are_residual_and_keep_their_structure() -> None:
+    capped = 5 * sympy.tanh(score / 5) + leaf(2, h) * (q - k)
+    mask, scale = normalise(sympy.Piecewise((capped, sympy.And(DOCUMENT, q >= k)), (-sympy.oo, True)))
+    assert (mask.residual, mask.unread, mask.soft, scale) == (True, False, False, 1.0)
+    assert mask.labels == (leaf(0, b, q),) and mask.bands == (Band(q, 0, None),)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [score > 0, sympy.Or(score > 0, KEY), sympy.Or(q > k, KEY), sympy.false, sympy.Eq(leaf(3), 0)],
+)
+def test_what_is_not_recognised_stays_in_the_formula(condition: sympy.Basic) -> None:
+    mask, _ = normalise(logits_of(condition, "where", score))
+    assert mask.residual and (mask.unread or condition is sympy.false)
+    assert (mask.labels, mask.bands, mask.key_valid, mask.query_valid) == ((), (), sympy.true, sympy.true)
+
+
+def test_a_small_penalty_is_no_mask() -> None:
+    mask, _ = normalise(score + sympy.Piecewise((0, q >= k), (-5, True)))
+    assert mask.residual and not mask.bands and not mask.soft
+
+
+def test_a_mask_says_what_it_is() -> None:
+    mask, _ = normalise(logits_of(sympy.And(DOCUMENT, q >= k), "where", score))
+    assert str(mask) == "same leaf0(b, q) & 0 <= [q](q) - (k) <= None"
+    assert str(normalise(score)[0]) == "everything"
+    assert normalise(score)[0].by_columns and not mask.by_columns
+
+
+def test_the_check_sees_a_wrong_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = masks._band
+    broken = lambda *args: (band := original(*args)) and Band(band.position, band.hi, band.lo)  # noqa: E731
+    monkeypatch.setattr(masks, "_band", broken)
+    with pytest.raises(AssertionError):
+        check(logits_of(q >= k, "where", score))
