@@ -53,6 +53,13 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any]) -> sympy.Symbol 
 def _check_inputs(module: GraphModule) -> None:
     for node in placeholders(module):
         value = node.meta["example_value"]
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            raise Refused(
+                f"{value.device.type} tensors are not supported yet",
+                got=f"{node.name} on {value.device}",
+                wanted="tensors on cpu: partial attention has no other kernel so far",
+                do="move the model and the batch to cpu, or use another backend",
+            )
         if isinstance(value, torch.Tensor) and (value.is_complex() or value.is_quantized):
             raise Refused(
                 "complex and quantised inputs are not supported",

@@ -13,11 +13,12 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from hsap_compile._torch import expr_of, fake_mode_of, fake_table, hint_of, trace_structured
+from hsap_compile._torch import expr_of, fake_mode_of, fake_table, trace_structured
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import extract, placeholders
+from hsap_compile.kernels import dense
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
 from hsap_compile.passes.capture import capture
@@ -47,24 +48,30 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
     log.info("lift_mask: %d masks stay dense", dense_masks)
     _done("lift_mask", graph, mode)
 
-    heads, kv_heads = _common_heads(attentions)
+    heads, kv_heads = _common_heads(graph)
     mesh = mesh_shape(options, kv_heads, heads)
     inputs = len(placeholders(graph))
     fallbacks: tuple[Fallback, ...] = ()
     local_outputs: frozenset[int] = frozenset()
+    length = _token_input(graph, symbol, inputs) if symbol is not None else _static_length(attentions)
+    tokens = symbol if symbol is not None else sympy.Integer(length)
     if ranks > 1:
         if symbol is None:
             raise _no_tokens()
         _refuse_cache(graph, attentions)
         infer_tokens(graph, symbol)
-        hint = max(2, int(symbol_hint(graph, symbol)) // ranks)
+        columns, order = (fake_table(mode, torch.zeros(8, dtype=torch.int64), (0,)) for _ in range(2))
         sharded = shard_tokens(
-            graph, mode, symbol, group_name(),
-            columns=fake_table(mode, torch.zeros(hint, dtype=torch.int64), (0,)),
-            order=fake_table(mode, torch.zeros(hint * ranks + 1, dtype=torch.int64), (0,)),
+            graph,
+            mode,
+            symbol,
+            group_name(),
+            columns=columns,
+            order=order,
             outputs=options.outputs,
             strict=options.strict,
-        )  # fmt: skip
+        )
+        tokens = expr_of(columns.shape[0])
         graph, fallbacks, local_outputs = sharded.module, sharded.fallbacks, sharded.local_outputs
         for fallback in fallbacks:
             log.warning(
@@ -76,7 +83,7 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         log.info("shard_tokens: %d operators on gathered tokens", len(fallbacks))
         _done("shard_tokens", graph, mode)
 
-    partitioned = partition_attention(graph, mode, mesh, group_name())
+    partitioned = partition_attention(graph, mode, mesh, group_name(), tokens)
     log.info(
         "partition_attention: %d attentions over %d x %d ranks",
         len(partitioned.traffic),
@@ -98,7 +105,7 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         batch=partitioned.batch,
         traffic=partitioned.traffic,
         on_step=options.on_step,
-        tokens=_token_input(graph, symbol, inputs) if symbol is not None else _static_length(attentions),
+        tokens=length,
         summed=_summed(graph, inputs) if options.grad_sync else frozenset(),
         local_outputs=local_outputs,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
@@ -133,26 +140,11 @@ def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:
             )
 
 
-def _common_heads(attentions: Sequence[Attention]) -> tuple[int, int]:
-    """The greatest common divisors of all attentions' query heads and key/value heads."""
-
-    def heads(node: Node) -> int:
-        value = node.meta["val"]
-        return int(value.shape[1] if value.dim() == 4 else value.shape[0])
-
-    q = math.gcd(*[heads(a.query) for a in attentions]) if attentions else 0
-    kv = math.gcd(*[heads(a.key) for a in attentions]) if attentions else 0
-    return q, kv
-
-
-def symbol_hint(graph: GraphModule, symbol: sympy.Symbol) -> int:
-    """The length of the batch that was traced."""
-    for node in placeholders(graph):
-        value = node.meta["val"]
-        for size in value.shape if isinstance(value, torch.Tensor) else ():
-            if expr_of(size) == symbol:
-                return hint_of(size)
-    raise _no_tokens()
+def _common_heads(graph: GraphModule) -> tuple[int, int]:
+    """The greatest common divisors of all lifted attentions' query heads and key/value heads."""
+    operands: list[Any] = [n.args for n in graph.graph.nodes if n.target is dense.OP]
+    q, k = ([int(o[i].meta["val"].shape[1]) for o in operands] for i in (0, 1))
+    return math.gcd(*q), math.gcd(*k)
 
 
 def _token_input(graph: GraphModule, symbol: sympy.Symbol | None, inputs: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
@@ -81,9 +82,15 @@ class _Tables:
         return node
 
 
-def partition_attention(module: GraphModule, mode: Any, mesh: MeshShape, group: str) -> Partitioned:
-    """Rewrite every canonical attention of ``module`` (in place) for one rank of ``mesh``."""
-    sites = [n for n in module.graph.nodes if n.target is dense.OP and _self_attention(n)]
+def partition_attention(
+    module: GraphModule, mode: Any, mesh: MeshShape, group: str, tokens: sympy.Expr
+) -> Partitioned:
+    """Rewrite every canonical attention of ``module`` (in place) for one rank of ``mesh``.
+
+    ``tokens``: how many tokens this rank holds of a row.  An attention over anything else (whole tokens,
+    other sequences) stays the dense operator.
+    """
+    sites = [n for n in module.graph.nodes if n.target is dense.OP and _over(n, tokens)]
     tables = _Tables(module, mode)
     keys: list[tuple[str, tuple[Node, ...]]] = []
     planned: list[PlannedMask] = []
@@ -109,11 +116,10 @@ def partition_attention(module: GraphModule, mode: Any, mesh: MeshShape, group: 
     return Partitioned(tuple(planned), batch, tuple(traffic))
 
 
-def _self_attention(site: Node) -> bool:
-    """Queries and keys are the same tokens; anything else (cross-attention) stays the dense operator."""
+def _over(site: Node, tokens: sympy.Expr) -> bool:
+    """Whether queries and keys are this rank's tokens."""
     operands: Any = site.args
-    q, k = (x.meta["val"].shape[2] for x in operands[:2])
-    return expr_of(q) == expr_of(k)
+    return all(expr_of(x.meta["val"].shape[2]) == tokens for x in operands[:2])
 
 
 def _from_inputs(leaves: tuple[Node, ...]) -> bool:

@@ -80,6 +80,28 @@ def test_complex_inputs_are_refused() -> None:
         torch.compile(lambda x: x * 2, backend="hsap")(torch.ones(4, dtype=torch.complex64))
 
 
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(Exception, match=r"meta tensors are not supported yet"):
+        torch.compile(lambda x: x * 2, backend="hsap")(torch.ones(4, device="meta"))
+
+
+class Shortened(Tiny):
+    """Attends over all tokens, then over all but the last."""
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        x = super().forward(ids, documents)[:, :-1]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(("inter", "intra"), [(1, 1), (2, 1), (2, 2)])
+def test_an_attention_over_fewer_tokens_stays_whole(inter: int, intra: int) -> None:
+    trace = traced(Shortened(), batch([0, 0, 1, 1, 1, 2, 2, 2, 0]))
+    wanted = eager(trace)
+    for step in simulate(trace, inter, intra).ranks:
+        assert max(worst(step, wanted)) <= 1e-12
+
+
 class Specialised(Tiny):
     """Looks up its length in a Python table, which makes it a constant."""
 
