@@ -1,0 +1,201 @@
+"""What a training loop does around the model: one process without torch.distributed, and two gloo ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import batch, build, difference
+from pool import Pool
+
+PACKS = [[[5, 1, 9, 4, 8]], [[20, 1, 1, 5]], [[3] * 9]]
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    lower = "eager" if torch.distributed.is_initialized() else "aot_eager"
+    return torch.compile(model, backend="hsap", options={"lower": lower, **options})
+
+
+def pair(name: str = "nano", dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    model = build(name, dtype)
+    return model, copy.deepcopy(model)
+
+
+def packs(name: str = "nano") -> list[dict[str, Any]]:
+    return [batch(name, rows, seed=i) for i, rows in enumerate(PACKS)]
+
+
+def error_of_gradients(model: nn.Module, reference: nn.Module) -> float:
+    errors = [0.0]
+    for (name, p), (_, q) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), f"{name}: gradient {p.grad}, eager {q.grad}"
+        if p.grad is not None and q.grad is not None:
+            scale = max(float(q.grad.abs().max()), 1e-3)
+            errors.append(float((p.grad.double() - q.grad.double()).abs().max()) / scale)
+    return max(errors)
+
+
+# --- what every rank runs: each returns an error that must be small -----------------------------------
+
+
+def accumulation() -> float:
+    """Backward after each of several batches, without clearing gradients."""
+    model, reference = pair()
+    step = compiled(model)
+    for given in packs():
+        (step(**given)[0] / 3).backward()
+        (reference(**given)[0] / 3).backward()
+    return error_of_gradients(model, reference)
+
+
+def several_forwards() -> float:
+    """Plans of earlier batches must live until their backward."""
+    model, reference = pair()
+    step = compiled(model)
+    sum(step(**given)[0] for given in packs()).backward()
+    sum(reference(**given)[0] for given in packs()).backward()
+    return error_of_gradients(model, reference)
+
+
+def optimiser() -> float:
+    """Three steps of AdamW keep the parameters together."""
+    model, reference = pair()
+    step = compiled(model)
+    for module, function in ((model, step), (reference, reference)):
+        adam = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        for given in packs():
+            adam.zero_grad()
+            function(**given)[0].backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            adam.step()
+    both = zip(model.parameters(), reference.parameters(), strict=True)
+    return max(float((p - q).detach().abs().max()) for p, q in both)
+
+
+def no_gradients() -> float:
+    model, reference = pair()
+    step, worst = compiled(model), 0.0
+    for context in (torch.no_grad, torch.inference_mode):
+        for given in packs():
+            with context():
+                got, wanted = step(**given), reference(**given)
+                assert not got[0].requires_grad
+            worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)))
+    return worst
+
+
+def after_evaluation() -> float:
+    """Training goes on after a forward without gradients."""
+    model, reference = pair()
+    step = compiled(model)
+    with torch.no_grad():
+        step(**packs()[0])
+    return difference(step, model, reference, packs()[1])
+
+
+def frozen() -> float:
+    model, reference = pair()
+    for module in (model, reference):
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_("qkv" in name or "norm" in name)
+    return difference(compiled(model), model, reference, packs()[0])
+
+
+def untied() -> float:
+    model = build("nano", tied=False)
+    return difference(compiled(model), model, copy.deepcopy(model), packs()[0])
+
+
+def embeddings() -> float:
+    """inputs_embeds with a gradient: whole on every rank, like eager's."""
+    model, reference = pair("llama")
+    given = packs("llama")[0]
+    ids = given.pop("input_ids")
+    results = []
+    step = compiled(model)
+    for module, function in ((model, step), (reference, reference)):
+        embeds = module.get_input_embeddings().weight.detach()[ids].requires_grad_()
+        function(inputs_embeds=embeds, **given).loss.backward()
+        results.append(embeds.grad)
+    got, wanted = results
+    return max(error_of_gradients(model, reference), float((got - wanted).abs().max() / wanted.abs().max()))
+
+
+class LowRank(nn.Module):
+    """A linear layer with a frozen weight and two small trained ones, as LoRA has."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(2, base.in_features, dtype=base.weight.dtype) / 4)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, dtype=base.weight.dtype) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + nn.functional.linear(x, self.up @ self.down)
+
+
+def low_rank() -> float:
+    torch.manual_seed(3)
+    model = build("nano")
+    for block in model.blocks:  # type: ignore[union-attr]
+        block["qkv"] = LowRank(block["qkv"])
+    return difference(compiled(model), model, copy.deepcopy(model), packs()[0])
+
+
+CASES = [
+    accumulation, several_forwards, optimiser, no_gradients, after_evaluation, frozen, untied, embeddings,
+    low_rank,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_one_process(case: Callable[[], float]) -> None:
+    assert case() < 1e-6
+
+
+SLOW = (optimiser, after_evaluation, untied, low_rank)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW), id=c.__name__) for c in CASES]
+)
+def test_two_ranks(pool: Pool, case: Callable[[], float]) -> None:
+    assert max(pool.run(case, world=2)) < 1e-6
+
+
+# --- low precision: no worse than eager's own error, within a factor ----------------------------------
+
+
+def errors_in(how: str) -> tuple[float, float]:
+    """The errors of the compiled and of the eager model to float64, of loss, logits and gradients."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32}[how]
+    low = build("nano", dtype)
+    exact = copy.deepcopy(low).double()
+    eager, step, given = copy.deepcopy(low), compiled(low), packs()[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        results = [_values(step, low, given), _values(eager, eager, given)]
+    with torch.autocast("cpu", enabled=False):
+        truth = _values(exact, exact, given)
+    ours, theirs = (
+        max(float((value - truth[key]).norm() / truth[key].norm()) for key, value in result.items())
+        for result in results
+    )
+    return ours, theirs
+
+
+def _values(function: Callable[..., Any], model: nn.Module, given: Any) -> dict[str, Tensor]:
+    loss, logits = function(**given)
+    loss.backward()
+    gradients = {k: p.grad.double() for k, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach().double(), "logits": logits.detach().double(), **gradients}
+
+
+@pytest.mark.parametrize("how", ["bf16", pytest.param("fp16", marks=pytest.mark.slow), "autocast"])
+def test_low_precision(pool: Pool, how: str) -> None:
+    for ours, theirs in [errors_in(how), *pool.run(errors_in, how, world=2)]:
+        assert 0 < ours <= 2 * theirs < 0.5
