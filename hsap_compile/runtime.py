@@ -209,6 +209,7 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: str, *parameters: torch.Tensor) -> Any:
         ctx.group = group
+        ctx.set_materialize_grads(False)  # a parameter without a gradient keeps none
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod

@@ -473,7 +473,8 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
     valid = sharder.valid_rows(rows_axis, start, rows_rank)
     if valid is not None:
         rows = sharder.emit(aten.where.ScalarOther, valid, rows, 0)
-    total = sharder.emit(aten.sum.default, rows)
+    # float64: generated kernels may add up a rank's rows one after the other
+    total = sharder.emit(aten.sum.default, rows, dtype=torch.float64)
     if given["reduction"] == 2:
         total = sharder.emit(exchange.SUM_RANKS, total, sharder.group)
         return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
