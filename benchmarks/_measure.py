@@ -170,10 +170,18 @@ def _processor() -> str:
     return platform.processor()
 
 
-def report(name: str, parameters: Mapping[str, Any], rows: Sequence[Row], bars: Sequence[Bar]) -> None:
-    """Print a table and the bars, and write all of it into ``results/<name>.json``."""
+def report(
+    name: str,
+    parameters: Mapping[str, Any],
+    rows: Sequence[Row],
+    bars: Sequence[Bar],
+    details: Sequence[Row] = (),
+) -> None:
+    """Print a table (or two) and the bars, and write all of it into ``results/<name>.json``."""
     print(f"\n{name}  {json.dumps(parameters)}")
-    print(table(rows))
+    for part in (rows, details):
+        if part:
+            print(table(part), end="\n\n")
     for bar in bars:
         print(bar)
     content = {
@@ -181,6 +189,7 @@ def report(name: str, parameters: Mapping[str, Any], rows: Sequence[Row], bars: 
         "machine": environment(),
         "parameters": dict(parameters),
         "results": list(rows),
+        "details": list(details),
         "bars": [bar._asdict() | {"met": bar.met} for bar in bars],
     }
     RESULTS.mkdir(exist_ok=True)

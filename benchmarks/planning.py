@@ -10,15 +10,16 @@ plan is made or found: the mask's leaves to labels, and their digest.  It does n
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import sympy
 import torch
-from _measure import Row, report, summary
+from _measure import Row, report
 
 from hsap_compile import formula, masks
 from hsap_compile.documents import attended
@@ -36,13 +37,14 @@ DISTRIBUTIONS = (*LOGNORMAL, "prolong")
 
 def main() -> None:
     arguments = parse()
+    torch.set_num_threads(1)  # several wait for one another when other programs run
     rows: list[Row] = []
     for distribution in DISTRIBUTIONS:
         for documents in arguments.documents:
             lengths = draw(distribution, documents)
             mask, leaves = transformers_mask(), batch_of(lengths)
             packed = attended(mask, leaves, 1, int(lengths.sum()))
-            read_ms = least_ms(lambda m=mask, x=leaves: read(m, x), arguments.repeats)
+            (read_ms,) = least_ms([functools.partial(read, mask, leaves)], arguments.repeats)
             for shape in meshes(arguments):
                 case = {"distribution": distribution, "documents": documents, "tokens": packed.tokens}
                 rows.append(case | {"read_ms": read_ms} | measure(packed, shape, arguments.repeats))
@@ -107,7 +109,7 @@ def measure(mask: Attended, shape: MeshShape, repeats: int) -> Row:
         return plan
 
     plan = both()
-    make_ms, both_ms = (least_ms(f, repeats) for f in (lambda: make([mask], shape), both))
+    make_ms, both_ms = least_ms([lambda: make([mask], shape), both], repeats)
     return {
         "mesh": f"{shape.inter} x {shape.intra}",
         "make_ms": make_ms,
@@ -118,13 +120,15 @@ def measure(mask: Attended, shape: MeshShape, repeats: int) -> Row:
     }
 
 
-def least_ms(call: Callable[[], object], repeats: int) -> float:
-    seconds = []
+def least_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Of each of the ``calls``, which take turns."""
+    seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return round(1e3 * summary(seconds)["min_s"], 3)
+        for call, found in zip(calls, seconds, strict=True):
+            started = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - started)
+    return [round(1e3 * min(found), 3) for found in seconds]
 
 
 def profile(lengths: np.ndarray, shape: MeshShape) -> None:

@@ -111,11 +111,11 @@ def step_of(contender: str, tokens: int, documents: int, threads: int) -> Callab
     def step() -> Row:
         module.zero_grad()
         reset_peak()
-        started = time.perf_counter()
+        started, began = time.perf_counter(), time.process_time()
         loss = model(**batch).loss
         loss.backward()
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "peak_bytes": peak_bytes(), "loss": round(loss.item(), 5)}
+        seconds, cpu = time.perf_counter() - started, time.process_time() - began
+        return {"seconds": seconds, "cpu": cpu, "peak_bytes": peak_bytes(), "loss": round(loss.item(), 5)}
 
     return step
 
