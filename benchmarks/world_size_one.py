@@ -61,8 +61,8 @@ def compare(documents: int, arguments: argparse.Namespace) -> dict[str, Row]:
     contenders = ["hsap", "inductor"] + (
         ["inductor, is_causal", "eager, is_causal"] if documents == 1 else []
     )
-    # one at a time compiles, so that nobody's peak hides behind another's
     ranks = {c: Ranks(step_of, c, arguments.tokens, documents, arguments.threads) for c in contenders}
+    # one after another, so that nobody's compilation slows another's
     first = {c: ranks[c].turn()[0] for c in contenders}
     steps: dict[str, list[Row]] = {c: [] for c in contenders}
     for _ in range(arguments.repeats):
@@ -81,6 +81,7 @@ def row(documents: int, contender: str, first: Row, steps: list[Row]) -> Row:
         "case": f"{documents} document{'s' if documents > 1 else ''}",
         "contender": contender,
         **summary([s["seconds"] for s in steps]),
+        "min_cpu_s": round(min(s["cpu"] for s in steps), 3),
         "peak_MiB": max(s["peak_bytes"] for s in steps) // 2**20,
         "first_s": round(first["seconds"], 2),
         "first_peak_MiB": first["peak_bytes"] // 2**20,

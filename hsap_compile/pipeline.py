@@ -40,13 +40,13 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
     rank, ranks = world()
 
     graph = capture(module)
-    _done("capture", graph, mode)
+    _done("capture", graph)
 
     attentions = find_attention(graph)
     log.info("find_attention: %d attentions", len(attentions))
     dense_masks = lift_mask(graph, attentions, mode)
     log.info("lift_mask: %d masks stay dense", dense_masks)
-    _done("lift_mask", graph, mode)
+    _done("lift_mask", graph)
 
     heads, kv_heads = _common_heads(graph)
     mesh = mesh_shape(options, kv_heads, heads)
@@ -81,7 +81,7 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
                 fallback.at,
             )
         log.info("shard_tokens: %d operators on gathered tokens", len(fallbacks))
-        _done("shard_tokens", graph, mode)
+        _done("shard_tokens", graph)
 
     partitioned = partition_attention(graph, mode, mesh, group_name(), tokens)
     log.info(
@@ -90,7 +90,7 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         mesh.inter,
         mesh.intra,
     )
-    _done("partition_attention", graph, mode)
+    _done("partition_attention", graph)
 
     leaves = [leaf for mask in partitioned.masks if mask.plannable for leaf in mask.leaves]
     tables = [n for n in placeholders(graph)[inputs:]]
@@ -113,9 +113,9 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
     )
 
 
-def _done(name: str, graph: GraphModule, mode: Any) -> None:
+def _done(name: str, graph: GraphModule) -> None:
     """After a pass: the graph is legal, and can be read."""
-    verify(graph, name, mode)
+    verify(graph, name)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("after %s:\n%s", name, graph.print_readable(print_output=False))
     trace_structured(

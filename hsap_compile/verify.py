@@ -18,7 +18,7 @@ class BrokenGraph(AssertionError):
     """A pass left an illegal graph."""
 
 
-def verify(module: GraphModule, after: str, mode: object) -> None:
+def verify(module: GraphModule, after: str) -> None:
     """Raise ``BrokenGraph`` when ``module`` is illegal after the pass ``after``."""
     module.graph.lint()
     for node in module.graph.nodes:

@@ -350,7 +350,7 @@ def lifted(call: Traced) -> tuple[Traced, int]:
     graph = capture(call.module)
     mode = fake_mode_of([n.meta["example_value"] for n in placeholders(call.module)])
     count = lift_mask(graph, find_attention(graph), mode)
-    verify(graph, "lift_mask", mode)
+    verify(graph, "lift_mask")
     return Traced(graph, call.symbol, call.args), count
 
 

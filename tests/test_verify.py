@@ -25,7 +25,7 @@ def lifted() -> tuple[torch.fx.GraphModule, Any]:
     mode = fake_mode_of([n.meta["example_value"] for n in placeholders(trace.module)])
     graph = capture(trace.module)
     lift_mask(graph, find_attention(graph), mode)
-    verify(graph, "lift_mask", mode)
+    verify(graph, "lift_mask")
     return graph, mode
 
 
@@ -33,14 +33,14 @@ def test_a_value_that_is_not_known() -> None:
     graph, mode = lifted()
     del next(n for n in graph.graph.nodes if n.target is dense.OP).meta["val"]
     with pytest.raises(BrokenGraph, match="has no value"):
-        verify(graph, "lift_mask", mode)
+        verify(graph, "lift_mask")
 
 
 def test_an_attention_without_a_mask() -> None:
     graph, mode = lifted()
     del next(n for n in graph.graph.nodes if n.target is dense.OP).meta["mask"]
     with pytest.raises(BrokenGraph, match="is an attention without a mask"):
-        verify(graph, "lift_mask", mode)
+        verify(graph, "lift_mask")
 
 
 def test_a_write_in_place_after_capture() -> None:
@@ -49,7 +49,7 @@ def test_a_write_in_place_after_capture() -> None:
     with graph.graph.inserting_after(node):
         Builder(graph.graph, mode)(aten.relu_.default, node)
     with pytest.raises(BrokenGraph, match="writes in place"):
-        verify(graph, "capture", mode)
+        verify(graph, "capture")
 
 
 def test_rows_of_one_rank_that_meet_whole_tokens() -> None:
@@ -63,7 +63,7 @@ def test_rows_of_one_rank_that_meet_whole_tokens() -> None:
         ids = next(n for n in placeholders(graph) if _is_ids(n))
         Builder(graph.graph, mode)(aten.add.Tensor, aten_unsqueeze(graph, mode, ids), table)
     with pytest.raises(BrokenGraph, match="mixes rows of one rank with whole tokens"):
-        verify(graph, "shard_tokens", mode)
+        verify(graph, "shard_tokens")
 
 
 def _is_ids(node: torch.fx.Node) -> bool:
