@@ -280,6 +280,8 @@ MIXED = make_case(
 )
 
 
+# torch 2.14's own check reads .grad of tensors that are not leaves
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_opcheck() -> None:
     case = MIXED.to(torch.float32)
     floats = [None if x is None else x.detach().requires_grad_() for x in case.floats]

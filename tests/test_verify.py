@@ -29,6 +29,13 @@ def lifted() -> tuple[torch.fx.GraphModule, Any]:
     return graph, mode
 
 
+def _table(graph: torch.fx.GraphModule, mode: Any) -> torch.fx.Node:
+    with graph.graph.inserting_after(placeholders(graph)[-1]):
+        table = graph.graph.placeholder("columns")
+    table.meta.update(val=fake_table(mode, torch.zeros(4, dtype=torch.int64), (0,)), table="columns")
+    return table
+
+
 def test_a_value_that_is_not_known() -> None:
     graph, mode = lifted()
     del next(n for n in graph.graph.nodes if n.target is dense.OP).meta["val"]
@@ -55,10 +62,7 @@ def test_a_write_in_place_after_capture() -> None:
 def test_rows_of_one_rank_that_meet_whole_tokens() -> None:
     graph, mode = lifted()
     node = next(n for n in graph.graph.nodes if n.target is dense.OP)
-    last = placeholders(graph)[-1]
-    with graph.graph.inserting_after(last):
-        table = graph.graph.placeholder("columns")
-    table.meta.update(val=fake_table(mode, torch.zeros(4, dtype=torch.int64), (0,)), table="columns")
+    table = _table(graph, mode)
     with graph.graph.inserting_before(node):
         ids = next(n for n in placeholders(graph) if _is_ids(n))
         Builder(graph.graph, mode)(aten.add.Tensor, aten_unsqueeze(graph, mode, ids), table)
@@ -73,3 +77,15 @@ def _is_ids(node: torch.fx.Node) -> bool:
 
 def aten_unsqueeze(graph: torch.fx.GraphModule, mode: Any, node: torch.fx.Node) -> torch.fx.Node:
     return Builder(graph.graph, mode)(aten.unsqueeze.default, node, -1)
+
+
+def test_an_attention_that_was_left_on_the_rows_of_one_rank() -> None:
+    graph, mode = lifted()
+    table = _table(graph, mode)
+    node = next(n for n in graph.graph.nodes if n.target is dense.OP)
+    with graph.graph.inserting_before(node):
+        build = Builder(graph.graph, mode)
+        operands = [build(aten.index_select.default, x, 2, table) for x in node.args[:3]]
+        build(dense.OP, *operands, [], "Symbol('score', real=True)", 1.0)
+    with pytest.raises(BrokenGraph, match="attends over the rows of one rank alone"):
+        verify(graph, "partition_attention")
