@@ -172,7 +172,7 @@ def trace(function: Function) -> Traced:
 
 def check(traced_call: Traced) -> torch.fx.GraphModule:
     graph = capture(traced_call.module)
-    verify(graph, "capture", None)
+    verify(graph, "capture")
     got, wanted = eager(Traced(graph, traced_call.symbol, traced_call.args)), eager(traced_call)
     for a, b in zip(got.outputs, wanted.outputs, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
