@@ -25,7 +25,6 @@ LIMIT = 1.015  # of the mean area; the issue allows 1.02 and groups of several r
 PATIENCE = 64
 
 LONG = 0.3  # of the limit: from here on a document may have to be divided
-TRIES = 4  # light parties that are looked at before a document goes where it does not fit
 
 NOBODY = -1
 
@@ -106,34 +105,34 @@ class Fill(ABC):
         pairs_left = np.cumsum(pairs[::-1])[::-1] - pairs
         densities = (pairs_left / np.maximum(tokens_left, 1)).tolist()
         room, load, parties = self.room.tolist(), self.load.tolist(), len(self.room)
-        heap: list[tuple[float, int]] = []
+        light: list[tuple[float, int]] = []  # parties by how much they will have
+        full: list[tuple[float, int]] = []  # those that have no room for the documents at hand, by room
         owner = []
         for i, (n, area) in enumerate(zip(sizes.tolist(), pairs.tolist(), strict=True)):
-            if i % parties == 0 or not heap:
-                density = densities[i]
-                heap = [(load[p] + density * room[p], p) for p in range(parties) if room[p] > 0]
-                heapq.heapify(heap)
-            party = heap[0][1]
-            if room[party] < n:
-                fitting = n <= self.overfill
-                light = heapq.nsmallest(TRIES if fitting else parties, heap)
-                fits = [x for x in light if room[x[1]] >= n]
-                if not fits and not fitting:
-                    self.room[:], self.load[:] = room, load
-                    self.divide(int(documents[i]), np.array([p for _, p in light]), even=False)
-                    room, load, heap = self.room.tolist(), self.load.tolist(), []
-                    owner.append(NOBODY)
-                    continue
-                chosen = fits[0] if fits else max(light, key=lambda x: room[x[1]])
-                party = chosen[1]
-                heap[heap.index(chosen)] = (-math.inf, party)
-                heapq.heapify(heap)
+            if i % parties == 0:
+                density, full = densities[i], []
+                light = [(load[p] + density * room[p], p) for p in range(parties) if room[p] > 0]
+                heapq.heapify(light)
+            while full and -full[0][0] >= n:
+                party = heapq.heappop(full)[1]
+                heapq.heappush(light, (load[party] + density * room[party], party))
+            while light and room[light[0][1]] < n:
+                party = heapq.heappop(light)[1]
+                heapq.heappush(full, (-room[party], party))
+            if not light and n > self.overfill:
+                self.room[:], self.load[:] = room, load
+                order = sorted((load[p] + density * room[p], p) for _, p in full)
+                self.divide(int(documents[i]), np.array([p for _, p in order]), even=False)
+                room, load = self.room.tolist(), self.load.tolist()
+                full = [(-room[p], p) for p in range(parties) if room[p] > 0]
+                heapq.heapify(full)
+                owner.append(NOBODY)
+                continue
+            party = heapq.heappop(light or full)[1]
             owner.append(party)
             room[party] -= n
             load[party] += area
             if room[party] > 0:
-                heapq.heapreplace(heap, (load[party] + density * room[party], party))
-            else:
-                heapq.heappop(heap)
+                heapq.heappush(light, (load[party] + density * room[party], party))
         self.owner[documents] = owner
         self.room[:], self.load[:] = room, load
