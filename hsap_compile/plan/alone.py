@@ -56,10 +56,10 @@ class _Ranks(Fill):
         load = np.full(ranks, (group.area - group.pairs.sum()) / ranks)
         super().__init__(group.sizes, group.pairs, room, load, group.limit, 0)
 
-    def divide(self, document: int, light: Ints, even: bool) -> None:
+    def divide(self, document: int, light: Ints, limit: float = math.inf) -> None:
         n, area, ranks = self.sizes[document], self.pairs[document], len(self.room)
         some = light[self.room[light] >= n][:1]
-        if even and len(some) and self.excess_with(some, n, area) <= 0:
+        if len(some) and self.excess_with(some, n, area, limit) <= 0:
             self.put(document, int(some[0]))
         else:
             self.room -= n / ranks
