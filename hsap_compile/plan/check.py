@@ -77,8 +77,11 @@ def _check_columns(plan: Plan, tables: Sequence[RankTables]) -> None:
     )
     for r, t in enumerate(tables):
         at = f"rank {r}: "
-        good = len(t.order) == tokens and bool(np.all(laid[t.order] == np.arange(tokens)))
-        _require(good, at + "order does not lead back to the row", "another column", "each column's place")
+        if r == 0 or t.order is not tables[r - 1].order:  # ranks of one plan have one array
+            good = len(t.order) == tokens and bool(np.all(laid[t.order] == np.arange(tokens)))
+            _require(
+                good, at + "order does not lead back to the row", "another column", "each column's place"
+            )
         members = mesh.groups[mesh.group_of(r)[0]]
         shared = [tables[m].columns[tables[m].alone :] for m in members]
         good = np.array_equal(np.concatenate(shared), t.group_columns)

@@ -126,42 +126,42 @@ class Fill(ABC):
         sizes, pairs = self.sizes[documents], self.pairs[documents]
         tokens_left = np.cumsum(sizes[::-1])[::-1] - sizes
         pairs_left = np.cumsum(pairs[::-1])[::-1] - pairs
-        densities = (pairs_left / np.maximum(tokens_left, 1)).tolist()
-        room, load, parties = self.room.tolist(), self.load.tolist(), len(self.room)
-        light: list[tuple[float, int]] = []  # parties by how much they will have
-        full: list[tuple[float, int]] = []  # those that have no room for the documents at hand, by room
-        density, owner = 0.0, []
-        for i, (n, area) in enumerate(zip(sizes.tolist(), pairs.tolist(), strict=True)):
-            if i % parties == 0:
-                density, full = densities[i], []
-                light = [(load[p] + density * room[p], p) for p in range(parties) if room[p] > 0]
-                heapq.heapify(light)
-            while full and -full[0][0] >= n:
-                party = heapq.heappop(full)[1]
-                heapq.heappush(light, (load[party] + density * room[party], party))
-            while light and room[light[0][1]] < n:
-                party = heapq.heappop(light)[1]
-                heapq.heappush(full, (-room[party], party))
-            if light:
-                party = light[0][1]
-                owner.append(party)
-                room[party] -= n
-                load[party] += area
-                heapq.heapreplace(light, (load[party] + density * room[party], party))
-            elif full and n <= self.overfill - full[0][0]:
-                party = heapq.heappop(full)[1]
-                owner.append(party)
-                room[party] -= n
-                load[party] += area
-                if room[party] > 0:
+        parties = len(self.room)
+        densities = (pairs_left[::parties] / np.maximum(tokens_left[::parties], 1)).tolist()
+        room, load, owner = self.room.tolist(), self.load.tolist(), []
+        todo = list(zip(sizes.tolist(), pairs.tolist(), strict=True))
+        for turn, density in enumerate(densities):
+            # parties by how much area they will have; those without room for the document at hand, by room
+            light = [(load[p] + density * room[p], p) for p in range(parties) if room[p] > 0]
+            heapq.heapify(light)
+            full: list[tuple[float, int]] = []
+            for n, area in todo[turn * parties : (turn + 1) * parties]:
+                while full and -full[0][0] >= n:
+                    party = heapq.heappop(full)[1]
+                    heapq.heappush(light, (load[party] + density * room[party], party))
+                while light and room[light[0][1]] < n:
+                    party = heapq.heappop(light)[1]
                     heapq.heappush(full, (-room[party], party))
-            else:
-                self.room[:], self.load[:] = room, load
-                order = sorted((load[p] + density * room[p], p) for _, p in full)
-                self.divide(int(documents[i]), np.array([p for _, p in order], np.int64))
-                room, load = self.room.tolist(), self.load.tolist()
-                full = [(-room[p], p) for p in range(parties) if room[p] > 0]
-                heapq.heapify(full)
-                owner.append(NOBODY)
+                if light:
+                    party = light[0][1]
+                    room[party] = left = room[party] - n
+                    load[party] = held = load[party] + area
+                    heapq.heapreplace(light, (held + density * left, party))
+                    owner.append(party)
+                elif full and n <= self.overfill - full[0][0]:
+                    party = heapq.heappop(full)[1]
+                    room[party] -= n
+                    load[party] += area
+                    if room[party] > 0:
+                        heapq.heappush(full, (-room[party], party))
+                    owner.append(party)
+                else:
+                    self.room[:], self.load[:] = room, load
+                    order = sorted((load[p] + density * room[p], p) for _, p in full)
+                    self.divide(int(documents[len(owner)]), np.array([p for _, p in order], np.int64))
+                    room, load = self.room.tolist(), self.load.tolist()
+                    full = [(-room[p], p) for p in range(parties) if room[p] > 0]
+                    heapq.heapify(full)
+                    owner.append(NOBODY)
         self.owner[documents] = owner
         self.room[:], self.load[:] = room, load
