@@ -92,6 +92,8 @@ def share(group: Group, member: Ints) -> Ints:
 
 def _shared(group: Group, member: Ints) -> _State:
     state = _State(group, member)
+    if state.area.max() <= group.limit:
+        return state
     best, fewest = state.member.copy(), math.inf
     for _ in range(STEPS * len(group.quota)):
         seconds = state.slowness(state.area, state.exchanged)
