@@ -214,15 +214,17 @@ def _functionalize(module: GraphModule, mode: Any) -> None:
 
 def _views(module: GraphModule) -> set[Node]:
     """The nodes that are views of their first argument, in-place operators included."""
-    return {
-        n
-        for n in module.graph.nodes
-        if n.op == "call_function"
-        and positional(n)
-        and isinstance(positional(n)[0], Node)
-        and (storage := _storage(n)) is not None
-        and storage == _storage(positional(n)[0])
-    }
+    found: set[Node] = set()
+    for node in module.graph.nodes:
+        source = positional(node)[0] if node.op == "call_function" and positional(node) else None
+        if not isinstance(source, Node):
+            continue
+        if node.target is operator.getitem:  # of split; what topk returns is its own
+            if source in found:
+                found.add(node)
+        elif (storage := _storage(node)) is not None and storage == _storage(source):
+            found.add(node)
+    return found
 
 
 def _storage(node: Node) -> int | None:
