@@ -128,7 +128,7 @@ LOCAL: dict[str, Pattern] = {
     ),
     "length": lambda p, x, i: x / x.shape[1] + x.shape[0],
     "token mean": lambda p, x, i: x - x.mean(1, keepdim=True) / 2,
-    "token sum": lambda p, x, i: x * x.sum().tanh() + x.sum((0, 1)) / x.shape[1],
+    "token sum": lambda p, x, i: x * (x * x).sum().tanh() + x.sum((0, 1)) / x.shape[1],
     "tail mean": lambda p, x, i: x + x[:, 1:].mean((0, 1)),
     "middle sum": lambda p, x, i: x + (x[:, 2:-1] * p.square[0]).sum(1, keepdim=True) / x.shape[1],
     "tail labels": lambda p, x, i: x * F.cross_entropy(x[:, :-1].flatten(0, 1), i[:, 1:].flatten() % WIDTH),
