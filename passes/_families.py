@@ -15,8 +15,16 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import expr_of, hint_of, is_operator, is_pointwise, operator_name
+from hsap_compile._torch import (
+    CUSTOM_FUNCTION,
+    expr_of,
+    hint_of,
+    is_operator,
+    is_pointwise,
+    operator_name,
+)
 from hsap_compile.kernels import dense, exchange
+from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._routing import row_counts, row_sort
 from hsap_compile.passes.find_attention import arguments
@@ -73,6 +81,8 @@ def rule_for(node: Node) -> Any:
         return _getitem
     if node.target is dense.OP:
         return _attention
+    if node.target is CUSTOM_FUNCTION:
+        return custom_function
     if not is_operator(node.target):
         return None
     name = operator_name(node.target)

@@ -36,7 +36,8 @@ _LAYOUT = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand"}
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv); or without B.
+    """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv); or without B,
+    or, where ``logits`` are (B, H, S, S), with (B * H, S, D).
 
     ``flipped``: ``key`` is (B, Hkv, D, S).
     ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
@@ -53,6 +54,14 @@ class Attention:
     logits: Node | None = None
     product: Node | None = None
     flipped: bool = False
+
+    @property
+    def folded(self) -> tuple[int, int] | None:
+        """(B, H) where queries are (B * H, S, D)."""
+        if self.logits is None or self.query.meta["val"].dim() != 3 or self.logits.meta["val"].dim() != 4:
+            return None
+        batch, heads = (hint_of(size) for size in self.logits.meta["val"].shape[:2])
+        return batch, heads
 
 
 def find_attention(module: GraphModule) -> tuple[Attention, ...]:
@@ -142,7 +151,7 @@ def _eager(softmax: Node) -> Attention | None:
         elif name in ("aten::matmul", "aten::bmm"):
             break
         elif name in _LAYOUT:
-            if not _same_shape(user, following):
+            if not _same_shape(user, following) and not _folds_heads(user, following):
                 return None
         elif name not in _TRANSPARENT:
             return None
@@ -221,6 +230,12 @@ def _transposed(node: Node) -> Node | None:
         order = [d % rank for d in positional(node)[1]]
         exchanged = order == [*range(rank - 2), rank - 1, rank - 2]
     return source if exchanged or name == "aten::mT" else None
+
+
+def _folds_heads(x: Node, y: Node) -> bool:
+    """Whether ``y`` is ``x`` (B, H, S, S) as (B * H, S, S)."""
+    a, b = x.meta["val"].shape, y.meta["val"].shape
+    return len(a) == 4 and len(b) == 3 and all(expr_of(i) == expr_of(j) for i, j in zip(a[2:], b[1:], strict=True))
 
 
 def _same_shape(x: Node, y: Node) -> bool:

@@ -98,14 +98,18 @@ def _rewrite(
         if attention.flipped:
             key = emit(aten.transpose.int, key, -1, -2)
         operands = [attention.query, key, attention.value]
-        flat = attention.query.meta["val"].dim() == 3
-        if flat:
+        flat, folded = attention.query.meta["val"].dim() == 3, attention.folded
+        if folded is not None:
+            operands = [emit(aten.unflatten.int, x, 0, list(folded)) for x in operands]
+        elif flat:
             operands = [emit(aten.unsqueeze.default, x, 0) for x in operands]
         # under autocast the operator casts; the canonical one takes what the result has
         operands = [x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands]
         node = emit(dense.OP, *operands, leaves, formula.dumps(mask.logits), scale)
         node.meta["mask"] = mask
-        if flat:
+        if folded is not None:
+            node = emit(aten.flatten.using_ints, node, 0, 1)
+        elif flat:
             node = emit(aten.squeeze.dim, node, 0)
     output.replace_all_uses_with(node)
 
@@ -148,8 +152,10 @@ class _Lifter:
 
     def _position(self, node: Node) -> Index:
         """The index of element (b, h, q, k) in a tensor that broadcasts against the scores."""
-        shape = node.meta["val"].shape
+        shape, folded = node.meta["val"].shape, self.attention.folded
         full = (sympy.Integer(0), h, q, k) if self.attention.query.meta["val"].dim() == 3 else (b, h, q, k)
+        if folded is not None:
+            full = (b, h, q, k) if len(shape) == 4 else (sympy.Integer(0), h if folded[0] == 1 else b * folded[1] + h, q, k)
         return tuple(
             sympy.Integer(0) if _is_one(size) else index
             for size, index in zip(shape, full[4 - len(shape) :], strict=True)
@@ -473,9 +479,12 @@ def _unsqueeze(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
 
 
 def _reshape(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
-    """Carries the index through a view that only inserts, removes or keeps dimensions."""
+    """Carries the index through a view that inserts, removes or keeps dimensions, or parts the first."""
     source = positional(node)[0]
     old, new = source.meta["val"].shape, node.meta["val"].shape
+    if len(new) == len(old) + 1 and [expr_of(s) for s in old[1:]] == [expr_of(s) for s in new[2:]]:
+        if not free_symbols(new[1]) and not _is_one(new[0]) and not _is_one(new[1]):
+            return lifter.element(source, (index[0] * hint_of(new[1]) + index[1], *index[2:]))
     kept_old = [d for d, size in enumerate(old) if not _is_one(size)]
     kept_new = [d for d, size in enumerate(new) if not _is_one(size)]
     if [expr_of(old[d]) for d in kept_old] != [expr_of(new[d]) for d in kept_new]:

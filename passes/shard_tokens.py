@@ -11,7 +11,7 @@ rows of its token dimension).  The old graph is read in order, and for every nod
 2. a rule for the operator's family emits the local form from local operands; a value that was whole is
    made local by ``shard``, whose transpose gathers its gradient;
 3. where no rule holds, operands are gathered and the operator runs whole on every rank: right, slow, and
-   reported with file and line (refused when strict);
+   reported with file and line (refused when strict); what follows on whole values is not reported again;
 4. a sum over tokens is a local sum and ``sum_ranks``; a mean loss is a sum over a sum.
 
 A parameter used by local operators has only this rank's share of its gradient: it is marked to be summed
@@ -153,7 +153,10 @@ class Sharder:
                 at=where(node),
             )
         if node.target in _SIZES and isinstance(node.meta["val"], torch.SymInt):
-            return self.size(node.meta["val"])
+            try:
+                return self.size(node.meta["val"])
+            except NotLocal:  # no sum of products of inputs' sizes: read it from the whole value
+                pass
         args = map_arg((node.args, node.kwargs), self.whole)
         made = self.emit(node.target, *args[0], **args[1])
         if node.target is dense.OP:
@@ -281,7 +284,7 @@ class Sharder:
         try:
             result = self._by_rule(node)
         except NotLocal as reason:
-            if _has_tokens(node):
+            if any(n in self.home for n in node.all_input_nodes):
                 self._report(node, str(reason))
             self.wholes[node] = self._detached(node, self._recomputed(node))
             return
@@ -321,8 +324,8 @@ class Sharder:
     def _fits(self, old: Any, new: Any, local: bool) -> bool:
         """Whether ``new`` has the shape that this rank's rows of ``old`` have, or (not local) its shape."""
         if isinstance(old, tuple | list):
-            return len(old) == len(new) and all(
-                self._fits(a, b, local) for a, b in zip(old, new, strict=True)
+            return len(old) <= len(new) and all(
+                self._fits(a, b, local) for a, b in zip(old, new, strict=False)
             )
         if not isinstance(old, torch.Tensor):
             return True
