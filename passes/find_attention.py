@@ -39,7 +39,7 @@ class Attention:
     """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv); or without B,
     or, where ``logits`` are (B, H, S, S), with (B * H, S, D).
 
-    ``flipped``: ``key`` is (B, Hkv, D, S).
+    ``flipped``: ``key`` is (B, Hkv, D, S).  ``sink`` (B, H, S, 1): one more logit, whose weight is dropped.
     ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
     (a node, or None), ``causal`` and ``scale`` say the same.  ``product``: the q @ k.T of the eager form.
     """
@@ -54,6 +54,7 @@ class Attention:
     logits: Node | None = None
     product: Node | None = None
     flipped: bool = False
+    sink: Node | None = None
 
     @property
     def folded(self) -> tuple[int, int] | None:
@@ -134,6 +135,7 @@ def _eager(softmax: Node) -> Attention | None:
     given = arguments(softmax)
     logits = softmax.args[0]
     assert isinstance(logits, Node)
+    logits, sink = _without_sink(_without_shift(logits))
     rank = logits.meta["val"].dim()
     if rank not in (3, 4) or given["dim"] not in (-1, rank - 1):
         return None
@@ -141,6 +143,7 @@ def _eager(softmax: Node) -> Attention | None:
         return None
     user: Node = softmax
     dropouts: list[Node] = []
+    dropped = False
     while True:
         if len(user.users) != 1:
             return None  # the weights are read elsewhere too
@@ -150,6 +153,10 @@ def _eager(softmax: Node) -> Attention | None:
             dropouts.append(following)
         elif name in ("aten::matmul", "aten::bmm"):
             break
+        elif name == "aten::slice" and (sink is None) == _same_shape(user, following):
+            if sink is not None and not _drops_last(following, sink[1]):
+                return None
+            dropped = True
         elif name in _LAYOUT:
             if not _same_shape(user, following) and not _folds_heads(user, following):
                 return None
@@ -159,6 +166,8 @@ def _eager(softmax: Node) -> Attention | None:
     value = positional(following)[1]
     product = _product(logits)
     if positional(following)[0] is not user or product is None or not isinstance(value, Node):
+        return None
+    if sink is not None and not dropped:
         return None
     query, transposed = positional(product)[-2:]  # baddbmm(input, q, k) carries its bias first
     assert isinstance(query, Node) and isinstance(transposed, Node)
@@ -181,7 +190,37 @@ def _eager(softmax: Node) -> Attention | None:
         logits=logits,
         product=product,
         flipped=flipped,
+        sink=None if sink is None else sink[0],
     )
+
+
+def _without_shift(logits: Node) -> Node:
+    """x where ``logits`` is x minus one number a row, which softmax does not see."""
+    while operator_name(logits.target) == "aten::sub" and arguments(logits)["alpha"] == 1:
+        x, shift = positional(logits)
+        if not isinstance(x, Node) or not isinstance(shift, Node) or not _same_shape(x, logits):
+            break
+        if shift.meta["val"].dim() == 0 or expr_of(shift.meta["val"].shape[-1]) != 1:
+            break
+        logits = x
+    return logits
+
+
+def _without_sink(logits: Node) -> tuple[Node, tuple[Node, Node] | None]:
+    """(x, (sink, x)) where ``logits`` is x (.., S, S) with one more column ``sink``."""
+    if operator_name(logits.target) != "aten::cat" or len(positional(logits)[0]) != 2:
+        return logits, None
+    x, sink = positional(logits)[0]
+    last = arguments(logits)["dim"] in (-1, logits.meta["val"].dim() - 1)
+    if not last or expr_of(sink.meta["val"].shape[-1]) != 1:
+        return logits, None
+    return x, (sink, x)
+
+
+def _drops_last(weights: Node, logits: Node) -> bool:
+    """Whether ``weights``, a slice, are those of ``logits`` alone."""
+    given = arguments(weights)
+    return given["start"] in (None, 0) and given["step"] == 1 and _same_shape(weights, logits)
 
 
 def _fit(query: Node, key: Node, value: Node, flipped: bool = False) -> bool:

@@ -136,7 +136,10 @@ class _Lifter:
             found = _number(self.element(attention.logits, self._position(attention.logits)))
             if found.has(sympy.nan):
                 raise NotLiftable(attention.logits)
-            return found
+            if attention.sink is None:
+                return found
+            position = (*self._position(attention.sink)[:-1], sympy.Integer(0))
+            return formula.sink(found, _number(self.element(attention.sink, position)))
         logits: sympy.Expr = score
         if attention.causal:
             logits = sympy.Piecewise((logits, q >= k), (-sympy.oo, True))
