@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from hsap_compile._torch import expr_of, free_symbols, hint_of, operator_name
+from hsap_compile._torch import FLEX_ATTENTION, expr_of, free_symbols, hint_of, operator_name
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import positional, target
 
@@ -35,11 +35,21 @@ _LAYOUT = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand"}
 
 
 @dataclass(frozen=True)
+class Body:
+    """A function of (score, b, h, q, k) or (b, h, q, k) as a graph of 0-d tensors, which also reads
+    ``buffers`` of the graph around it."""
+
+    module: GraphModule
+    buffers: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv); or without B,
     or, where ``logits`` are (B, H, S, S), with (B * H, S, D).
 
     ``flipped``: ``key`` is (B, Hkv, D, S).  ``sink`` (B, H, S, 1): one more logit, whose weight is dropped.
+    ``score_mod`` and ``mask_mod``: what flex attention does to its scores.
     ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
     (a node, or None), ``causal`` and ``scale`` say the same.  ``product``: the q @ k.T of the eager form.
     """
@@ -55,6 +65,8 @@ class Attention:
     product: Node | None = None
     flipped: bool = False
     sink: Node | None = None
+    score_mod: Body | None = None
+    mask_mod: Body | None = None
 
     @property
     def folded(self) -> tuple[int, int] | None:
@@ -76,6 +88,8 @@ def find_attention(module: GraphModule) -> tuple[Attention, ...]:
             attention = _operator(node)
         elif operator_name(node.target) in ("aten::softmax", "aten::_softmax"):
             attention = _eager(node)
+        elif node.target is FLEX_ATTENTION:
+            attention = _flex(node)
         if attention is not None:
             found.append(attention)
     return tuple(found)
@@ -117,6 +131,42 @@ def _operator(node: Node) -> Attention | None:
         causal=causal,
         mask=given["attn_mask"],
     )
+
+
+def _flex(node: Node) -> Attention | None:
+    """flex_attention(q, k, v, score_mod, (.., mask_mod), scale, options, buffers of the two): only the
+    attention's output may be read, and its blocks must be what ``mask_mod`` says."""
+    query, key, value, score_mod, blocks, scale, _, score_buffers, mask_buffers = positional(node)
+    read = [user for user in node.users if user.users]
+    if len(read) != 1 or positional(read[0])[1] != 0 or not _fit(query, key, value):
+        return None
+    mask = Body(_module(blocks[-1]), tuple(mask_buffers))
+    if _says_nothing(mask.module):
+        if any(isinstance(size, int) and size < _EVERYTHING for size in blocks[-3:-1]):
+            return None  # the blocks alone are the mask
+        mask = None
+    return Attention(
+        output=read[0],
+        query=query,
+        key=key,
+        value=value,
+        scale=float(scale),
+        score_mod=Body(_module(score_mod), tuple(score_buffers)),
+        mask_mod=mask,
+    )
+
+
+_EVERYTHING = 1 << 30  # the size of the one block that torch makes where no block mask is given
+
+
+def _module(node: Node) -> GraphModule:
+    module: GraphModule = node.meta["val"]
+    return module
+
+
+def _says_nothing(mask: GraphModule) -> bool:
+    """Whether a mask function reads none of its indices."""
+    return not any(n.users for n in mask.graph.nodes if n.op == "placeholder")
 
 
 def _refuse_dropout(node: Node, probability: Any) -> None:
