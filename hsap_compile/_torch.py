@@ -15,9 +15,9 @@ from typing import Any
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._functorch import predispatch as _vmap
 from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._functorch import predispatch as _vmap
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
 from torch._inductor.compile_fx import compile_fx as compile_fx

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from hsap_compile import formula
 from hsap_compile._torch import (
     CUSTOM_FUNCTION,
     expr_of,
@@ -557,10 +558,19 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
     return mean if mean.meta["val"].dtype == result else sharder.emit(aten.to.dtype, mean, result)
 
 
+def _reads_context(sharder: Sharder, node: Node, axes: list[Any]) -> bool:
+    """Whether every query, on its own, attends to keys that are no tokens and that all queries see alike."""
+    ours = isinstance(axes[0], TokenAxis) and (axes[0].dim, axes[0].layout) == (2, (1, sharder.symbol, 1))
+    read = formula.loads(_args(node)[4]).free_symbols
+    return ours and axes[1] is None and axes[2] is None and not read & {formula.q, formula.S}
+
+
 def _attention(sharder: Sharder, node: Node) -> Any:
     """The canonical attention stays one operator on local rows: ``partition_attention`` comes next."""
     q, k, v, leaves, logits, scale = _args(node)
     axes = [x.meta.get("tokens") for x in (q, k, v)]
+    if _reads_context(sharder, node, axes):
+        return _as_is(sharder, node)
     if any(not isinstance(a, TokenAxis) or (a.dim, *a.layout) != (2, 1, sharder.symbol, 1) for a in axes):
         raise NotLocal("an attention whose queries and keys are not the same tokens")
     operands = [sharder.local(x) for x in (q, k, v)]

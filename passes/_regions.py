@@ -142,9 +142,7 @@ def _lower_vmap(module: GraphModule, region: list[Node]) -> None:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output([copies[n] for n in results])
     operands = [n for n in inputs if n.op != "get_attr"]
-    lowered = trace_below_autograd(
-        GraphModule(module, graph), [n.meta["example_value"] for n in operands]
-    )
+    lowered = trace_below_autograd(GraphModule(module, graph), [n.meta["example_value"] for n in operands])
     names = [n for n in lowered.graph.nodes if n.op == "placeholder"]
     made: dict[Node, Any] = dict(zip(names, operands, strict=True))
     origin = {k: v for k, v in results[0].meta.items() if k != "example_value"}
@@ -238,7 +236,7 @@ def put_back(module: GraphModule, asides: tuple[Aside, ...]) -> None:
                 operands[node] = last = graph.get_attr(name)
             last.meta["val"] = body
         with graph.inserting_after(last):
-            args, kwargs = map_arg((aside.args, aside.kwargs), lambda n, of=operands: of[n])
+            args, kwargs = map_arg((aside.args, aside.kwargs), operands.__getitem__)
             call = graph.call_function(aside.target, args, kwargs)
         call.meta.update({k: v for k, v in aside.meta.items() if k != "example_value"})
         results = {part: inputs[number] for number, part in aside.inputs.items()}

@@ -9,7 +9,8 @@ after:  ATen overloads; attention, cross entropy and linear are still one operat
 2. drop dropout that does nothing, and make autocast explicit: operands that it would have cast are cast;
 3. replace every in-place operator by its functional form; a write into a view (``x[:, 1:] = y``) becomes
    a scatter into the base, and views made before the write are made anew after it.  Which values are views
-   of one another is read from the storages that the trace gave them.
+   of one another is read from the storages that the trace gave them;
+4. write attention over cumulative lengths with a mask (``_varlen``).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from hsap_compile._torch import (
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import placeholders, positional, remove_dead, target
 from hsap_compile.passes._regions import expanded, put_back, set_aside
+from hsap_compile.passes._varlen import write_varlen_as_masked
 
 aten = torch.ops.aten
 
@@ -63,7 +65,9 @@ def capture(module: GraphModule) -> GraphModule:
     originals = placeholders(plain)
     inputs = [n.meta["example_value"] for n in originals]
     graph = trace_pre_dispatch(plain, inputs)
-    for placeholder, original, value in zip(placeholders(graph)[: len(inputs)], originals, inputs, strict=True):
+    for placeholder, original, value in zip(
+        placeholders(graph)[: len(inputs)], originals, inputs, strict=True
+    ):
         placeholder.meta["val"] = value
         placeholder.meta["source"] = original.name
         placeholder.meta["parameter"] = isinstance(value, torch.nn.Parameter)
@@ -73,7 +77,7 @@ def capture(module: GraphModule) -> GraphModule:
     _explicit_autocast(graph, mode)
     _functionalize(graph, mode)
     _drop_idle_dropout(graph)
-    remove_dead(graph)
+    write_varlen_as_masked(graph, mode)
     return graph
 
 

@@ -140,8 +140,8 @@ def _flex(node: Node) -> Attention | None:
     read = [user for user in node.users if user.users]
     if len(read) != 1 or positional(read[0])[1] != 0 or not _fit(query, key, value):
         return None
-    mask = Body(_module(blocks[-1]), tuple(mask_buffers))
-    if _says_nothing(mask.module):
+    mask: Body | None = Body(_module(blocks[-1]), tuple(mask_buffers))
+    if _says_nothing(_module(blocks[-1])):
         if any(isinstance(size, int) and size < _EVERYTHING for size in blocks[-3:-1]):
             return None  # the blocks alone are the mask
         mask = None
@@ -324,7 +324,11 @@ def _transposed(node: Node) -> Node | None:
 def _folds_heads(x: Node, y: Node) -> bool:
     """Whether ``y`` is ``x`` (B, H, S, S) as (B * H, S, S)."""
     a, b = x.meta["val"].shape, y.meta["val"].shape
-    return len(a) == 4 and len(b) == 3 and all(expr_of(i) == expr_of(j) for i, j in zip(a[2:], b[1:], strict=True))
+    return (
+        len(a) == 4
+        and len(b) == 3
+        and all(expr_of(i) == expr_of(j) for i, j in zip(a[2:], b[1:], strict=True))
+    )
 
 
 def _same_shape(x: Node, y: Node) -> bool:

@@ -186,7 +186,11 @@ class _Lifter:
         shape, folded = node.meta["val"].shape, self.attention.folded
         full = (sympy.Integer(0), h, q, k) if self.attention.query.meta["val"].dim() == 3 else (b, h, q, k)
         if folded is not None:
-            full = (b, h, q, k) if len(shape) == 4 else (sympy.Integer(0), h if folded[0] == 1 else b * folded[1] + h, q, k)
+            full = (
+                (b, h, q, k)
+                if len(shape) == 4
+                else (sympy.Integer(0), h if folded[0] == 1 else b * folded[1] + h, q, k)
+            )
         return tuple(
             sympy.Integer(0) if _is_one(size) else index
             for size, index in zip(shape, full[4 - len(shape) :], strict=True)

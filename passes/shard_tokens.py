@@ -277,6 +277,8 @@ class Sharder:
             return
         if not any(n in self.heavy for n in node.all_input_nodes):
             return  # cheap: emitted when asked for
+        if isinstance(node.meta["val"], torch.SymInt | int):
+            return  # so is a size, whatever it is the size of
         self.heavy.add(node)
         if self._is_whole(node):
             self.wholes[node] = self._detached(node, self._recomputed(node))
