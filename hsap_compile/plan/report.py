@@ -101,7 +101,7 @@ class PlanReport:
 
     @property
     def area(self) -> Floats:
-        """(P,) attended pairs that each rank computes, times the fraction of the heads it computes them for."""
+        """(P,) attended pairs that each rank computes, times the fraction of the heads that it has."""
         return self.load.area
 
     @property
@@ -240,15 +240,15 @@ def _meshes(
         return [(ranks // g, g) for g in possible if g <= cost.ranks_per_host]
     if ranks % intra or (inter is not None and inter * intra != ranks):
         raise ValueError(
-            f"make_plan: got inter={inter}, intra={intra}, ranks={ranks}; wanted inter x intra = ranks: leave "
-            "one of them out"
+            f"make_plan: got inter={inter}, intra={intra}, ranks={ranks}; wanted inter x intra = ranks: "
+            "leave one of them out"
         )
     if not cost.shape.splits(intra):
         heads = cost.shape.query_heads
-        possible = ", ".join(str(g) for g in range(1, ranks + 1) if ranks % g == heads % g == 0)
+        these = ", ".join(str(g) for g in range(1, ranks + 1) if ranks % g == heads % g == 0)
         raise ValueError(
             f"make_plan: got groups of {intra} ranks for {heads} query heads; wanted a divisor of {heads}: "
-            f"intra may be {possible}"
+            f"intra may be {these}"
         )
     return [(ranks // intra, intra)]
 
