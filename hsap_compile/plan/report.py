@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from hsap_compile.plan.attended import Attended, Ints
+from hsap_compile.plan.attended import Attended, Bools, Ints
 from hsap_compile.plan.cost import H100, AttentionShape, CostModel
 from hsap_compile.plan.load import (
     PASSES,
@@ -84,12 +84,19 @@ class PlanReport:
     @cached_property
     def held(self) -> Pieces:
         """The intervals of documents that each rank holds, as arrays."""
-        columns = self.plan.placement.columns
-        breaks = [np.flatnonzero(np.diff(c, prepend=c[0] - 2) != 1) for c in columns]
-        start = np.concatenate([c[i] for c, i in zip(columns, breaks, strict=True)])
-        rank = np.repeat(np.arange(len(columns)), [len(i) for i in breaks])
+        return self._cut.of(self.plan.placement.rank[self._cut.party])
+
+    @cached_property
+    def shared(self) -> Bools:
+        """(n,) for each interval of `held`, whether its group computes it together, each rank some heads."""
+        return self.plan.placement.shared[self._cut.party]
+
+    @cached_property
+    def _cut(self) -> Pieces:
+        """Held by the pieces of the placement."""
+        start = self.plan.placement.start
         order = np.argsort(start)
-        return cut(self.setting.lengths, np.append(start[order], self.setting.tokens), rank[order])
+        return cut(self.setting.lengths, np.append(start[order], self.setting.tokens), order)
 
     @property
     def pieces(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -123,16 +130,15 @@ class PlanReport:
     def load(self) -> Load:
         """The same as other strategies are counted."""
         setting, p, ways = self.setting, self.held, self.setting.intra
-        alone, exchanged = _core(self)
         groups = p.of(p.party // ways)
         total, own = (
             np.bincount(groups.party, f(groups, setting.band), setting.inter).repeat(ways)
             for f in (total_pairs, own_pairs)
         )
-        alone_pairs = np.bincount(p.party, total_pairs(p, setting.band) * alone, setting.ranks)
+        alone_pairs = np.bincount(p.party, total_pairs(p, setting.band) * ~self.shared, setting.ranks)
         shared = own - alone_pairs.reshape(-1, ways).sum(axis=1).repeat(ways)
         tokens = np.bincount(p.party, p.size, setting.ranks).astype(np.int64)
-        heads_in, heads_out = head_exchange(setting, exchanged, setting.group)
+        heads_in, heads_out = head_exchange(setting, self.plan.exchanged, setting.group)
         rows = self.plan.masks[0].rows_sent * setting.shape.kv_share_bytes(ways)
         return there_and_back(
             tokens,
@@ -264,9 +270,3 @@ def _band(mask: Mask) -> Band:
         f'make_plan: got mask={mask!r}; wanted "causal", "full" or ("window", tokens) with at least 1 token: '
         "choose one"
     )
-
-
-def _core(report: PlanReport) -> tuple[Ints, Ints]:
-    """(n,) 1 for each piece that takes no part in the head exchange; (P,) rows that do."""
-    sizes = np.array([len(c) for c in report.plan.placement.columns])
-    return np.zeros(len(report.held.party), np.int64), sizes
