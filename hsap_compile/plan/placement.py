@@ -7,7 +7,6 @@ head exchange, so that only groups are balanced, and members are contiguous cuts
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,16 +25,12 @@ from hsap_compile.plan.attended import (
     unanswered,
     union,
 )
+from hsap_compile.plan.balance import Reach, balance
 
 Kind = Literal["balanced", "contiguous"]
 
-# A group may pass the mean area by this factor. On lognormal packs (12 to 600 documents, 4 to 64 groups) 1.02
-# sends a tenth more KV rows than 1.05 and plans slower: every swap that cuts a document costs traffic.
 SLACK = 1.05
-CANDIDATES = 12  # longest pieces of a group that a swap considers
-SWAPS_PER_GROUP = 4
-BISECTIONS = 8  # a window's length to 1/256 of the shorter piece
-MAX_ATOMS = 2048  # more, shorter documents than this are placed with their neighbours
+MAX_ATOMS = 1 << 14  # more, shorter documents than this are placed with their neighbours
 
 
 @dataclass(frozen=True)
@@ -230,11 +225,16 @@ def place_structures(structures: Sequence[Structure], mesh: MeshShape, kind: Kin
     shares = counts[members].sum(axis=1)
     ends = np.cumsum(shares)
     before = area(structures)
+    units = _units(structures)
     if kind == "contiguous" or mesh.inter == 1:
         runs = tuple(np.array([[stop - n, stop]]) for n, stop in zip(shares, ends, strict=True))
     else:
-        runs = _balance(before, _cuts(structures), shares)
-    units = _units(structures)
+        reach = Reach(units, *_widest(structures))
+        spread = balance(before, _cuts(structures), reach, shares)
+        runs = tuple(
+            np.stack(union(spread.start[spread.group == g], spread.stop[spread.group == g]), axis=1)
+            for g in range(mesh.inter)
+        )
     pieces = []
     for group, run in zip(mesh.groups, runs, strict=True):
         quota = counts[list(group)]
@@ -340,6 +340,12 @@ def _hulls(s: Structure) -> tuple[Ints, Ints, Ints]:
     return rows[some], first[some], last[some]
 
 
+def _widest(structures: Sequence[Structure]) -> tuple[int, int]:
+    """(lo, hi) of a band that holds those of all masks."""
+    bands = [s.mask.band for s in structures]
+    return min(lo for lo, _ in bands), max(hi for _, hi in bands)
+
+
 def _units(structures: Sequence[Structure]) -> Ints:
     """Columns from 0 to S between which no pair is attended: in no row, by no mask."""
     tokens = structures[0].mask.tokens
@@ -349,138 +355,3 @@ def _units(structures: Sequence[Structure]) -> Ints:
     _, first, last = np.concatenate([_hulls(s) for s in structures], axis=1)
     start, stop = union(2 * first, 2 * last - 1)
     return np.unique(np.concatenate((ends, start // 2, (stop + 1) // 2)))
-
-
-class _Fill:
-    """Groups while they are being filled."""
-
-    def __init__(self, area: Area, shares: Ints) -> None:
-        self.area = area
-        self.room: list[int] = shares.tolist()  # tokens still free
-        self.load = [0] * len(shares)  # attended pairs
-        self.mean = max(1.0, int(area.total[-1]) / len(shares))
-        self.pieces: list[list[tuple[int, int]]] = [[] for _ in shares]
-
-    def put(self, group: int, start: int, stop: int, pairs: int) -> None:
-        if start < stop:
-            self.pieces[group].append((start, stop))
-            self.room[group] -= stop - start
-            self.load[group] += pairs
-
-    def put_cuts(self, groups: Sequence[int], edges: Ints) -> None:
-        """The interval between each two edges on each group."""
-        at, pairs = edges.tolist(), np.diff(self.area.before(edges)).tolist()
-        for group, start, stop, n in zip(groups, at[:-1], at[1:], pairs, strict=True):
-            self.put(group, start, stop, n)
-
-
-def _balance(area: Area, cuts: Ints, shares: Ints) -> tuple[Ints, ...]:
-    fill = _Fill(area, shares)
-    room, load = fill.room, fill.load
-    groups, most, limit = range(len(shares)), max(room), fill.mean * SLACK
-    sizes, areas = np.diff(cuts), np.diff(area.before(cuts))
-    order = np.lexsort((-sizes, -areas))
-    for start, n, pairs in zip(
-        cuts[order].tolist(), sizes[order].tolist(), areas[order].tolist(), strict=True
-    ):
-        ways = max(-(-n // most), math.ceil(pairs / limit))
-        if ways > 1:
-            _split(fill, start, n, pairs, min(ways, len(groups)))
-            continue
-        fits = [g for g in groups if room[g] >= n]
-        light = [g for g in fits if load[g] + pairs <= limit]
-        if light:
-            fill.put(max(light, key=lambda g: (fill.mean - load[g]) / room[g]), start, start + n, pairs)
-        elif fits:
-            fill.put(min(fits, key=load.__getitem__), start, start + n, pairs)
-        else:
-            _spill(fill, start, n)
-    _swap(fill)
-    return tuple(np.stack(union(*np.array(p).T), axis=1) for p in fill.pieces)
-
-
-def _spill(fill: _Fill, start: int, n: int) -> None:
-    """Cut an interval that fits nowhere at the free space, the largest first."""
-    room = np.array(fill.room)
-    groups = np.argsort(-room, kind="stable")
-    edges = start + np.minimum(n, np.concatenate(([0], np.cumsum(room[groups]))))
-    fill.put_cuts(groups.tolist(), edges)
-
-
-def _split(fill: _Fill, start: int, n: int, pairs: int, ways: int) -> None:
-    """Spread a long document over at least `ways` groups, evenly as far as there is room."""
-    room, load = np.array(fill.room), np.array(fill.load)
-    while True:
-        share = max(pairs / ways, 1.0)
-        score = np.minimum((fill.mean - load) / share, 1.0) + np.minimum(room / (n / ways), 1.0)
-        chosen = np.argsort(-score, kind="stable")[:ways]
-        if ways == len(room) or np.all(room[chosen] >= -(-n // ways)):
-            break
-        ways += 1
-    room = room[chosen]
-    part = np.minimum(n // ways + (np.arange(ways) < n % ways), room)
-    for i in np.argsort(part - room, kind="stable"):  # what was over goes where most room is left
-        part[i] += min(n - part.sum(), room[i] - part[i])
-    edges = start + np.concatenate(([0], np.cumsum(part)))
-    plain = np.diff(fill.area.before(edges))
-    if plain.max() > SLACK * plain.mean():  # zigzag: a group takes one half from each end
-        half = part // 2
-        edges = start + np.concatenate(([0], np.cumsum(np.concatenate((half, (part - half)[::-1])))))
-        chosen = np.concatenate((chosen, chosen[::-1]))
-    fill.put_cuts(chosen.tolist(), edges)
-
-
-def _swap(fill: _Fill) -> None:
-    """Swap equally long windows of the most and the least loaded group until none is far over the mean."""
-    for _ in range(SWAPS_PER_GROUP * len(fill.room)):
-        heavy, light = (fill.load.index(f(fill.load)) for f in (max, min))
-        if fill.load[heavy] <= SLACK * fill.mean:
-            return
-        best = _best_swap(fill, heavy, light)
-        if best is None:
-            return
-        (start, stop), (start_, stop_), n, gain = best
-        fill.pieces[heavy].remove((start, stop))
-        fill.pieces[light].remove((start_, stop_))
-        fill.pieces[heavy] += [p for p in ((start, stop - n), (start_, start_ + n)) if p[0] < p[1]]
-        fill.pieces[light] += [p for p in ((stop - n, stop), (start_ + n, stop_)) if p[0] < p[1]]
-        fill.load[heavy] -= gain
-        fill.load[light] += gain
-
-
-def _best_swap(
-    fill: _Fill, heavy: int, light: int
-) -> tuple[tuple[int, int], tuple[int, int], int, int] | None:
-    """(piece that gives its tail, piece that gives its head, window length, pairs moved), or None.
-
-    A window is the whole of the shorter piece; where that would move too much, one that moves half the gap.
-    """
-    gap = fill.load[heavy] - fill.load[light]
-    tails, heads = (
-        sorted(fill.pieces[g], key=lambda p: (p[0] - p[1], p[0]))[:CANDIDATES] for g in (heavy, light)
-    )
-    i, j = np.divmod(np.arange(len(tails) * len(heads)), len(heads))
-    (begin, stop), (start, end) = np.array(tails)[i].T, np.array(heads)[j].T
-    size = np.minimum(stop - begin, end - start)
-    fixed = fill.area.before(stop) + fill.area.before(start)
-
-    def moved(n: Ints, at: Ints) -> Ints:
-        tail, head = fill.area.before(np.stack((stop[at] - n, start[at] + n)))
-        return fixed[at] - tail - head
-
-    gain = moved(size, np.arange(len(size)))
-    much = np.flatnonzero(gain >= gap)
-    if len(much):
-        low, high = np.zeros_like(much), size[much]
-        for _ in range(BISECTIONS):
-            middle = (low + high) // 2
-            over = moved(middle, much) * 2 > gap
-            low, high = np.where(over, low, middle), np.where(over, middle, high)
-        size[much], gain[much] = low, moved(low, much)
-    cuts = (size < stop - begin).astype(np.int64) + (size < end - start)
-    cost = np.abs(gap / 2 - gain) + (SLACK - 1) * fill.mean * cuts
-    cost[(gain <= 0) | (gain >= gap)] = np.inf
-    best = int(np.argmin(cost))
-    if not np.isfinite(cost[best]):
-        return None
-    return tails[i[best]], heads[j[best]], int(size[best]), int(gain[best])
