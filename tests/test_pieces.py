@@ -64,14 +64,14 @@ def rows(draw: st.DrawFn) -> tuple[list[int], Pieces, int]:
     return lengths, pieces, parties
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(*[st.integers(0, 12)] * 4, BANDS)
 def test_pairs_of_two_intervals(a: int, n: int, c: int, m: int, band: Band) -> None:
     mask = allowed([30], band)
     assert pairs(*(np.array([x]) for x in (a, a + n, c, c + m)), band)[0] == mask[a : a + n, c : c + m].sum()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows(), BANDS)
 def test_counts_against_brute_force(drawn: tuple[list[int], Pieces, int], band: Band) -> None:
     lengths, pieces, parties = drawn
@@ -92,7 +92,7 @@ def test_counts_against_brute_force(drawn: tuple[list[int], Pieces, int], band: 
     assert list(pieces.lengths) == lengths
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows(), BANDS)
 def test_no_placement_sends_less_than_the_bound(drawn: tuple[list[int], Pieces, int], band: Band) -> None:
     lengths, pieces, parties = drawn

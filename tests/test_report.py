@@ -44,7 +44,7 @@ def owners(report: PlanReport) -> np.ndarray:
     return owner
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(reports())
 def test_pieces_are_the_tables_columns(report: PlanReport) -> None:
     owner = owners(report)
@@ -54,7 +54,7 @@ def test_pieces_are_the_tables_columns(report: PlanReport) -> None:
     assert np.ptp(np.bincount(owner, minlength=report.setting.ranks)) <= 1
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(reports())
 def test_area_rows_and_bytes_against_brute_force(report: PlanReport) -> None:
     s, owner = report.setting, owners(report)
@@ -82,7 +82,7 @@ def test_area_rows_and_bytes_against_brute_force(report: PlanReport) -> None:
     assert intra.sent.tolist() == sent.tolist()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(reports())
 def test_sums_and_bounds(report: PlanReport) -> None:
     s = report.setting

@@ -124,7 +124,7 @@ def ranks_of(groups: list[int], intra: int) -> list[np.ndarray]:
     return [np.arange(n // intra + (j < n % intra)) for n in groups for j in range(intra)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems())
 def test_rings(s: Setting) -> None:
     for strategy, held in (
@@ -153,7 +153,7 @@ def check_gather(s: Setting, load: Load, held: list[int]) -> None:
     post.check(load, "backward", back=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems())
 def test_document_zigzag_and_padding(s: Setting) -> None:
     longest = (max(s.lengths),) * len(s.lengths)
@@ -168,7 +168,7 @@ def test_document_zigzag_and_padding(s: Setting) -> None:
         check_gather(s, load, [len(x) for x in held])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems(powers_of_two=True))
 def test_heads(s: Setting) -> None:
     rows = ranks_of([s.tokens], s.ranks)
@@ -191,7 +191,7 @@ def test_heads(s: Setting) -> None:
     ring(s, load, groups, kv, s.intra)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems())
 def test_chunk_lpt(s: Setting) -> None:
     load, mask = chunk_lpt(s), allowed(list(s.lengths), s.band)
@@ -214,7 +214,7 @@ def test_chunk_lpt(s: Setting) -> None:
     post.check(load, "backward", back=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems(powers_of_two=True), st.sampled_from(sorted(set(STRATEGIES) - {"padding"})))
 def test_all_of_the_mask_is_computed_and_what_is_sent_arrives(s: Setting, name: str) -> None:
     if name == "ulysses" and s.shape.query_heads % s.ranks:

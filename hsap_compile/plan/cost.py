@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,18 @@ BACKWARD = FORWARD_AND_BACKWARD - 1
 PRODUCTS = 4  # FLOPs of one pair, one head, one element of the head: q.k and weight.v, a multiply-add each
 
 
+def _check(value: object, kind: type, least: float, most: float, *names: str) -> None:
+    """Raise ValueError where one of the fields is no number (of `kind`) from `least` to `most`."""
+    for name in names:
+        got: Any = getattr(value, name)
+        if type(got) not in (int, kind) or not least <= got <= most:
+            number = "a whole number" if kind is int else "a number"
+            limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+            raise ValueError(
+                f"{type(value).__name__}: got {name}={got!r}; wanted {number} {limits}: correct it"
+            )
+
+
 @dataclass(frozen=True)
 class Link:
     """What one rank can send over one level of the mesh while it receives as much.
@@ -37,6 +49,10 @@ class Link:
 
     latency_s: float
     bandwidth_bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        _check(self, float, 0, math.inf, "latency_s")
+        _check(self, float, 1, math.inf, "bandwidth_bytes_per_s")
 
     def seconds(self, size_bytes: Seconds, collectives: int = 1) -> Seconds:
         """The time of ``collectives`` exchanges that move ``size_bytes`` in all through one rank."""
@@ -51,6 +67,14 @@ class AttentionShape:
     kv_heads: int = 8
     head_dim: int = 128
     dtype_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self, int, 1, math.inf, "query_heads", "kv_heads", "head_dim", "dtype_bytes")
+        if self.query_heads % self.kv_heads:
+            raise ValueError(
+                f"AttentionShape: got {self.query_heads} query heads and {self.kv_heads} key/value heads; "
+                "wanted the first to be a multiple of the second: give the model's own"
+            )
 
     @property
     def kv_row_bytes(self) -> int:
@@ -88,6 +112,7 @@ class CostModel:
         linear_flops_per_token: of everything but attention in one layer, forward and backward.
         overlap: of the shorter of attention and exchange that run side by side, the part that is hidden.
         ranks_per_host: ranks that the intra links reach; the largest group to choose.
+        name: which machine, and where its figures come from.
     """
 
     intra: Link
@@ -98,6 +123,13 @@ class CostModel:
     shape: AttentionShape = AttentionShape()
     overlap: float = 0.8
     ranks_per_host: int = 8
+    name: str = "unnamed machine"
+
+    def __post_init__(self) -> None:
+        rates = "attention_flops_per_s", "linear_flops_per_s", "linear_flops_per_token"
+        _check(self, float, 1, math.inf, *rates)
+        _check(self, float, 0, 1, "overlap")
+        _check(self, int, 1, math.inf, "ranks_per_host")
 
     def attention_seconds(self, pairs: Seconds, passes: float = FORWARD_AND_BACKWARD) -> Seconds:
         """``pairs`` attended (query, key) pairs, all query heads: forward and backward, or ``passes``
@@ -119,49 +151,22 @@ class CostModel:
 
     @classmethod
     def load(cls, machine: str | Path) -> CostModel:
-        """One of ``MACHINES`` by name, or what ``save`` wrote (extra keys, such as where it was measured, are
-        not read).
+        """One of ``MACHINES`` by name, or what ``save`` wrote.
 
         Raises:
-            ValueError: neither, or a field is missing or no number above zero.
+            ValueError: neither, or a field is missing or has no sensible value.
         """
         if str(machine) in MACHINES:
             return MACHINES[str(machine)]
         try:
             values = json.loads(Path(machine).read_text())
-        except (OSError, ValueError) as error:
+            parts = {"intra": Link, "inter": Link, "shape": AttentionShape}
+            return cls(**{name: parts[name](**v) if name in parts else v for name, v in values.items()})
+        except (OSError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"machine: got {str(machine)!r}, which is no readable JSON file ({error}); wanted one of "
-                f"{', '.join(MACHINES)} or a file that `python -m hsap_compile calibrate` wrote: write one"
+                f"machine {str(machine)!r}: got {error}; wanted one of {', '.join(MACHINES)}, or a file that "
+                "`python -m hsap_compile calibrate` wrote: write one"
             ) from None
-        return typing.cast(CostModel, _read(cls, values, str(machine)))
-
-
-def _read(kind: type, values: Any, at: str) -> Any:
-    """A dataclass of numbers and dataclasses from what ``json`` gives for it."""
-    found = {}
-    types = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        name, type_ = f"{at}: {field.name}", types[field.name]
-        if not isinstance(values, Mapping) or field.name not in values:
-            if field.default is dataclasses.MISSING:
-                raise ValueError(f"{name}: got nothing; wanted a value: calibrate again, or write it by hand")
-            continue
-        value = values[field.name]
-        if dataclasses.is_dataclass(type_):
-            found[field.name] = _read(typing.cast(type, type_), value, name)
-            continue
-        least = 0 if field.name in ("latency_s", "overlap") else np.nextafter(0, 1)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not least <= value < float("inf") or (type_ is int and value != int(value)):
-            wanted = (
-                "a whole number above 0"
-                if type_ is int
-                else f"a number {'of at least' if least == 0 else 'above'} 0"
-            )
-            raise ValueError(f"{name}: got {value!r}; wanted {wanted}: correct the file, or calibrate again")
-        found[field.name] = type_(value)
-    return kind(**found)
 
 
 # Links: NVIDIA's data sheets, one direction, taken at 70 %. Matrix products are taken at 60 % of the dense
@@ -177,6 +182,7 @@ H100 = CostModel(
     attention_flops_per_s=0.4 * 989e12,
     linear_flops_per_s=0.6 * 989e12,
     linear_flops_per_token=LINEAR_FLOPS_PER_TOKEN,
+    name="H100 SXM nodes, from data sheets",
 )
 
 #: A100 SXM nodes: NVLink 3, 600 GB/s both ways; InfiniBand HDR, 200 Gb/s a GPU; 312 TFLOP/s.
@@ -186,6 +192,7 @@ A100 = CostModel(
     attention_flops_per_s=0.5 * 312e12,
     linear_flops_per_s=0.6 * 312e12,
     linear_flops_per_token=LINEAR_FLOPS_PER_TOKEN,
+    name="A100 SXM nodes, from data sheets",
 )
 
 MACHINES: Mapping[str, CostModel] = MappingProxyType({"H100": H100, "A100": A100})

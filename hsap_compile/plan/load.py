@@ -5,7 +5,7 @@ Shapes: P ranks, T stages. Ranks of a group stand side by side: rank r is in gro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -132,6 +132,15 @@ class Predicted:
 
 
 @dataclass(frozen=True, eq=False)
+class Span:
+    """What each rank does from `start` to `stop`, (P,) seconds: attention or the exchange of a level."""
+
+    kind: Literal["own", "remote"] | Level
+    start: Floats
+    stop: Floats
+
+
+@dataclass(frozen=True, eq=False)
 class Load:
     """One attention on every rank.
 
@@ -175,20 +184,38 @@ class Load:
             cost.linear_seconds(self.tokens.astype(np.float64)),
         )
 
+    def timeline(self, cost: CostModel) -> list[Span]:
+        """The forward under `cost`, as it would run on ranks that do not wait for each other."""
+        return [span for spans, _ in _spans(self.forward, cost, 1.0) for span in spans]
+
 
 def there_and_back(tokens: Ints, *forward: Stage) -> Load:
     """The backward runs the stages in reverse order; each gradient is as large as what was sent."""
     return Load(tokens, forward, tuple(s.backward for s in reversed(forward)))
 
 
-def _timed(stages: Sequence[Stage], cost: CostModel, passes: float) -> Spent:
-    spent = {True: np.zeros(stages[0].pairs.shape), False: np.zeros(stages[0].pairs.shape)}
-    near, far, total = (np.zeros(stages[0].pairs.shape) for _ in range(3))
+def _spans(stages: Sequence[Stage], cost: CostModel, passes: float) -> Iterator[tuple[list[Span], Floats]]:
+    """Of every stage, what it does and when it ends on each rank."""
+    now = np.zeros(stages[0].pairs.shape)
     for s in stages:
         work = cost.attention_seconds(s.pairs, passes)
-        both = np.maximum(s.sent, s.received).astype(np.float64)
-        intra, inter = cost.intra.seconds(both[0]), cost.inter.seconds(both[1])
-        spent[s.remote] = spent[s.remote] + work
-        near, far = near + intra, far + inter
-        total = total + cost.side_by_side(work, intra + inter)
-    return Spent(spent[False], spent[True], near, far, total)
+        most = np.maximum(s.sent, s.received).astype(np.float64)
+        intra, inter = cost.intra.seconds(most[0]), cost.inter.seconds(most[1])
+        between = now + inter  # what comes from afar is passed on
+        yield (
+            [
+                Span("remote" if s.remote else "own", now, now + work),
+                Span("inter", now, between),
+                Span("intra", between, between + intra),
+            ],
+            now := now + cost.side_by_side(work, intra + inter),
+        )
+
+
+def _timed(stages: Sequence[Stage], cost: CostModel, passes: float) -> Spent:
+    spent = {kind: np.zeros(stages[0].pairs.shape) for kind in ("own", "remote", "intra", "inter")}
+    total = np.zeros(stages[0].pairs.shape)
+    for spans, total in _spans(stages, cost, passes):  # noqa: B007 (the last is used)
+        for span in spans:
+            spent[span.kind] = spent[span.kind] + span.stop - span.start
+    return Spent(**spent, total=total)

@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from hsap_compile.plan.attended import Attended, Bools, Ints
 from hsap_compile.plan.cost import H100, AttentionShape, CostModel
+from hsap_compile.plan.drawing import page, save_png
 from hsap_compile.plan.load import (
     PASSES,
     Floats,
@@ -27,9 +29,10 @@ from hsap_compile.plan.load import (
     stage,
     there_and_back,
 )
+from hsap_compile.plan.picture import picture
 from hsap_compile.plan.pieces import Band, Pieces, cut, least_rows, own_pairs, total_pairs
 from hsap_compile.plan.placement import Kind, MeshShape
-from hsap_compile.plan.strategies import head_exchange
+from hsap_compile.plan.strategies import STRATEGIES, head_exchange
 from hsap_compile.plan.tables import Plan, make
 from hsap_compile.plan.text import described
 
@@ -149,6 +152,13 @@ class PlanReport:
         )
 
     @cached_property
+    def matrices(self) -> tuple[Ints, Ints]:
+        """(P, P) bytes [from, to] of the forward: of heads, there and back, and of keys and values."""
+        there, back = head_exchange(self.setting, self.plan.exchanged, self.setting.group)
+        rows = self.plan.masks[0].rows_sent * self.setting.shape.kv_share_bytes(self.setting.intra)
+        return there + back, rows
+
+    @cached_property
     def lower_bound(self) -> LowerBound:
         s, shape = self.setting, self.setting.shape
         rows = least_rows(s.lengths, -(-s.tokens // s.ranks) * s.intra, s.band)
@@ -160,6 +170,25 @@ class PlanReport:
             Bound(float(rows * shape.kv_row_bytes), sent["inter"]),
             Bound(float(long * (s.intra - 1) * row_bytes), sent["intra"]),
         )
+
+    def compare(self) -> dict[str, Load | str]:
+        """This plan as "hsap" and every one of `STRATEGIES` on the same row, or why there is none."""
+        result: dict[str, Load | str] = {"hsap": self.load}
+        for name, strategy in STRATEGIES.items():
+            try:
+                result[name] = strategy(self.setting)
+            except ValueError as error:
+                result[name] = str(error)
+        return result
+
+    def save_html(self, path: str | Path) -> None:
+        """A page that draws the plan, in light or dark, with the text of `print`; needs no network."""
+        drawing = picture(self)
+        Path(path).write_text(page(f"hsap plan: {self.setting.ranks} ranks", drawing, str(self)), "utf-8")
+
+    def save_png(self, path: str | Path) -> None:
+        """The same picture. Raises ValueError without matplotlib."""
+        save_png(picture(self), path)
 
     def __str__(self) -> str:
         return described(self)
@@ -199,11 +228,6 @@ def make_plan(
         got = f"documents of {[n for n in whole if n < 1][:3]} tokens" if whole else "no documents"
         raise ValueError(
             f"make_plan: got {got}; wanted one or more documents of at least 1 token: leave empty ones out"
-        )
-    if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
-        raise ValueError(
-            f"make_plan: got {query_heads} query heads and {kv_heads} key/value heads; wanted the first to "
-            "be a multiple of the second: give the model's own"
         )
     shape = AttentionShape(query_heads, kv_heads, head_dim, dtype_bytes)
     machine = dataclasses.replace(cost, shape=shape)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hsap_compile.plan.cost import CostModel
 from hsap_compile.plan.load import Load
 
 if TYPE_CHECKING:
@@ -62,41 +61,35 @@ def described(report: PlanReport) -> str:
     )
     ranks = _ranks(report, load)
     return "\n".join(
-        [*head, "", table(balance), "", "forward and backward of one attention, predicted", table(times)]
+        [*head, "", table(balance), "", f"one attention as predicted for {report.cost.name}", table(times)]
         + [tail, "", ranks]
     )
 
 
-def compared(loads: Mapping[str, Load | str], useful_tokens: int, pairs: float, cost: CostModel) -> str:
-    """Strategies side by side, the fastest first. A text instead of a load says why there is none.
-
-    Args:
-        useful_tokens: of the row, without padding.
-        pairs: attended ones.
-        cost: with the shape that the loads were counted with.
-    """
+def compared(report: PlanReport) -> str:
+    """The plan beside what others would do with the same row, the fastest first."""
+    even = float(report.area.mean())
     rows, notes = [], []
-    for name, load in loads.items():
+    for name, load in report.compare().items():
         if isinstance(load, str):
-            notes.append(f"{name}: {load.split(': ', 1)[-1]}")
+            notes.append(f"not possible here: {load}")
             continue
-        seconds = load.predicted(cost)
-        rows.append(
-            {
-                "strategy": name,
-                "tokens/s": short(useful_tokens / seconds.layer),
-                "layer ms": _ms(seconds.layer),
-                "attention ms": _ms(seconds.attention),
-                "most tokens": f"{load.tokens.max():,}",
-                "most pairs": short(float(load.area.max())),
-                "of an even share": f"{load.area.max() / (pairs / len(load.area)):.3f}",
-                "most intra B": short(load.most_bytes("intra")),
-                "most inter B": short(load.most_bytes("inter")),
-            }
-        )
-    rows.sort(key=lambda r: float(r["layer ms"]))
-    lines = [table(rows), "most: by the rank that has most; bytes of one attention, forward and backward"]
-    return "\n".join([*lines, *(f"not possible here: {note}" for note in notes)])
+        seconds = load.predicted(report.cost)
+        row = {
+            "strategy": name,
+            "tokens/s": short(report.setting.tokens / seconds.layer),
+            "layer ms": _ms(seconds.layer),
+            "attention ms": _ms(seconds.attention),
+            "most tokens": f"{load.tokens.max():,}",
+            "most pairs": short(float(load.area.max())),
+            "of an even share": f"{load.area.max() / even:.3f}",
+            "most bytes intra": short(load.most_bytes("intra"), "B"),
+            "most bytes inter": short(load.most_bytes("inter"), "B"),
+        }
+        rows.append((seconds.layer, row))
+    rows.sort(key=lambda x: x[0])
+    title = "strategies; most: of the rank that has most, bytes of one attention forward and backward"
+    return "\n".join([title, table([row for _, row in rows]), *notes])
 
 
 def places(report: PlanReport) -> np.ndarray:
