@@ -32,7 +32,10 @@ OVERFILL = 32  # and it goes there only if it is at most this part of a group's 
 CANDIDATES = 10  # pieces of a group that a swap considers
 ROUNDS = 16
 CUT_ROWS = 16  # what one more piece costs, in rows: it makes slices and sends shorter
-SHORTFALL_ROWS = 50  # what a missing mean area costs at first, in a group's tokens; it doubles every round
+# All groups wait for one that is over LIMIT, and rows travel while attention runs: area over LIMIT may cost
+# this often its own time in rows. With 8, packs of short documents stay at 1.03; without a bound, a window's
+# halo is sent again and again for what is hardly any work.
+PATIENCE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +61,30 @@ class Reach:
     lo: int
     hi: int
 
+    def rows(self, start: Ints, stop: Ints) -> Ints:
+        """(n,) keys that the queries of each piece [start, stop) see outside of it, at most."""
+        unit = np.searchsorted(self.units[:-1], start, side="right") - 1
+        low = np.maximum(self.units[unit], start - self.hi)
+        high = np.minimum(self.units[unit + 1], stop - self.lo)
+        return np.where(start < stop, high - low - (stop - start), 0)
 
-def balance(area: Area, cuts: Ints, reach: Reach, shares: Ints) -> Pieces:
-    """Spread the atoms between `cuts` (D + 1,) over groups that hold `shares` (G,) tokens each."""
-    fill = _Fill(area, cuts, shares)
+
+def balance(area: Area, cuts: Ints, reach: Reach, shares: Ints, price: float) -> Pieces:
+    """Spread the atoms between `cuts` (D + 1,) over groups that hold `shares` (G,) tokens each.
+
+    `price`: pairs that one group could attend in the time in which it receives a row.
+    """
+    fill = _Fill(area, cuts, reach, shares, price)
     _place_long(fill)
     _place_short(fill)
-    return _swap(_even(fill), area, reach, shares)
+    return _swap(_even(fill), area, reach, shares, price)
 
 
 class _Fill:
     """Groups while they are being filled: `room` tokens are free, and `load` is the area of what is held."""
 
-    def __init__(self, area: Area, cuts: Ints, shares: Ints) -> None:
-        self.area, self.cuts = area, cuts
+    def __init__(self, area: Area, cuts: Ints, reach: Reach, shares: Ints, price: float) -> None:
+        self.area, self.cuts, self.reach, self.price = area, cuts, reach, price
         self.room, self.load = shares.copy(), np.zeros(len(shares))
         self.most = int(shares.max())
         self.mean = max(1.0, int(area.total[-1]) / len(shares))
@@ -147,14 +160,16 @@ def _split(fill: _Fill, atom: int, groups: Ints) -> None:
     part = np.minimum(n // ways + (np.arange(ways) < n % ways), room)
     for i in np.argsort(part - room, kind="stable"):  # what was over goes where most room is left
         part[i] += min(n - part.sum(), room[i] - part[i])
-    start = fill.cuts[atom]
+    start, half = fill.cuts[atom], part // 2
     edges = start + np.append(0, np.cumsum(part))
+    zigzag = start + np.append(0, np.cumsum(np.append(half, (part - half)[::-1])))
     pairs = np.diff(fill.area.before(edges))
-    if pairs.max() > LIMIT * pairs.mean():  # zigzag: a group takes one half from each end
-        half = part // 2
-        edges = start + np.append(0, np.cumsum(np.append(half, (part - half)[::-1])))
-        pairs = np.diff(fill.area.before(edges))
-        groups = np.append(groups, groups[::-1])
+    uneven = pairs.max() - LIMIT * pairs.mean()
+    if uneven > 0:
+        plain, more = (fill.reach.rows(e[:-1], e[1:]).sum() for e in (edges, zigzag))
+        if PATIENCE * uneven * ways > fill.price * (more - plain):  # a group takes one half from each end
+            edges, groups = zigzag, np.append(groups, groups[::-1])
+            pairs = np.diff(fill.area.before(edges))
     np.subtract.at(fill.room, groups, np.diff(edges))
     np.add.at(fill.load, groups, pairs)
     some = np.diff(edges) > 0
@@ -259,23 +274,22 @@ class _Ends:
     slope: Floats  # their growth per column inwards
 
 
-def _swap(pieces: Pieces, area: Area, reach: Reach, shares: Ints) -> Pieces:
+def _swap(pieces: Pieces, area: Area, reach: Reach, shares: Ints, price: float) -> Pieces:
     """Swap windows until no group is above LIMIT, or nothing helps."""
-    groups, tokens = len(shares), float(shares.mean())
+    groups, offset = len(shares), 0
     mean = max(1.0, int(area.total[-1]) / groups)
-    offset = 0
     for round in range(ROUNDS):
         inside = np.diff(area.before(np.stack((pieces.start, pieces.stop))), axis=0)[0]
         load = np.bincount(pieces.group, inside, groups).astype(np.float64)
         order = np.argsort(load, kind="stable")
         heavy = order[::-1][: int(np.sum(load > LIMIT * mean))]
-        if len(heavy) == 0 or groups < 2:
-            break
         lights = order[: groups - len(heavy)][: groups // 2]
         heavy = heavy[: len(lights)]
+        if len(heavy) == 0:
+            break
         light = np.roll(lights, -offset)[: len(heavy)]
-        price = SHORTFALL_ROWS * 2.0**round * tokens / mean
-        pieces, done = _swap_once(pieces, area, reach, load, heavy, light, mean, price)
+        urgency = PATIENCE * 2.0**round / price
+        pieces, done = _swap_once(pieces, area, reach, load, heavy, light, price, urgency)
         offset += not done
     return pieces
 
@@ -287,10 +301,13 @@ def _swap_once(
     load: Floats,
     heavy: Ints,
     light: Ints,
-    mean: float,
     price: float,
+    urgency: float,
 ) -> tuple[Pieces, bool]:
-    """The best swap of each heavy group with its light one; whether there was any."""
+    """The best swap of each heavy group with its light one, and whether there was any.
+
+    `urgency` is what a pair over LIMIT costs, in rows.
+    """
     size = pieces.stop - pieces.start
     order = np.lexsort((-size, pieces.group))
     first = np.searchsorted(pieces.group[order], np.arange(len(load) + 1))
@@ -299,7 +316,7 @@ def _swap_once(
 
     # gain(n) = slope n^2 / 2 + rest n is what the heavy group loses by n columns
     gap = (load[heavy] - load[light])[:, None, None]
-    need = (load[heavy] - LIMIT * mean)[:, None, None]
+    need = (load[heavy] - LIMIT * load.mean())[:, None, None]
     most = np.minimum(x.size[:, :, None], y.size[:, None, :]).astype(np.float64)
     slope = x.slope[:, :, None] - y.slope[:, None, :]
     rest = x.density[:, :, None] - y.density[:, None, :] - slope / 2
@@ -312,8 +329,9 @@ def _swap_once(
     rows = _rows(x, x_meets, n, reach, (slice(None), slice(None), None))
     rows += _rows(y, y_meets, n, reach, (slice(None), None, slice(None)))
     cuts = (n < x.size[:, :, None]).astype(np.float64) + (n < y.size[:, None, :])
-    score = rows + CUT_ROWS * cuts + price * np.maximum(need - gain, 0)
-    score[(gain <= 0) | (gain >= gap) | (n <= 0)] = np.inf
+    score = rows + CUT_ROWS * cuts + urgency * np.maximum(need - gain, 0)
+    dear = price * rows > PATIENCE * np.minimum(gain, need)
+    score[(gain <= 0) | (gain >= gap) | (n <= 0) | dear] = np.inf
     score = score.reshape(len(heavy), -1)
     best = np.argmin(score, axis=1)
     at = np.flatnonzero(np.isfinite(score[np.arange(len(heavy)), best]))

@@ -26,6 +26,7 @@ from hsap_compile.plan.attended import (
     union,
 )
 from hsap_compile.plan.balance import Reach, balance
+from hsap_compile.plan.cost import H100, CostModel
 
 Kind = Literal["balanced", "contiguous"]
 
@@ -187,7 +188,9 @@ def _laid(placement: Placement, group: Ints, start: Ints, stop: Ints, batch: int
     return Owned(group, line + start, line + stop, row * total[group] + index - line - start)
 
 
-def place(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced") -> Placement:
+def place(
+    masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced", cost: CostModel = H100
+) -> Placement:
     """Assign columns to ranks.
 
     `contiguous` cuts [0, S) in the order of (group, position). `balanced`:
@@ -201,10 +204,12 @@ def place(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced") -
     Raises:
         ValueError: masks differ in batch or tokens, S < 2 P, or an unknown kind.
     """
-    return place_structures([structure(m) for m in masks], mesh, kind)
+    return place_structures([structure(m) for m in masks], mesh, kind, cost)
 
 
-def place_structures(structures: Sequence[Structure], mesh: MeshShape, kind: Kind) -> Placement:
+def place_structures(
+    structures: Sequence[Structure], mesh: MeshShape, kind: Kind, cost: CostModel
+) -> Placement:
     """`place` for masks that were read before."""
     sizes = {(s.mask.batch, s.mask.tokens) for s in structures}
     if len(sizes) != 1:
@@ -230,7 +235,7 @@ def place_structures(structures: Sequence[Structure], mesh: MeshShape, kind: Kin
         runs = tuple(np.array([[stop - n, stop]]) for n, stop in zip(shares, ends, strict=True))
     else:
         reach = Reach(units, *_widest(structures))
-        spread = balance(before, _cuts(structures), reach, shares)
+        spread = balance(before, _cuts(structures), reach, shares, _pairs_per_row(cost))
         runs = tuple(
             np.stack(union(spread.start[spread.group == g], spread.stop[spread.group == g]), axis=1)
             for g in range(mesh.inter)
@@ -242,6 +247,12 @@ def place_structures(structures: Sequence[Structure], mesh: MeshShape, kind: Kin
         pieces.append(_members(np.array(group), quota, run, units, member))
     rank, shared, start, stop = np.concatenate(pieces, axis=1)
     return Placement(mesh, tokens, rank, shared.astype(np.bool_), start, stop)
+
+
+def _pairs_per_row(cost: CostModel) -> float:
+    """Pairs attended in the time in which a key/value row, and later its gradient, passes between groups."""
+    seconds = 2 * cost.shape.kv_row_bytes / cost.inter.bandwidth_bytes_per_s
+    return seconds / cost.attention_seconds(1.0)
 
 
 def _whole(units: Ints, run: Ints, quota: Ints) -> Ints:

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from hsap_compile.plan.attended import Attended, Floats, Ints, Structure, area, structure
+from hsap_compile.plan.cost import H100, CostModel
 from hsap_compile.plan.placement import (
     Kind,
     MeshShape,
@@ -201,14 +202,14 @@ class Plan:
         return order
 
 
-def make(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced") -> Plan:
-    """Plan one batch whose attentions have these masks.
+def make(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced", cost: CostModel = H100) -> Plan:
+    """Plan one batch whose attentions have these masks; `cost` decides what to trade for what.
 
     Raises:
         ValueError: as `place`.
     """
     structures = [structure(m) for m in masks]
-    placement = place_structures(structures, mesh, kind)
+    placement = place_structures(structures, mesh, kind, cost)
     own = owned(placement, structures[0].mask.batch)
     return Plan(placement, tuple(MaskPlan(s, placement, own, transfers(s, own)) for s in structures))
 
