@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from hsap_compile.plan.alone import Group, choose, share
 from hsap_compile.plan.attended import (
     Area,
     Attended,
@@ -25,12 +26,14 @@ from hsap_compile.plan.attended import (
     unanswered,
     union,
 )
-from hsap_compile.plan.balance import Reach, balance
+from hsap_compile.plan.balance import balance
 from hsap_compile.plan.cost import H100, CostModel
+from hsap_compile.plan.fill import LIMIT, NOBODY
+from hsap_compile.plan.swap import Reach, Spread
 
 Kind = Literal["balanced", "contiguous"]
 
-SLACK = 1.05
+INSIDE = 1.005  # of its group's mean area: a rank may have it even where the group is at LIMIT
 MAX_ATOMS = 1 << 14  # more, shorter documents than this are placed with their neighbours
 
 
@@ -226,25 +229,19 @@ def place_structures(
             "use fewer ranks or a longer batch"
         )
     counts = tokens // ranks + (np.arange(ranks) < tokens % ranks)
-    members = np.array(mesh.groups)
-    shares = counts[members].sum(axis=1)
-    ends = np.cumsum(shares)
-    before = area(structures)
-    units = _units(structures)
+    shares = counts[np.array(mesh.groups)].sum(axis=1)
+    before, units = area(structures), _units(structures)
     if kind == "contiguous" or mesh.inter == 1:
-        runs = tuple(np.array([[stop - n, stop]]) for n, stop in zip(shares, ends, strict=True))
+        ends = np.cumsum(shares)
+        spread = Spread(np.arange(mesh.inter), ends - shares, ends)
     else:
         reach = Reach(units, *_widest(structures))
         spread = balance(before, _cuts(structures), reach, shares, _pairs_per_row(cost))
-        runs = tuple(
-            np.stack(union(spread.start[spread.group == g], spread.stop[spread.group == g]), axis=1)
-            for g in range(mesh.inter)
-        )
     pieces = []
-    for group, run in zip(mesh.groups, runs, strict=True):
-        quota = counts[list(group)]
-        member = _whole(units, run, quota) if kind == "contiguous" else _apart(before, units, run, quota)
-        pieces.append(_members(np.array(group), quota, run, units, member))
+    for g, group in enumerate(mesh.groups):
+        run = np.stack(union(spread.start[spread.group == g], spread.stop[spread.group == g]))
+        pieces.append(_within(before, units, run, counts[list(group)], kind, cost, mesh))
+        pieces[-1][0] = np.array(group)[pieces[-1][0]]
     rank, shared, start, stop = np.concatenate(pieces, axis=1)
     return Placement(mesh, tokens, rank, shared.astype(np.bool_), start, stop)
 
@@ -255,58 +252,60 @@ def _pairs_per_row(cost: CostModel) -> float:
     return seconds / cost.attention_seconds(1.0)
 
 
-def _whole(units: Ints, run: Ints, quota: Ints) -> Ints:
-    """(K,) the member on whose contiguous part of `run` each unit lies whole, or -1."""
-    if len(quota) == 1:
-        return np.full(len(units) - 1, -1)
-    (begin, end), ends = run[0], run[0, 0] + np.cumsum(quota)
-    first = np.searchsorted(ends, units[:-1], side="right")
-    last = np.searchsorted(ends, units[1:], side="left")
-    return np.where((first == last) & (units[:-1] >= begin) & (units[1:] <= end), first, -1)
+def _pairs_per_column(cost: CostModel, ranks: int) -> float:
+    """The same for a column's queries, keys, values and outputs, exchanged in a group."""
+    row_bytes = 2 * cost.shape.query_row_bytes + cost.shape.kv_row_bytes
+    seconds = 2 * row_bytes * (ranks - 1) / ranks / cost.intra.bandwidth_bytes_per_s
+    return seconds / cost.attention_seconds(1.0)
 
 
-def _apart(before: Area, units: Ints, run: Ints, quota: Ints) -> Ints:
-    """(K,) the member that holds each unit alone, or -1: the largest first, while none gets too much area."""
-    member = np.full(len(units) - 1, -1)
-    if len(quota) == 1:
-        return member
-    i = np.maximum(np.searchsorted(run[:, 0], units[:-1], side="right") - 1, 0)
-    inside = np.flatnonzero((units[:-1] >= run[i, 0]) & (units[1:] <= run[i, 1]))
-    sizes, areas = np.diff(units), np.diff(before.before(units))
-    mean = np.sum(before.before(run[:, 1]) - before.before(run[:, 0])) / len(quota)
-    room, load = quota.tolist(), [0] * len(quota)
-    for u in inside[np.lexsort((-sizes[inside], -areas[inside]))].tolist():
-        n, pairs = int(sizes[u]), int(areas[u])
-        fits = [m for m in range(len(room)) if room[m] >= n and load[m] + pairs <= SLACK * mean]
-        if fits:
-            m = min(fits, key=load.__getitem__)
-            member[u], room[m], load[m] = m, room[m] - n, load[m] + pairs
-    for u in inside[np.argsort(-areas[inside], kind="stable")].tolist():
-        m = load.index(max(load))  # an uneven rest is shared again
-        if load[m] - sum(load) / len(load) <= (SLACK - 1) * mean:
-            break
-        if member[u] == m:
-            member[u], load[m] = -1, load[m] - int(areas[u])
-    return member
+def _within(
+    area: Area, units: Ints, run: Ints, quota: Ints, kind: Kind, cost: CostModel, mesh: MeshShape
+) -> Ints:
+    """(4, n) member, shared, start, stop of one group's pieces; `run` (2, m) is what the group holds."""
+    if mesh.intra == 1:
+        return np.stack((np.zeros_like(run[0]), np.ones_like(run[0]), *run))
+    i = np.maximum(np.searchsorted(run[0], units[:-1], side="right") - 1, 0)
+    inside = np.flatnonzero((units[:-1] >= run[0, i]) & (units[1:] <= run[1, i]))
+    start, stop = units[inside], units[inside + 1]
+    total = float(np.sum(area.before(run[1]) - area.before(run[0])))
+    group = Group(
+        quota,
+        stop - start,
+        area.before(stop) - area.before(start),
+        total,
+        max(LIMIT * float(area.total[-1]) / mesh.size, INSIDE * total / mesh.intra),
+        _pairs_per_column(cost, mesh.intra),
+    )
+    if kind == "contiguous":
+        ends = run[0, 0] + np.cumsum(quota)
+        first = np.searchsorted(ends, start, side="right")
+        last = np.searchsorted(ends, stop, side="left")
+        member = share(group, np.where(first == last, first, NOBODY))
+    else:
+        member = choose(group)
+    return _members(quota, run, start, stop, member)
 
 
-def _members(group: Ints, quota: Ints, run: Ints, units: Ints, member: Ints) -> Ints:
-    """(4, n) rank, shared, start, stop of one group's pieces; what no member has alone is cut in order."""
-    alone = np.flatnonzero(member >= 0)
-    at, begin, end = member[alone], units[alone], units[alone + 1]
+def _members(quota: Ints, run: Ints, start: Ints, stop: Ints, member: Ints) -> Ints:
+    """What of `run` (2, m) is in no unit [start, stop) with a member of its own is cut in order."""
+    alone = member != NOBODY
+    at, begin, end = member[alone], start[alone], stop[alone]
     left = quota - np.bincount(at, weights=end - begin, minlength=len(quota)).astype(np.int64)
     # what is left of the runs lies between the alone units
-    start, stop = np.sort(np.append(run[:, 0], end)), np.sort(np.append(run[:, 1], begin))
-    start, stop = start[start < stop], stop[start < stop]
-    before, ends = np.cumsum(stop - start) - (stop - start), np.cumsum(left)
+    first, last = np.sort(np.append(run[0], end)), np.sort(np.append(run[1], begin))
+    first, last = first[first < last], last[first < last]
+    before, ends = np.cumsum(last - first) - (last - first), np.cumsum(left)
     edges = np.unique(np.concatenate((before, [0], ends)))
-    i = np.searchsorted(before, edges[:-1], side="right") - 1
-    first = start[i] + edges[:-1] - before[i] if len(start) else edges[:0]
     mine = np.searchsorted(ends, edges[:-1], side="right")
-    at, shared = np.append(at, mine), np.repeat([0, 1], [len(alone), len(mine)])
-    begin, end = np.append(begin, first), np.append(end, first + np.diff(edges))
+    if len(mine):
+        i = np.searchsorted(before, edges[:-1], side="right") - 1
+        begin = np.append(begin, first[i] + edges[:-1] - before[i])
+        end = np.append(end, begin[len(at) :] + np.diff(edges))
+    shared = np.repeat([0, 1], [len(at), len(mine)])
+    at = np.append(at, mine)
     order = np.lexsort((begin, shared, at))
-    return np.stack((group[at], shared, begin, end))[:, order]
+    return np.stack((at, shared, begin, end))[:, order]
 
 
 def expand(start: Ints, stop: Ints) -> Ints:
