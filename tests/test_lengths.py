@@ -74,8 +74,8 @@ def test_the_mean_is_near_the_published_one(source: str, mean: float, within: fl
         (
             "fineweb",
             10,
-            "draw: got source 'fineweb'; wanted one of wlb_like, prolong_like, longtail_pretrain, fineweb_like, "
-            "slimpajama_like, ultrachat_like: choose one",
+            "draw: got source 'fineweb'; wanted one of wlb_like, prolong_like, longtail_pretrain, "
+            "fineweb_like, slimpajama_like, ultrachat_like: choose one",
         ),
         ("fineweb_like", 0, "draw: got tokens=0; wanted at least 1: ask for a longer row"),
     ],

@@ -29,26 +29,23 @@ from hsap_compile.plan.placement import (
 from hsap_compile.plan.slices import Buffer, slices
 from hsap_compile.plan.transfers import Transfers, transfers
 
-AT_LEAST = 2  # sizes 0 and 1 are special to torch.compile
-
 
 @dataclass(frozen=True, eq=False)
 class MaskTables:
-    """What one rank does for one mask. All int64.
+    """What one rank does for one mask. All int64; what there is nothing of has 0 rows.
 
     Attributes:
         send_rows: (Cs,) rows to send, in the group's row space, where (b, i-th shared column of the group) is
-            row b * N + i. By destination rank, then by (b, column); padded with 0 to at least 2 entries.
-        splits: (2, P); [0, r] rows sent to rank r, [1, r] rows received from rank r, without the padding.
-        remote: (Cr, 2) (b, column) of each received row, by source rank, then by (b, column); padded with
-            (0, 0) to at least 2 entries.
-        slices: (M, 7) q_start, q_stop, k_start, k_stop, kind, lo, hi, sorted by q_start then k_start; padded
-            with empty slices to at least 2. Queries count rows of the group's row space; keys do too below
-            B * N, and B * N + j is the j-th received row. Query i may attend to key j, both counted from the
-            start of the slice, by its kind: FULL always; CAUSAL iff j <= i (such slices are square); BAND iff
-            lo <= i - j <= hi, +-2**31 for an unbounded side; MOD iff the mask's formula says so. Each allowed
-            pair is in exactly one slice. MOD occurs for residual and soft masks, and where labels or validity
-            interleave so much that there would be more than slices.MAX_EXACT other slices.
+            row b * N + i. By destination rank, then by (b, column).
+        splits: (2, P); [0, r] rows sent to rank r, [1, r] rows received from rank r.
+        remote: (Cr, 2) (b, column) of each received row, by source rank, then by (b, column).
+        slices: (M, 7) q_start, q_stop, k_start, k_stop, kind, lo, hi, sorted by q_start then k_start.
+            Queries count rows of the group's row space; keys do too below B * N, and B * N + j is the j-th
+            received row. Query i may attend to key j, both counted from the start of the slice, by its kind:
+            FULL always; CAUSAL iff j <= i (such slices are square); BAND iff lo <= i - j <= hi, +-2**31 for
+            an unbounded side; MOD iff the mask's formula says so. Each allowed pair is in exactly one slice.
+            MOD occurs for residual and soft masks, and where labels or validity interleave so much that there
+            would be more than slices.MAX_EXACT other slices.
         alone_slices: (Ma, 7) the same over the rank's alone rows, where (b, i-th alone column) is row
             b * n_a + i, queries and keys.
     """
@@ -147,7 +144,7 @@ class MaskPlan:
         alone = owned_alone(placement, rank, batch)
         nothing = Buffer(*[np.empty(0, np.int64)] * 3)
         apart = slices(self.structure, Buffer(alone.start, alone.stop, alone.offset), nothing)
-        return MaskTables(_padded(send_rows), splits, _padded(remote), _padded(found), _padded(apart))
+        return MaskTables(send_rows, splits, remote, found, apart)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,11 +270,6 @@ def _buffer(received: Transfers, base: int) -> Buffer:
     start, stop, offset = start[opens], stop[closes], offset[opens]
     order = np.argsort(start)
     return Buffer(start[order], stop[order], offset[order])
-
-
-def _padded(rows: Ints) -> Ints:
-    missing = max(0, AT_LEAST - len(rows))
-    return np.concatenate((rows, np.zeros((missing, *rows.shape[1:]), np.int64)))
 
 
 def _balance(area: Floats) -> float:
