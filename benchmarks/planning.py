@@ -5,8 +5,8 @@
 Documents are drawn from published length distributions and packed into one row as they come; the mask is
 document and causal as transformers writes it, by position_ids.  ``plan_ms`` is the least time of this thread
 on the processor over ``--repeats``, ``wall_ms`` the least on the clock: they differ where other programs run.
-``read_ms`` is what every call costs before a plan is made or found: the mask's leaves to labels, and their
-digest.  It does not depend on the ranks.  ``verify_ms`` is ``Plan.verify`` of all ranks' tables.
+``read_ms`` is what a new batch costs before it is planned: the digest of the mask's leaves, and their labels.
+It does not depend on the ranks.  ``verify_ms`` is ``Plan.verify`` of all ranks' tables.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def batch_of(lengths: np.ndarray) -> list[torch.Tensor]:
 
 def read(mask: masks.Mask, leaves: list[torch.Tensor]) -> bytes:
     tokens = leaves[0].shape[1]
-    return _digest([attended(mask, leaves, 1, tokens)], tokens)
+    attended(mask, leaves, 1, tokens)
+    return _digest(leaves, tokens)
 
 
 def measure(mask: Attended, shape: MeshShape, repeats: int) -> Row:

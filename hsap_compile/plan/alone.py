@@ -24,7 +24,6 @@ from hsap_compile.plan.attended import Floats, Ints
 from hsap_compile.plan.fill import NOBODY, PATIENCE, Fill
 
 STEPS = 16  # times the ranks of a group
-LEAST_GAIN = 1e-3  # of the limit
 DEAR = 0.5  # of the limit: where exchanging heads costs more, sharing less is tried as well
 
 
@@ -140,7 +139,7 @@ class _State:
         room = (self.exchanged[slowest] + more >= 0) & (self.exchanged[lightest] - more >= 0)
         swapped = np.where(room & (lightest != slowest), swapped, np.inf)
         i, j = np.unravel_index(np.argmin(swapped), swapped.shape)
-        if min(swapped[i, j], shared.min()) > seconds[slowest] - LEAST_GAIN * group.limit:
+        if min(swapped[i, j], shared.min()) >= seconds[slowest]:
             return False
         if swapped[i, j] <= shared.min():
             self._move(int(mine[i]), lightest)
