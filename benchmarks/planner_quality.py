@@ -64,16 +64,15 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
     def most(name: str) -> float:
         return max((row[name] for row in rows), default=0.0)
 
+    of_all, by_most = "rows of all groups over chunk-LPT's", "rows of the group that receives most"
     return [
         Bar("area max/mean, average over seeds, of the worst row", most("area"), 1.02),
         Bar("area max/mean, worst seed", most("area worst"), 1.10),
-        Bar("rows of all groups over chunk-LPT's, worst seed", most("of chunk-LPT"), 1.0),
-        Bar("the same, worst seed where its area is at most 1.10 too", most("of even chunk-LPT"), 1.0),
-        Bar(
-            "rows of the group that receives most over chunk-LPT's, average over seeds", most("most of"), 1.0
-        ),
-        Bar("the same, worst seed", most("most of, worst"), 1.0),
-        Bar("rows of the group that receives most over all-gather's, worst seed", most("of all-gather"), 1.0),
+        Bar(f"{of_all}, worst seed", most("of chunk-LPT"), 1.0),
+        Bar(f"{of_all}, worst seed where its area is at most 1.10 too", most("of even chunk-LPT"), 1.0),
+        Bar(f"{by_most} over chunk-LPT's, average over seeds", most("most of"), 1.0),
+        Bar(f"{by_most} over chunk-LPT's, worst seed", most("most of, worst"), 1.0),
+        Bar(f"{by_most} over all-gather's, worst seed", most("of all-gather"), 1.0),
     ]
 
 
