@@ -18,8 +18,8 @@ after:  f(p)
 
 It runs inside Inductor on the forward's and on the backward's graph, after differentiation, so that nothing
 here needs a gradient.  How far start and wait move apart is Inductor's to decide (``OVERLAP_PATCHES``).
-An attention whose masked logits are finite keeps one operator: the softmax of a row that sees nothing does
-not fit the one number l (see _mod_forward).
+An attention whose masked logits are finite keeps one operator (the softmax of a row that sees nothing does
+not fit the one number l, see formula_blocks.forward), and so does one with a sink, which counts once.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from hsap_compile import formula
 from hsap_compile._torch import CustomGraphPass, fake_mode_of, get_hash_for_files
 from hsap_compile.graph import Builder
-from hsap_compile.kernels import attention, exchange
-from hsap_compile.masks import normalise
+from hsap_compile.kernels import attention, exchange, formula_blocks
 
 aten = torch.ops.aten
 
@@ -133,13 +131,12 @@ def _slices(build: Builder, slices: Node, q: Node, received: bool) -> Node:
 
 
 def _splits(args: tuple[Any, ...], received: int) -> bool:
-    """Whether rows are received (argument ``received``), and each part of a softmax has a finite weight (and
-    no sink, of which each part would have one)."""
+    """Whether rows are received (argument ``received``), and a softmax is the sum of its parts."""
     logits = args[received + 7]
     if args[received] is None or not logits:
         return args[received] is not None
-    expr = formula.loads(logits)
-    return formula.without_sink(expr)[1] is None and not normalise(expr)[0].soft
+    parts = formula_blocks.read(logits)
+    return parts.sink is None and not parts.soft
 
 
 def _split_forward(graph: Graph, node: Node) -> None:

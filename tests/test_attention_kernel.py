@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,177 +12,55 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from hsap_compile import formula as f
-from hsap_compile.kernels import attention
-from hsap_compile.kernels.attention import BAND, CAUSAL, FULL, MOD
+from attention_cases import FORMULAS, HALF, LOWEST, check, drawn, errors, make_case, packs
+from hsap_compile.kernels import attention, slices
+from hsap_compile.kernels.attention import BAND, CAUSAL, FULL, MOD, Span
 from hsap_compile.kernels.reference import attend_reference
-
-LOWEST = float(torch.finfo(torch.float32).min)
-BEFORE = f.k <= f.q
-FORMULAS = {
-    "mask": (f.score, f.q % 3 <= f.k % 5),  # some rows see nothing
-    "alibi": (f.score - f.leaf(0, f.h) * (f.q - f.k), BEFORE),
-    "bias": (f.score + f.leaf(1, f.b, f.k) * f.leaf(0, f.h), sympy.true),
-    "documents": (f.score, sympy.Eq(f.leaf(2, f.q), f.leaf(2, f.k))),
-    "softcap": (5 * sympy.tanh(f.score / 5) + f.q / f.S, BEFORE),
-    "constant": (f.leaf(1, f.b, f.k), BEFORE),
-}
-HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Case:
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_remote: Tensor | None
-    v_remote: Tensor | None
-    slices: Tensor
-    rows: Tensor
-    remote_rows: Tensor | None
-    heads: Tensor
-    leaves: tuple[Tensor, ...]
-    mod: str
-    grad: Tensor
-
-    def to(self, dtype: torch.dtype) -> Case:
-        changed: dict[str, Any] = {
-            n: getattr(self, n) for n in ("q", "k", "v", "k_remote", "v_remote", "grad")
-        }
-        changed = {n: None if x is None else x.to(dtype) for n, x in changed.items()}
-        leaves = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.leaves)
-        return replace(self, leaves=leaves, **changed)
-
-    def run(self, attend: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """out, lse, gradients of every floating input."""
-        floats = [None if x is None else x.detach().requires_grad_() for x in self.floats]
-        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in self.leaves]
-        indices = (self.slices, self.rows, self.remote_rows, self.heads)
-        tokens = self.q.shape[0] + 50
-        out, lse = attend(*floats, *indices, leaves, self.mod, tokens, self.q.shape[2] ** -0.5)
-        if out.requires_grad:  # the reference of no slices is a constant
-            out.backward(self.grad)
-        sources = [x for x in (*floats, *leaves) if x is not None and x.is_floating_point()]
-        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in sources]
-        return [out.detach(), lse.detach(), *grads]
-
-    @property
-    def floats(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.k_remote, self.v_remote
-
-
-def make_case(
-    slices: Sequence[Sequence[int]],
-    own: int,
-    remote: int = 0,
-    heads: tuple[int, int] = (4, 2),
-    sizes: tuple[int, int] = (16, 16),
-    mod: str = "alibi",
-    otherwise: object = -sympy.oo,
-    strided: bool = False,
-    seed: int = 0,
-) -> Case:
-    made = torch.Generator().manual_seed(seed)
-
-    def rows(n: int, n_heads: int, size: int) -> Tensor:
-        if strided:  # heads first, last stride 2
-            x = torch.randn(n_heads, n, 2 * size, generator=made, dtype=torch.float64)
-            return x[..., ::2].transpose(0, 1)
-        return torch.randn(n, n_heads, size, generator=made, dtype=torch.float64)
-
-    value, condition = FORMULAS[mod]
-    position = torch.stack([torch.arange(own + remote) % 2, torch.arange(own + remote)], 1)
-    leaves = (
-        torch.rand(heads[0] + 3, generator=made, dtype=torch.float64),
-        torch.randn(2, own + remote, generator=made, dtype=torch.float64),
-        torch.arange(own + remote) // 7,
-    )
-    return Case(
-        rows(own, heads[0], sizes[0]),
-        rows(own, heads[1], sizes[0]),
-        rows(own, heads[1], sizes[1]),
-        rows(remote, heads[1], sizes[0]) if remote else None,
-        rows(remote, heads[1], sizes[1]) if remote else None,
-        torch.tensor(slices, dtype=torch.int64).reshape(-1, 7),
-        position[:own],
-        position[own:] if remote else None,
-        torch.arange(heads[0]) + 2,
-        leaves,
-        f.dumps(sympy.Piecewise((value, condition), (otherwise, True))),
-        torch.randn(own, heads[0], sizes[1], generator=made, dtype=torch.float64),
-    )
-
-
-def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
-    at = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=4))})
-    return list(zip(at, at[1:], strict=False))
-
-
-@st.composite
-def drawn(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of make_case: a failure then prints integers, not tensors."""
-    own, remote = draw(st.integers(1, 40)), draw(st.sampled_from([0, 3, 20]))
-    slices = [[0, 0, 0, 0, draw(st.integers(0, 3)), 0, 0]]  # padding
-    keys = cuts(draw, own) + [(own + a, own + b) for a, b in cuts(draw, remote)]
-    for k0, k1 in keys:  # each stripe of keys cuts the queries differently: their ranges partly overlap
-        for q0, q1 in cuts(draw, own):
-            kind = draw(st.sampled_from([None, FULL, CAUSAL, BAND, MOD]))
-            lo, hi = sorted(draw(st.tuples(*[st.integers(-12, 12) | st.sampled_from([-(2**31), 2**31])] * 2)))
-            n = min(q1 - q0, k1 - k0)
-            if kind == CAUSAL:
-                slices.append([q0, q0 + n, k0, k0 + n, kind, 0, 0])
-            elif kind is not None:
-                slices.append([q0, q1, k0, k1, kind, lo, hi])
-    return {
-        "slices": sorted(slices),
-        "own": own,
-        "remote": remote,
-        "heads": draw(st.sampled_from([(1, 1), (4, 2), (3, 3), (6, 1)])),
-        "sizes": draw(st.sampled_from([(8, 8), (16, 8), (8, 20), (5, 5)])),
-        "mod": draw(st.sampled_from(sorted(FORMULAS))),
-        "otherwise": draw(st.sampled_from([-sympy.oo, LOWEST, -1e4])),
-        "strided": draw(st.booleans()),
-        "seed": draw(st.integers(0, 9)),
-    }
-
-
-def errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
-    """The largest difference of each tensor, relative to the largest wanted value.
-
-    Inputs are of size 1, and so is what gradients are differences of: that is the floor of the scale (a
-    row with one key has dq = 0, but its rounding is that of its terms).
-    """
-    assert len(found) == len(wanted)
-    result = []
-    for x, y in zip(found, wanted, strict=True):
-        x, y = x.double(), y.double()
-        assert x.shape == y.shape and not x.isnan().any()
-        assert torch.equal(x == -torch.inf, y == -torch.inf)
-        at = y.isfinite()
-        scale = max(y[at].abs().max().item(), 1.0) if at.any() else 1.0
-        result.append((x[at] - y[at]).abs().max().item() / scale if at.any() else 0.0)
-    return result
-
-
-def check(case: Case, dtype: torch.dtype) -> None:
-    case = case.to(dtype)
-    exact = case.to(torch.float64).run(attend_reference)
-    found = case.run(torch.ops.hsap.attend)
-    assert all(x.dtype == dtype for x in (found[0], *found[2:]))
-    assert found[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    if dtype in HALF:
-        eager = errors(case.run(attend_reference), exact)
-        limits = [2 * max(e, torch.finfo(dtype).eps) for e in eager]  # eager may be exact by luck
-    else:
-        limits = [1e-11 if dtype == torch.float64 else 1e-5] * len(exact)
-    assert [e for e in zip(errors(found, exact), limits, strict=True) if e[0] > e[1]] == []
 
 
 @settings(max_examples=200, deadline=None)
 @given(drawn(), st.sampled_from([torch.float64, torch.float32]))
 def test_equals_the_reference(arguments: dict[str, Any], dtype: torch.dtype) -> None:
     check(make_case(**arguments), dtype)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of a few rows, so that small documents are cut, batched and cut into batches."""
+    for module in (attention, slices):
+        monkeypatch.setattr(module, "STEP", 4)
+        monkeypatch.setattr(module, "STAIR_TOKENS", (6, 32))
+    monkeypatch.setattr(slices, "_STAIR_WORK", 0)
+    monkeypatch.setattr(slices, "_CALL_ELEMENTS", 400)
+
+
+@settings(max_examples=100, deadline=None)
+@given(packs(), st.sampled_from([torch.float64, torch.float32]))
+@pytest.mark.usefixtures("small_blocks")
+def test_packs_equal_the_reference(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    check(make_case(**arguments), dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(packs(), st.sampled_from(HALF))
+@pytest.mark.usefixtures("small_blocks")
+def test_packs_in_half_precision(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    check(make_case(**arguments), dtype)
+
+
+STARTS = [0, 1, 331, 395, 459, 460, 657]
+LONG = make_case(
+    [[a, b, a, b, CAUSAL, 0, 0] for a, b in itertools.pairwise(STARTS)], STARTS[-1], sizes=(64, 64)
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_documents_of_hundreds_of_tokens(dtype: torch.dtype) -> None:
+    plan = slices.plan(LONG.slices, 657, 0, 4, 256)
+    assert sorted(len(list(run.calls())) for run in plan.runs) == [1, 1, 4, 6]
+    check(LONG, dtype)
 
 
 @settings(max_examples=60, deadline=None)
@@ -244,31 +122,51 @@ def test_bands_of_a_long_document(rows: int, lo: int, hi: int) -> None:
 
 
 def test_dense_blocks_are_cut_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_MOD_LOGITS", 2**9)
-    monkeypatch.setattr(attention, "_MOD_MIN_QUERIES", 4)
+    monkeypatch.setattr(slices, "_MOD_LOGITS", 2**9)
+    monkeypatch.setattr(slices, "_MOD_MIN_QUERIES", 4)
     for mod in FORMULAS:
         check(make_case([[3, 60, 2, 61, MOD, 0, 0]], 64, mod=mod), torch.float64)
 
 
-@pytest.mark.parametrize("slices", [[], [[0, 0, 0, 0, FULL, 0, 0]] * 2])
-@pytest.mark.parametrize("own", [0, 5])
-def test_nothing_to_attend_to(slices: list[list[int]], own: int) -> None:
-    out, lse, *grads = make_case(slices, own).run(torch.ops.hsap.attend)
-    assert (out == 0).all() and (lse == -torch.inf).all() and all((g == 0).all() for g in grads)
+EMPTY = [[0, 0, 0, 4, FULL, 0, 0], [2, 2, 2, 2, CAUSAL, 0, 0], [0, 4, 3, 3, MOD, 0, 0]]
+UNSEEN = [[0, 4, 0, 4, BAND, 9, 12], [0, 4, 0, 4, BAND, 3, 2]]  # bands beside the keys, or without width
 
 
-def test_equal_documents_are_one_run() -> None:
-    def runs(slices: list[list[int]]) -> list[int]:
-        return [r.q.count for r in attention._plan(torch.tensor(slices), 512, 512, 4).runs]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("own", "remote", "table"),
+    [(own, remote, table) for own in (0, 5) for remote in (None, 0, 3) for table in ([], EMPTY)]
+    + [(5, None, UNSEEN), (5, 3, EMPTY + UNSEEN)],
+)
+def test_nothing_to_attend_to(
+    own: int, remote: int | None, table: list[list[int]], dtype: torch.dtype
+) -> None:
+    case = make_case(table, own, remote or 0).to(dtype)
+    if remote == 0:
+        case = replace(case, k_remote=case.k[:0], v_remote=case.v[:0], remote_rows=case.rows[:0])
+    out, lse, *grads = case.run(torch.ops.hsap.attend)
+    assert out.shape == case.q.shape and (out == 0).all() and out.dtype == dtype
+    assert lse.shape == case.q.shape[:2] and (lse == -torch.inf).all()
+    floats = [x for x in (*case.floats, *case.leaves[:2]) if x is not None]
+    assert [g.shape for g in grads] == [x.shape for x in floats]
+    assert all((g == 0).all() for g in grads)
 
-    equal = [[s, s + 16, s, s + 16, CAUSAL, 0, 0] for s in range(0, 512, 16)]
-    received = [[s, s + 16, 512 + s, 512 + s + 16, FULL, 0, 0] for s in range(0, 512, 32)]
-    assert runs(equal) == [32]
-    # every other document has remote keys: alone and merged documents are runs of their own
-    assert runs(sorted(equal + received)) == [16, 16, 16]
-    check(make_case(sorted(equal + received), 512, 512), torch.float64)
-    assert runs([[0, 512, 0, 512, BAND, 0, 63]]) == [1, 7]  # the first block sees fewer keys
-    assert runs([[0, 512, 0, 512, BAND, -(2**31), 2**31]]) == [1]
+
+def test_queries_with_received_keys_alone() -> None:
+    check(make_case([[0, 4, 5, 8, FULL, 0, 0]], 5, 3), torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "elements"),
+    # a mask, int64 while it is built, or the blocks of 256 x 512 logits that the kernel works on
+    [(CAUSAL, 1024, 2 * 2**16), (CAUSAL, 3000, 2**18), (FULL, 3000, 2**18), (BAND, 3000, 2 * 2**22)],
+)
+def test_nothing_is_as_large_as_the_square_of_the_rows(kind: int, rows: int, elements: int) -> None:
+    case = make_case([[0, rows, 0, rows, kind, 0, 2500]], rows, heads=(1, 1), sizes=(8, 8)).to(torch.float32)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        case.run(torch.ops.hsap.attend)
+    largest = max(event.self_cpu_memory_usage for event in profiled.events())
+    assert 4 * rows * 8 <= largest <= 4 * elements < 4 * rows**2
 
 
 MIXED = make_case(
@@ -347,13 +245,24 @@ def test_messages(change: dict[str, object], text: str) -> None:
         replace(MIXED, **change).run(torch.ops.hsap.attend)  # type: ignore[arg-type]
 
 
-def _plain_sum(
-    self: attention._Merge, span: attention._Span, out: Tensor, peak: Tensor, mass: object
-) -> None:
+def _plain_sum(self: attention._Merge, span: Span, out: Tensor, peak: Tensor, mass: object) -> None:
     span.of(self.out).add_(out[..., : self.out.shape[2]])
     span.of(self._peak).copy_(torch.logaddexp(span.of(self._peak), peak))
     if self._mass is not None:
         span.of(self._mass).fill_(1)
+
+
+def test_a_mask_that_shows_the_next_token_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    band = attention._Masks._band
+    monkeypatch.setattr(attention._Masks, "_band", lambda s, nq, nk, lo, hi: band(s, nq, nk, lo - 1, hi))
+    with pytest.raises(AssertionError):
+        check(LONG, torch.float64)
+
+
+def test_a_call_whose_keys_are_not_summed_up_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "add_", lambda x, *_: x)
+    with pytest.raises(AssertionError):
+        check(LONG, torch.float64)
 
 
 def test_merging_without_rescaling_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
