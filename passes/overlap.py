@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 import operator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,17 +41,22 @@ aten = torch.ops.aten
 LEAST_BUCKET_BYTES = 2**20  # of gradients in one all-reduce: below it, latency is all that counts
 MOST_BUCKET_BYTES = 32 * 2**20  # more only costs memory
 
-_SOURCES = (__file__, attention.__file__, exchange.__file__)  # what a cached graph depends on
-
 
 class Overlap(CustomGraphPass):
-    """The pass as Inductor calls it."""
+    """The pass as Inductor calls it.  Its identity is part of the key of Inductor's caches, and holds every
+    pass and kernel, so that nothing compiled by other code than today's is served."""
 
     def __call__(self, graph: Graph) -> None:
         overlap(graph)
 
     def uuid(self) -> Any:
-        return get_hash_for_files(_SOURCES)
+        return get_hash_for_files(tuple(str(path) for path in sources()))
+
+
+def sources() -> list[Path]:
+    """The files that decide what is compiled."""
+    folders = (Path(__file__).parent, Path(attention.__file__).parent)
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
 def overlap(graph: Graph) -> None:
