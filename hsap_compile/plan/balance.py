@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from typing import Any
 
 import numpy as np
 
@@ -46,16 +47,23 @@ class _Groups(Fill):
         self.area, self.cuts, self.reach, self.price, self.most = area, cuts, reach, price, int(shares.max())
         self.parts: list[tuple[Ints, Ints, Ints]] = []
 
-    def divide(self, document: int, light: Ints, even: bool) -> None:
+    def state(self) -> tuple[Any, ...]:
+        return *super().state(), self.parts.copy()
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        super().restore(state)
+        self.parts = state[3].copy()
+
+    def divide(self, document: int, light: Ints, limit: float = math.inf) -> None:
         """Over as few groups as fit, or those that fit best."""
         n, area = int(self.sizes[document]), int(self.pairs[document])
         chosen, fewest = np.arange(len(self.room)), math.inf
-        ways = max(1, -(-n // self.most), math.ceil(area / self.limit)) if even else 2
+        ways = max(1, -(-n // self.most), math.ceil(area / limit)) if limit < math.inf else 2
         while ways < len(self.room):
             part = -(-n // ways)
             some = light[self.room[light] >= part][:ways]
             if len(some) == ways:
-                excess = self.excess_with(some, part, area / ways) if even else 0.0
+                excess = self.excess_with(some, part, area / ways, limit)
                 if excess < fewest - 1e-3 * self.limit:
                     chosen, fewest = some, excess
                 if excess <= 0:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,10 @@ LIMIT = 1.015  # of the mean area; the issue allows 1.02 and groups of several r
 PATIENCE = 64
 
 LONG = 0.3  # of the limit: from here on a document may have to be divided
-TRIES = 4  # light parties that are looked at before a document goes where it does not fit
+# Each long document takes as few parties as its area allows, as if those after it could be spread like sand.
+# Where they then do not fit, all are placed again, each with so much less area a party.
+TARGETS = (1.0, 0.97, 0.94, 0.9, 0.85)
+TOLERANCE = 0.02  # of the limit
 
 NOBODY = -1
 
@@ -52,9 +56,9 @@ class Fill(ABC):
         self._pairs = np.append(0, np.cumsum(pairs[order]))
 
     @abstractmethod
-    def divide(self, document: int, light: Ints, even: bool) -> None:
-        """Place a document on several parties; `light` are those with room, the lightest first. Where the
-        document has much area, what is left must be spread `even`."""
+    def divide(self, document: int, light: Ints, limit: float = math.inf) -> None:
+        """Place a document on several parties; `light` are those with room, the lightest first. What is left
+        must still fit within `limit`."""
 
     def put(self, document: int, party: int) -> None:
         """Place a document whole."""
@@ -62,31 +66,47 @@ class Fill(ABC):
         self.room[party] -= self.sizes[document]
         self.load[party] += self.pairs[document]
 
-    def excess(self, room: Floats, load: Floats) -> float:
-        """How much area is over the limit when the rest is spread as well as can be; none at 0 or less.
+    def excess(self, room: Floats, load: Floats, limit: float) -> float:
+        """How much area is over `limit` when the rest is spread as well as can be; none at 0 or less.
 
         The parties that can pay least for a token get the cheapest ones.
         """
-        left = self.limit - load
+        left = limit - load
         order = np.argsort(left / np.maximum(room, 0.5))
         least = np.interp(np.cumsum(room[order]), self._tokens, self._pairs)
         return float(np.max(least - np.cumsum(left[order])))
 
-    def excess_with(self, parties: Ints, n: float, area: float) -> float:
+    def excess_with(self, parties: Ints, n: float, area: float, limit: float) -> float:
         """The same after `n` tokens with this area more on each of `parties`."""
         room, load = self.room.copy(), self.load.copy()
         room[parties] -= n
         load[parties] += area
-        return self.excess(room, load)
+        return self.excess(room, load, limit)
 
     def place(self) -> None:
         """Place all documents."""
         order = np.lexsort((-self.sizes, -self.pairs))
         long = (self.pairs[order] >= LONG * self.limit) | (self.sizes[order] > self.room.max())
-        self._place_long(order[long])
+        empty, best, least = self.state(), self.state(), math.inf
+        for target in TARGETS:
+            self.restore(empty)
+            self._place_long(order[long], target * self.limit)
+            excess = self.excess(self.room, self.load, self.limit)
+            if excess < least:
+                best, least = self.state(), excess
+            if excess <= TOLERANCE * self.limit:
+                break
+        self.restore(best)
         self._place_short(order[~long])
 
-    def _place_long(self, documents: Ints) -> None:
+    def state(self) -> tuple[Any, ...]:
+        """What `restore` needs to come back to now."""
+        return self.room.copy(), self.load.copy(), self.owner.copy()
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        self.room, self.load, self.owner = (x.copy() for x in state[:3])
+
+    def _place_long(self, documents: Ints, limit: float) -> None:
         tokens, pairs = int(self.sizes.sum()), int(self.pairs.sum())
         for document in documents.tolist():
             n, area = int(self.sizes[document]), int(self.pairs[document])
@@ -94,10 +114,10 @@ class Fill(ABC):
             density = pairs / max(tokens, 1)
             full = self.load + density * self.room  # area of each party when there is no room left
             party = int(np.argmin(full))
-            if self.room[party] >= n and full[party] + area - density * n <= self.limit:
+            if self.room[party] >= n and full[party] + area - density * n <= limit:
                 self.put(document, party)
             else:
-                self.divide(document, np.argsort(full, kind="stable"), even=True)
+                self.divide(document, np.argsort(full, kind="stable"), limit)
 
     def _place_short(self, documents: Ints) -> None:
         """Python lists and a heap: a numpy call for each document would take longer than all the rest."""
@@ -106,34 +126,34 @@ class Fill(ABC):
         pairs_left = np.cumsum(pairs[::-1])[::-1] - pairs
         densities = (pairs_left / np.maximum(tokens_left, 1)).tolist()
         room, load, parties = self.room.tolist(), self.load.tolist(), len(self.room)
-        heap: list[tuple[float, int]] = []
+        light: list[tuple[float, int]] = []  # parties by how much they will have
+        full: list[tuple[float, int]] = []  # those that have no room for the documents at hand, by room
         owner = []
         for i, (n, area) in enumerate(zip(sizes.tolist(), pairs.tolist(), strict=True)):
-            if i % parties == 0 or not heap:
-                density = densities[i]
-                heap = [(load[p] + density * room[p], p) for p in range(parties) if room[p] > 0]
-                heapq.heapify(heap)
-            party = heap[0][1]
-            if room[party] < n:
-                fitting = n <= self.overfill
-                light = heapq.nsmallest(TRIES if fitting else parties, heap)
-                fits = [x for x in light if room[x[1]] >= n]
-                if not fits and not fitting:
-                    self.room[:], self.load[:] = room, load
-                    self.divide(int(documents[i]), np.array([p for _, p in light]), even=False)
-                    room, load, heap = self.room.tolist(), self.load.tolist(), []
-                    owner.append(NOBODY)
-                    continue
-                chosen = fits[0] if fits else max(light, key=lambda x: room[x[1]])
-                party = chosen[1]
-                heap[heap.index(chosen)] = (-math.inf, party)
-                heapq.heapify(heap)
+            if i % parties == 0:
+                density, full = densities[i], []
+                light = [(load[p] + density * room[p], p) for p in range(parties) if room[p] > 0]
+                heapq.heapify(light)
+            while full and -full[0][0] >= n:
+                party = heapq.heappop(full)[1]
+                heapq.heappush(light, (load[party] + density * room[party], party))
+            while light and room[light[0][1]] < n:
+                party = heapq.heappop(light)[1]
+                heapq.heappush(full, (-room[party], party))
+            if not light and n > self.overfill:
+                self.room[:], self.load[:] = room, load
+                order = sorted((load[p] + density * room[p], p) for _, p in full)
+                self.divide(int(documents[i]), np.array([p for _, p in order]))
+                room, load = self.room.tolist(), self.load.tolist()
+                full = [(-room[p], p) for p in range(parties) if room[p] > 0]
+                heapq.heapify(full)
+                owner.append(NOBODY)
+                continue
+            party = heapq.heappop(light or full)[1]
             owner.append(party)
             room[party] -= n
             load[party] += area
             if room[party] > 0:
-                heapq.heapreplace(heap, (load[party] + density * room[party], party))
-            else:
-                heapq.heappop(heap)
+                heapq.heappush(light, (load[party] + density * room[party], party))
         self.owner[documents] = owner
         self.room[:], self.load[:] = room, load
