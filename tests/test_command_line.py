@@ -58,8 +58,9 @@ def test_strategies_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_pictures_are_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     html, png = tmp_path / "plan.html", tmp_path / "plan.png"
-    status, out, _ = run(capsys, *OWN, "--inter", "2", "--html", str(html), "--png", str(png))
+    status, out, _ = run(capsys, *OWN, "--inter", "2", "--verify", "--html", str(html), "--png", str(png))
     assert status == 0
+    assert "verified: every attended pair is computed once" in out
     assert f"written to {html}" in out and f"written to {png}" in out
     assert html.read_text("utf-8").startswith("<!DOCTYPE html>")
     assert png.read_bytes().startswith(b"\x89PNG")

@@ -181,6 +181,15 @@ class PlanReport:
                 result[name] = str(error)
         return result
 
+    def verify(self) -> None:
+        """Prove from the tables of all ranks that every attended pair is computed once, by whoever has its
+        rows, and that what is sent is what is received.
+
+        Raises:
+            BrokenPlan: it is not so, and where.
+        """
+        self.plan.verify()
+
     def save_html(self, path: str | Path) -> None:
         """A page that draws the plan, in light or dark, with the text of `print`; needs no network."""
         drawing = picture(self)
@@ -245,7 +254,7 @@ def _planned(setting: Setting, cost: CostModel, placement: Kind) -> PlanReport:
     mask = Attended(1, setting.tokens, labels, lo=lo, hi=hi)
     ranks = np.arange(setting.ranks).reshape(setting.inter, setting.intra)
     groups = MeshShape(tuple(tuple(row) for row in ranks.tolist()))
-    return PlanReport(setting, cost, placement, make([mask], groups, placement))
+    return PlanReport(setting, cost, placement, make([mask], groups, placement, cost))
 
 
 def _meshes(
