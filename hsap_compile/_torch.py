@@ -6,6 +6,7 @@ Seen working on torch 2.13.0 and 2.14.1 (CPU); written for torch >= 2.11.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,13 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._functorch import predispatch as _vmap
 from torch._inductor import config as inductor_config
+from torch._inductor import ir as inductor_ir
 from torch._inductor.compile_fx import compile_fx as compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
+from torch._inductor.lowering import add_layout_constraint, constrain_to_fx_strides, register_lowering
 from torch._logging import trace_structured as trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -25,6 +31,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
+from torch.utils.checkpoint import CheckpointPolicy
 
 from hsap_compile.errors import Refused
 
@@ -33,6 +40,29 @@ SET_GRAD_ENABLED = torch._C._set_grad_enabled
 
 #: What opens and closes an autocast region in a pre-dispatch graph.
 AUTOCAST_BORDERS = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
+#: dynamo's call of the body of a torch.utils.checkpoint.
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+#: A custom autograd.Function: forward, backward, operands.
+CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
+
+FLEX_ATTENTION = torch.ops.higher_order.flex_attention
+
+#: What opens and closes a vmap in dynamo's graph, and what it calls once before.
+VMAP_BORDERS = (_vmap._vmap_increment_nesting, _vmap._vmap_decrement_nesting)
+VMAP_PREAMBLE = (_vmap.lazy_load_decompositions,)
+
+_checkpoints = itertools.count(1)
+
+
+def checkpoint_tags() -> dict[str, Any]:
+    """What AOTAutograd's partitioner reads on the nodes of one checkpoint's body."""
+    return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_checkpoints)}
+
+
+#: The tag of a node that is kept for the backward although it stands in a checkpoint.
+SAVED = CheckpointPolicy.MUST_SAVE
 
 without_autocast = torch._C._DisableAutocast
 
@@ -91,6 +121,12 @@ def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> t
         return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
 
 
+def trace_below_autograd(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """``module`` as a graph of ATen operators after autograd and batching, which it must not leave open."""
+    with _tracing(fake_mode_of(inputs)), warnings.catch_warnings():
+        return make_fx(module, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+
+
 def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What ``target`` would return, as fake tensors and symbolic sizes."""
     before = mode.allow_non_fake_inputs
@@ -102,8 +138,10 @@ def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs
         mode.allow_non_fake_inputs = before
 
 
-def fake_table(mode: FakeTensorMode, table: torch.Tensor, dynamic: Sequence[int]) -> torch.Tensor:
-    """A fake of ``table`` whose dimensions ``dynamic`` have symbols of their own.
+def fake_table(
+    mode: FakeTensorMode, table: torch.Tensor, dynamic: Sequence[int], least: int = 0
+) -> torch.Tensor:
+    """A fake of ``table`` whose dimensions ``dynamic`` have symbols of their own, of ``least`` or more.
 
     The symbols are unbacked: nothing may be concluded from this table's sizes.  A backed symbol would let
     Inductor guard on it, and dynamo drops guards on symbols that are no input of its own: a kernel that
@@ -115,7 +153,7 @@ def fake_table(mode: FakeTensorMode, table: torch.Tensor, dynamic: Sequence[int]
     with mode.shape_env.ignore_fresh_unbacked_symbols():
         fake = mode.from_tensor(table, symbolic_context=context)
     for dim in dynamic:
-        torch._check(fake.shape[dim] >= 2)
+        torch._check(fake.shape[dim] >= least)
         torch._check(fake.shape[dim] <= 2**40)
     return fake
 
@@ -159,6 +197,26 @@ def compile_with_aot_eager(module: torch.fx.GraphModule, inputs: Sequence[Any]) 
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(module, list(inputs))
+
+
+def lower_as_collective(target: Any) -> None:
+    """Inductor treats ``target(x, *rest)`` as the start of a collective that ``wait_tensor`` ends: it keeps x
+    alive and moves the two apart, as far as other work allows."""
+    add_layout_constraint(target, constrain_to_fx_strides)
+
+    def start(x: Any, *rest: Any) -> Any:
+        sent: Any = inductor_ir.ExternKernel.require_contiguous(x)
+        made: Any = inductor_ir._CollectiveKernel.create_out_of_place(target, sent, *rest)
+        return inductor_ir.TensorBox.create(made)
+
+    register_lowering(target, type_promotion_kind=None)(start)
+
+
+#: What lets Inductor start collectives early and wait for them late.
+OVERLAP_PATCHES = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"],
+}
 
 
 def mode_patches(mode: str) -> dict[str, Any]:

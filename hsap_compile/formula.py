@@ -23,6 +23,9 @@ score = sympy.Symbol("score", real=True)
 #: Integer division that rounds down, as ``//`` does.
 floordiv = sympy.Function("floordiv")
 
+#: sink(logits, extra), outermost in a formula: one more logit, of (b, h, q), whose value is zero.
+sink = sympy.Function("sink")
+
 _LEAF = "leaf"
 
 
@@ -35,6 +38,11 @@ def leaf_index(expr: sympy.Basic) -> int | None:
     """The number of the tensor that ``expr`` reads, or None when it is not a leaf."""
     name = getattr(expr.func, "__name__", "")
     return int(name[len(_LEAF) :]) if name.startswith(_LEAF) and name[len(_LEAF) :].isdigit() else None
+
+
+def without_sink(expr: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic | None]:
+    """The logits of ``expr``, and its sink if it has one."""
+    return (expr.args[0], expr.args[1]) if expr.func == sink else (expr, None)
 
 
 def leaves_of(expr: sympy.Basic) -> tuple[int, ...]:
@@ -62,7 +70,7 @@ def loads(text: str) -> sympy.Basic:
     return sympy.sympify(text)
 
 
-def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torch.Tensor] = ()) -> Any:
+def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torch.Tensor | None] = ()) -> Any:
     """The value of ``expr`` under broadcasting.
 
     ``values`` maps the names of free symbols ("b", "h", "q", "k", "score", "S") to tensors or numbers
@@ -110,7 +118,8 @@ def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torc
     return value(expr)
 
 
-def _load(tensor: torch.Tensor, position: list[Any]) -> torch.Tensor:
+def _load(tensor: torch.Tensor | None, position: list[Any]) -> torch.Tensor:
+    assert tensor is not None, "a formula reads a tensor that it was not given"
     return tensor[tuple(p if isinstance(p, torch.Tensor) else int(p) for p in position)]
 
 

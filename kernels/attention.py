@@ -153,9 +153,12 @@ def _formula_of(
     tokens: int,
     dtype: torch.dtype,
 ) -> Formula | None:
-    if not any(run.kind == MOD for run in plan.runs):
-        return None
-    return Formula.ready(mod, rows, remote_rows, heads, leaves, tokens, dtype)
+    """The formula, where a slice or a sink needs it."""
+    needed = any(run.kind == MOD for run in plan.runs)
+    if not mod and needed:
+        raise ValueError("hsap::attend: a slice of kind MOD, but mod is empty; pass formula.dumps(...)")
+    index = Formula.ready(mod, rows, remote_rows, heads, leaves, tokens, dtype) if mod else None
+    return index if needed or (index is not None and index.sink is not None) else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -200,12 +203,13 @@ def _attend(
     plan = x.plan(slices)
     index = _formula_of(plan, mod, rows, remote_rows, heads, leaves, tokens, x.dtype)
     masks = _Masks(x.dtype)
-    total = _Merge(plan.queries, q, v.shape[2])
+    has_sink = index is not None and index.sink is not None
+    total = _Merge(plan.queries, q, v.shape[2], has_sink)
     for run in plan.runs:
         q_run, k_run, v_run = x.run(run)
         if index is not None and run.kind == MOD:
-            found = formula_blocks.forward(index, run, q_run[0], k_run[0], v_run[0], scale)
-            total.add(run.q, *(y[None] for y in found))
+            parts = formula_blocks.forward(index, run, q_run[0], k_run[0], v_run[0], scale)
+            total.add(run.q, *(y[None] for y in parts))
             continue
         for first, queries, keys in run.calls():
             out, lse = _flash_forward(
@@ -213,15 +217,19 @@ def _attend(
                 run.kind == CAUSAL and first == 0, attn_mask=masks.of(run, first, queries, keys), scale=scale,
             )  # fmt: skip
             total.add(run.q.part(first, queries), out, lse, None)
-    return total.out.to(q.dtype), total.lse()
+    found, lse = total.out, total.lse()
+    if index is not None and has_sink:
+        together = torch.logaddexp(lse, index.sinks(lse, index.leaves))
+        found, lse = found.mul_((lse - together).exp_()[..., None]), together
+    return found.to(q.dtype), lse
 
 
 class _Merge:
     """Softmax-weighted means of what runs say about the same rows."""
 
-    def __init__(self, cover: Cover, q: Tensor, size: int) -> None:
+    def __init__(self, cover: Cover, q: Tensor, size: int, rescaled: bool) -> None:
         shape, wide = (cover.rows, q.shape[1]), _compute_dtype(q.dtype)
-        out = q.new_empty(*shape, size, dtype=wide if cover.shared else q.dtype)
+        out = q.new_empty(*shape, size, dtype=wide if cover.shared or rescaled else q.dtype)
         self.out = _zero_rows(out, cover.holes, 0)
         self._peak = _zero_rows(q.new_empty(shape, dtype=wide), cover.holes, -math.inf)
         self._mass = None
@@ -304,6 +312,8 @@ def _attend_backward(
     index = _formula_of(plan, mod, rows, remote_rows, heads, leaves, tokens, x.dtype)
     softmax = _softmax(x, index, plan, grad_out, out, lse)
     sums = [] if index is None else [torch.zeros_like(index.leaves[i]) for i in wanted]
+    if index is not None and index.sink is not None:
+        _sink_backward(index, softmax, lse, wanted, sums)
     masks = _Masks(x.dtype)
     d_q = _Sum(plan.queries, q)
     own, remote = (_Sum(plan.keys, k), _Sum(plan.keys, v)), (_Sum(plan.remote, k), _Sum(plan.remote, v))
@@ -328,6 +338,24 @@ def _attend_backward(
         remote[1].total(),
         [_leaf_grad(leaf, found.get(i), i in wanted) for i, leaf in enumerate(leaves)],
     )
+
+
+def _sink_backward(
+    index: Formula, softmax: _Softmax, lse: Tensor, wanted: Sequence[int], sums: Sequence[Tensor]
+) -> None:
+    """A sink takes its weight times -(grad . out) of every row; adds to ``sums`` of the wanted leaves."""
+    leaves = list(index.leaves)
+    with torch.enable_grad():
+        for i in wanted:
+            leaves[i] = leaves[i].detach().requires_grad_()
+        sinks = index.sinks(lse, leaves)
+    if not sinks.requires_grad:
+        return
+    d_sinks = (softmax.grad.to(lse.dtype) * softmax.out).sum(-1).neg_().mul_((sinks.detach() - lse).exp_())
+    grads = torch.autograd.grad(sinks, [leaves[i] for i in wanted], d_sinks, allow_unused=True)
+    for total, part in zip(sums, grads, strict=True):
+        if part is not None:
+            total.add_(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +394,7 @@ def _log_mass(x: _Operands, index: Formula, plan: Plan, lse: Tensor) -> Tensor |
             run.q.of(far).fill_(False)
     if not far.any():
         return None
-    mass = torch.zeros_like(lse)
+    mass = torch.zeros_like(lse) if index.sink is None else index.sinks(lse, index.leaves).sub(lse).exp_()
     for run in plan.runs:
         if run.kind == MOD and run.q.of(far).any():
             q, k, _ = x.run(run)
@@ -481,3 +509,4 @@ def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("hsap::attend", _backward, setup_context=_setup_context)
 
 OP = torch.ops.hsap.attend.default
+BACKWARD = torch.ops.hsap.attend_backward.default

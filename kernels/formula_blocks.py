@@ -22,6 +22,7 @@ class Formula:
     """A formula and what it reads; leaves are in the computed dtype or above, so are their gradients."""
 
     expr: sympy.Basic
+    sink: sympy.Basic | None
     rows: Tensor | None
     remote_rows: Tensor | None
     heads: Tensor | None
@@ -39,11 +40,20 @@ class Formula:
         tokens: int,
         dtype: torch.dtype,
     ) -> Formula:
-        if not mod:
-            raise ValueError("hsap::attend: a slice of kind MOD, but mod is empty; pass formula.dumps(...)")
         raised = [x.detach() for x in leaves]
         raised = [x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x for x in raised]
-        return cls(formula.loads(mod), rows, remote_rows, heads, tuple(raised), tokens)
+        expr, sink = formula.without_sink(formula.loads(mod))
+        return cls(expr, sink, rows, remote_rows, heads, tuple(raised), tokens)
+
+    def sinks(self, lse: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """The sink of every query row and head (R, Hq), as ``lse``."""
+        values: dict[str, Tensor | int] = {"S": self.tokens}
+        if self.rows is not None:
+            values |= {"b": self.rows[:, 0, None], "q": self.rows[:, 1, None]}
+        if self.heads is not None:
+            values["h"] = self.heads
+        assert self.sink is not None
+        return _as_dtype(formula.evaluate(self.sink, values, leaves), lse).expand(lse.shape)
 
     def logits(self, score: Tensor, run: Run, leaves: Sequence[Tensor]) -> Tensor:
         """Logits (Hq, nq, nk) of a block with scaled products ``score`` of the same shape."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from attention_cases import FORMULAS, HALF, LOWEST, check, drawn, errors, make_case, packs
+from hsap_compile import formula as f
 from hsap_compile.kernels import attention, slices
 from hsap_compile.kernels.attention import BAND, CAUSAL, FULL, MOD, Span
 from hsap_compile.kernels.reference import attend_reference
@@ -104,6 +105,12 @@ def test_a_row_of_lowest_logits_attends_uniformly(dtype: torch.dtype) -> None:
     mean = case.v[4:20].mean(0).repeat_interleave(2, 0)
     torch.testing.assert_close(out[:4], mean.expand(4, -1, -1))
     check(case, dtype)
+
+
+def test_a_sink_beside_large_logits() -> None:
+    case = make_case([[0, 9, 0, 20, MOD, 0, 0], [9, 20, 0, 20, FULL, 0, 0]], 20)
+    logits = sympy.Piecewise((f.score + 300, f.k <= f.q), (-sympy.oo, True))
+    check(replace(case, mod=f.dumps(f.sink(logits, f.leaf(0, f.h) + 300))), torch.float64)
 
 
 @pytest.mark.parametrize(
