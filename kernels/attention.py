@@ -313,7 +313,8 @@ def _attend_backward(
     softmax = _softmax(x, index, plan, grad_out, out, lse)
     sums = [] if index is None else [torch.zeros_like(index.leaves[i]) for i in wanted]
     if index is not None and index.sink is not None:
-        _sink_backward(index, softmax, lse, wanted, sums)
+        delta = (softmax.grad.to(x.dtype) * softmax.out).sum(-1)
+        formula_blocks.sink_backward(index, delta, lse, wanted, sums)
     masks = _Masks(x.dtype)
     d_q = _Sum(plan.queries, q)
     own, remote = (_Sum(plan.keys, k), _Sum(plan.keys, v)), (_Sum(plan.remote, k), _Sum(plan.remote, v))
@@ -338,24 +339,6 @@ def _attend_backward(
         remote[1].total(),
         [_leaf_grad(leaf, found.get(i), i in wanted) for i, leaf in enumerate(leaves)],
     )
-
-
-def _sink_backward(
-    index: Formula, softmax: _Softmax, lse: Tensor, wanted: Sequence[int], sums: Sequence[Tensor]
-) -> None:
-    """A sink takes its weight times -(grad . out) of every row; adds to ``sums`` of the wanted leaves."""
-    leaves = list(index.leaves)
-    with torch.enable_grad():
-        for i in wanted:
-            leaves[i] = leaves[i].detach().requires_grad_()
-        sinks = index.sinks(lse, leaves)
-    if not sinks.requires_grad:
-        return
-    d_sinks = (softmax.grad.to(lse.dtype) * softmax.out).sum(-1).neg_().mul_((sinks.detach() - lse).exp_())
-    grads = torch.autograd.grad(sinks, [leaves[i] for i in wanted], d_sinks, allow_unused=True)
-    for total, part in zip(sums, grads, strict=True):
-        if part is not None:
-            total.add_(part)
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,3 +169,21 @@ def backward(
     d_score = _fold(grads[0] * scale, groups)
     d_q = torch.bmm(d_score, k).view(q.shape)
     return d_q, torch.bmm(d_score.transpose(1, 2), _fold(q, groups)), d_values
+
+
+def sink_backward(
+    index: Formula, delta: Tensor, lse: Tensor, wanted: Sequence[int], sums: Sequence[Tensor]
+) -> None:
+    """A sink takes its weight times -delta, grad . out, of every row (R, Hq); adds to ``sums``."""
+    leaves = list(index.leaves)
+    with torch.enable_grad():
+        for i in wanted:
+            leaves[i] = leaves[i].detach().requires_grad_()
+        sinks = index.sinks(lse, leaves)
+    if not sinks.requires_grad:
+        return
+    d_sinks = (sinks.detach() - lse).exp_().mul_(delta).neg_()
+    grads = torch.autograd.grad(sinks, [leaves[i] for i in wanted], d_sinks, allow_unused=True)
+    for total, part in zip(sums, grads, strict=True):
+        if part is not None:
+            total.add_(part)

@@ -202,3 +202,13 @@ def packs(draw: st.DrawFn) -> dict[str, Any]:
         "strided": draw(st.booleans()),
         "seed": draw(st.integers(0, 9)),
     }
+
+
+#: A slice of every kind, an empty one, and rows that several of them share.
+MIXED = make_case(
+    [[0, 20, 0, 20, CAUSAL, 0, 0], [0, 20, 50, 60, FULL, 0, 0], [10, 30, 60, 80, BAND, -5, 3]]
+    + [[30, 50, 0, 50, MOD, 0, 0], [0, 0, 0, 0, FULL, 0, 0]],
+    50,
+    30,
+    sizes=(8, 12),
+)
