@@ -153,10 +153,12 @@ def _formula_of(
     tokens: int,
     dtype: torch.dtype,
 ) -> Formula | None:
-    """The formula where it is needed: in a slice, or for what it says about every row (a sink)."""
-    if not any(run.kind == MOD for run in plan.runs) and not (mod and formula_blocks.read(mod).sink):
-        return None
-    return Formula.ready(mod, rows, remote_rows, heads, leaves, tokens, dtype)
+    """The formula, where a slice or a sink needs it."""
+    needed = any(run.kind == MOD for run in plan.runs)
+    if not mod and needed:
+        raise ValueError("hsap::attend: a slice of kind MOD, but mod is empty; pass formula.dumps(...)")
+    index = Formula.ready(mod, rows, remote_rows, heads, leaves, tokens, dtype) if mod else None
+    return index if needed or (index is not None and index.sink is not None) else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -201,12 +203,13 @@ def _attend(
     plan = x.plan(slices)
     index = _formula_of(plan, mod, rows, remote_rows, heads, leaves, tokens, x.dtype)
     masks = _Masks(x.dtype)
-    total = _Merge(plan.queries, q, v.shape[2])
+    has_sink = index is not None and index.sink is not None
+    total = _Merge(plan.queries, q, v.shape[2], has_sink)
     for run in plan.runs:
         q_run, k_run, v_run = x.run(run)
         if index is not None and run.kind == MOD:
-            found = formula_blocks.forward(index, run, q_run[0], k_run[0], v_run[0], scale)
-            total.add(run.q, *(y[None] for y in found))
+            parts = formula_blocks.forward(index, run, q_run[0], k_run[0], v_run[0], scale)
+            total.add(run.q, *(y[None] for y in parts))
             continue
         for first, queries, keys in run.calls():
             out, lse = _flash_forward(
@@ -214,19 +217,19 @@ def _attend(
                 run.kind == CAUSAL and first == 0, attn_mask=masks.of(run, first, queries, keys), scale=scale,
             )  # fmt: skip
             total.add(run.q.part(first, queries), out, lse, None)
-    out, lse = total.out, total.lse()
-    if index is not None and index.sink is not None:
+    found, lse = total.out, total.lse()
+    if index is not None and has_sink:
         together = torch.logaddexp(lse, index.sinks(lse, index.leaves))
-        out, lse = out * (lse - together).exp()[..., None], together
-    return out.to(q.dtype), lse
+        found, lse = found.mul_((lse - together).exp_()[..., None]), together
+    return found.to(q.dtype), lse
 
 
 class _Merge:
     """Softmax-weighted means of what runs say about the same rows."""
 
-    def __init__(self, cover: Cover, q: Tensor, size: int) -> None:
+    def __init__(self, cover: Cover, q: Tensor, size: int, rescaled: bool) -> None:
         shape, wide = (cover.rows, q.shape[1]), _compute_dtype(q.dtype)
-        out = q.new_empty(*shape, size, dtype=wide if cover.shared else q.dtype)
+        out = q.new_empty(*shape, size, dtype=wide if cover.shared or rescaled else q.dtype)
         self.out = _zero_rows(out, cover.holes, 0)
         self._peak = _zero_rows(q.new_empty(shape, dtype=wide), cover.holes, -math.inf)
         self._mass = None
@@ -310,7 +313,8 @@ def _attend_backward(
     softmax = _softmax(x, index, plan, grad_out, out, lse)
     sums = [] if index is None else [torch.zeros_like(index.leaves[i]) for i in wanted]
     if index is not None and index.sink is not None:
-        formula_blocks.sink_backward(index, softmax.grad, softmax.out, lse, wanted, sums)
+        delta = (softmax.grad.to(x.dtype) * softmax.out).sum(-1)
+        formula_blocks.sink_backward(index, delta, lse, wanted, sums)
     masks = _Masks(x.dtype)
     d_q = _Sum(plan.queries, q)
     own, remote = (_Sum(plan.keys, k), _Sum(plan.keys, v)), (_Sum(plan.remote, k), _Sum(plan.remote, v))
@@ -367,7 +371,7 @@ def _log_mass(x: _Operands, index: Formula, plan: Plan, lse: Tensor) -> Tensor |
 
     A row of n logits that are all finfo.min has lse finfo.min, its log(n) is lost; without this the
     weights of such a row would sum to n.  None when there is no such row, which is the usual case.  Only for
-    formulas whose masked logits are finite and whose rows have all their keys in this call.
+    formulas whose masked logits are finite: what these calls do not have whole is never split (overlap.py).
     """
     far = (lse.abs() > _FAR) & lse.isfinite()
     for run in plan.runs:
@@ -375,7 +379,7 @@ def _log_mass(x: _Operands, index: Formula, plan: Plan, lse: Tensor) -> Tensor |
             run.q.of(far).fill_(False)
     if not far.any():
         return None
-    mass = torch.zeros_like(lse)
+    mass = torch.zeros_like(lse) if index.sink is None else index.sinks(lse, index.leaves).sub(lse).exp_()
     for run in plan.runs:
         if run.kind == MOD and run.q.of(far).any():
             q, k, _ = x.run(run)

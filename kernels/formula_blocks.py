@@ -60,8 +60,6 @@ class Formula:
         tokens: int,
         dtype: torch.dtype,
     ) -> Formula:
-        if not mod:
-            raise ValueError("hsap::attend: a slice of kind MOD, but mod is empty; pass formula.dumps(...)")
         raised = [x.detach() for x in leaves]
         raised = [x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x for x in raised]
         return cls(*read(mod), rows, remote_rows, heads, tuple(raised), tokens)
@@ -193,12 +191,9 @@ def backward(
 
 
 def sink_backward(
-    index: Formula, grad: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[int], sums: Sequence[Tensor]
+    index: Formula, delta: Tensor, lse: Tensor, wanted: Sequence[int], sums: Sequence[Tensor]
 ) -> None:
-    """A sink takes its weight times -(grad . out) of every row; adds to ``sums`` of the wanted leaves.
-
-    grad and out (R, Hq, Dv), lse (R, Hq) with the sink.
-    """
+    """A sink takes its weight times -delta, grad . out, of every row (R, Hq); adds to ``sums``."""
     leaves = list(index.leaves)
     with torch.enable_grad():
         for i in wanted:
@@ -206,8 +201,7 @@ def sink_backward(
         sinks = index.sinks(lse, leaves)
     if not sinks.requires_grad:
         return
-    delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    d_sinks = delta.neg_().mul_((sinks.detach() - lse).exp_())
+    d_sinks = (sinks.detach() - lse).exp_().mul_(delta).neg_()
     grads = torch.autograd.grad(sinks, [leaves[i] for i in wanted], d_sinks, allow_unused=True)
     for total, part in zip(sums, grads, strict=True):
         if part is not None:

@@ -77,6 +77,7 @@ def make_case(
     sizes: tuple[int, int] = (16, 16),
     mod: str = "alibi",
     otherwise: object = -sympy.oo,
+    sink: bool = False,
     strided: bool = False,
     seed: int = 0,
 ) -> Case:
@@ -89,6 +90,7 @@ def make_case(
         return torch.randn(n, n_heads, size, generator=made, dtype=torch.float64)
 
     value, condition = FORMULAS[mod]
+    logits = sympy.Piecewise((value, condition), (otherwise, True))
     position = torch.stack([torch.arange(own + remote) % 2, torch.arange(own + remote)], 1)
     leaves = (
         torch.rand(heads[0] + 3, generator=made, dtype=torch.float64),
@@ -106,7 +108,7 @@ def make_case(
         position[own:] if remote else None,
         torch.arange(heads[0]) + 2,
         leaves,
-        f.dumps(sympy.Piecewise((value, condition), (otherwise, True))),
+        f.dumps(f.sink(logits, f.leaf(0, f.h) + f.q / f.S) if sink else logits),
         torch.randn(own, heads[0], sizes[1], generator=made, dtype=torch.float64),
     )
 
@@ -139,6 +141,7 @@ def drawn(draw: st.DrawFn) -> dict[str, Any]:
         "sizes": draw(st.sampled_from([(8, 8), (16, 8), (8, 20), (5, 5)])),
         "mod": draw(st.sampled_from(sorted(FORMULAS))),
         "otherwise": draw(st.sampled_from([-sympy.oo, LOWEST, -1e4])),
+        "sink": draw(st.sampled_from([False, False, True])),
         "strided": draw(st.booleans()),
         "seed": draw(st.integers(0, 9)),
     }
@@ -199,3 +202,13 @@ def packs(draw: st.DrawFn) -> dict[str, Any]:
         "strided": draw(st.booleans()),
         "seed": draw(st.integers(0, 9)),
     }
+
+
+#: A slice of every kind, an empty one, and rows that several of them share.
+MIXED = make_case(
+    [[0, 20, 0, 20, CAUSAL, 0, 0], [0, 20, 50, 60, FULL, 0, 0], [10, 30, 60, 80, BAND, -5, 3]]
+    + [[30, 50, 0, 50, MOD, 0, 0], [0, 0, 0, 0, FULL, 0, 0]],
+    50,
+    30,
+    sizes=(8, 12),
+)

@@ -89,6 +89,12 @@ def test_two_parts_equal_one(arguments: dict[str, Any]) -> None:
     assert error_of_both(make_case(**arguments)) < 1e-11
 
 
+def test_two_parts_of_large_logits_equal_one() -> None:
+    """No part of a softmax takes itself for the whole, whatever rounding did to l."""
+    case = make_case([[0, 8, 0, 8, MOD, 0, 0], [0, 8, 8, 20, MOD, 0, 0]], 8, 12)
+    assert error_of_both(replace(case, q=case.q * 1e3)) < 1e-9
+
+
 ROWS = [[0, 8, 0, 8, CAUSAL, 0, 0], [4, 8, 8, 12, FULL, 0, 0], [0, 4, 12, 20, MOD, 0, 0]]
 
 
