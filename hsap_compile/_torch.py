@@ -18,7 +18,11 @@ from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention
 from torch._inductor import config as inductor_config
+from torch._inductor import ir as inductor_ir
 from torch._inductor.compile_fx import compile_fx as compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
+from torch._inductor.lowering import add_layout_constraint, constrain_to_fx_strides, register_lowering
 from torch._logging import trace_structured as trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -104,8 +108,10 @@ def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs
         mode.allow_non_fake_inputs = before
 
 
-def fake_table(mode: FakeTensorMode, table: torch.Tensor, dynamic: Sequence[int]) -> torch.Tensor:
-    """A fake of ``table`` whose dimensions ``dynamic`` have symbols of their own.
+def fake_table(
+    mode: FakeTensorMode, table: torch.Tensor, dynamic: Sequence[int], least: int = 0
+) -> torch.Tensor:
+    """A fake of ``table`` whose dimensions ``dynamic`` have symbols of their own, of ``least`` or more.
 
     The symbols are unbacked: nothing may be concluded from this table's sizes.  A backed symbol would let
     Inductor guard on it, and dynamo drops guards on symbols that are no input of its own: a kernel that
@@ -117,7 +123,7 @@ def fake_table(mode: FakeTensorMode, table: torch.Tensor, dynamic: Sequence[int]
     with mode.shape_env.ignore_fresh_unbacked_symbols():
         fake = mode.from_tensor(table, symbolic_context=context)
     for dim in dynamic:
-        torch._check(fake.shape[dim] >= 2)
+        torch._check(fake.shape[dim] >= least)
         torch._check(fake.shape[dim] <= 2**40)
     return fake
 
@@ -161,6 +167,26 @@ def compile_with_aot_eager(module: torch.fx.GraphModule, inputs: Sequence[Any]) 
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(module, list(inputs))
+
+
+def lower_as_collective(target: Any) -> None:
+    """Inductor treats ``target(x, *rest)`` as the start of a collective that ``wait_tensor`` ends: it keeps x
+    alive and moves the two apart, as far as other work allows."""
+    add_layout_constraint(target, constrain_to_fx_strides)
+
+    def start(x: Any, *rest: Any) -> Any:
+        sent: Any = inductor_ir.ExternKernel.require_contiguous(x)
+        made: Any = inductor_ir._CollectiveKernel.create_out_of_place(target, sent, *rest)
+        return inductor_ir.TensorBox.create(made)
+
+    register_lowering(target, type_promotion_kind=None)(start)
+
+
+#: What lets Inductor start collectives early and wait for them late.
+OVERLAP_PATCHES = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"],
+}
 
 
 def mode_patches(mode: str) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from hsap_compile.masks import Band, Mask
 from hsap_compile.plan import Attended
 
 
-def attended(mask: Mask, leaves: Sequence[torch.Tensor], batch: int, tokens: int) -> Attended:
-    """``mask`` on one batch.  ``leaves``: the tensors its formulas read, on the host.
+def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, tokens: int) -> Attended:
+    """``mask`` on one batch.  ``leaves``: the tensors its structure reads, on the host; None for the others.
 
     A band over positions that are read from a tensor (``position_ids[q] >= position_ids[k]``) is a band
     over columns where positions advance with the columns inside every label; where they do not, the
@@ -58,7 +58,7 @@ def unknown(mask: Mask, batch: int, tokens: int) -> Attended:
 
 @dataclass(frozen=True)
 class _Reader:
-    leaves: Sequence[torch.Tensor]
+    leaves: Sequence[torch.Tensor | None]
     batch: int
     tokens: int
 

@@ -62,7 +62,7 @@ def loads(text: str) -> sympy.Basic:
     return sympy.sympify(text)
 
 
-def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torch.Tensor] = ()) -> Any:
+def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torch.Tensor | None] = ()) -> Any:
     """The value of ``expr`` under broadcasting.
 
     ``values`` maps the names of free symbols ("b", "h", "q", "k", "score", "S") to tensors or numbers
@@ -110,7 +110,8 @@ def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torc
     return value(expr)
 
 
-def _load(tensor: torch.Tensor, position: list[Any]) -> torch.Tensor:
+def _load(tensor: torch.Tensor | None, position: list[Any]) -> torch.Tensor:
+    assert tensor is not None, "a formula reads a tensor that it was not given"
     return tensor[tuple(p if isinstance(p, torch.Tensor) else int(p) for p in position)]
 
 

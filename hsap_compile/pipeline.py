@@ -28,10 +28,13 @@ from hsap_compile.passes.lift_mask import lift_mask
 from hsap_compile.passes.lower import lower
 from hsap_compile.passes.partition_attention import partition_attention
 from hsap_compile.passes.shard_tokens import Fallback, shard_tokens
+from hsap_compile.passes.sum_gradients import sum_gradients
 from hsap_compile.runtime import Program
 from hsap_compile.verify import verify
 
 log = logging.getLogger("hsap_compile")
+
+LEAST = 2  # tokens of a rank (the planner sees to it): sizes 0 and 1 are special to many operators
 
 
 def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | None) -> Program:
@@ -60,7 +63,7 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
             raise _no_tokens()
         _refuse_cache(graph, attentions)
         infer_tokens(graph, symbol)
-        columns, order = (fake_table(mode, torch.zeros(8, dtype=torch.int64), (0,)) for _ in range(2))
+        columns, order = (fake_table(mode, torch.zeros(8, dtype=torch.int64), (0,), LEAST) for _ in range(2))
         sharded = shard_tokens(
             graph,
             mode,
@@ -82,6 +85,9 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
             )
         log.info("shard_tokens: %d operators on gathered tokens", len(fallbacks))
         _done("shard_tokens", graph)
+        if options.grad_sync:
+            log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group_name()))
+            _done("sum_gradients", graph)
 
     partitioned = partition_attention(graph, mode, mesh, group_name(), tokens)
     log.info(
@@ -92,7 +98,7 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
     )
     _done("partition_attention", graph)
 
-    leaves = [leaf for mask in partitioned.masks if mask.plannable for leaf in mask.leaves]
+    leaves = [leaf for mask in partitioned.masks for leaf in mask.read]
     tables = [n for n in placeholders(graph)[inputs:]]
     return Program(
         function=lower(graph, options.lower, dict(options.inductor)),
@@ -106,7 +112,6 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         traffic=partitioned.traffic,
         on_step=options.on_step,
         tokens=length,
-        summed=_summed(graph, inputs) if options.grad_sync else frozenset(),
         local_outputs=local_outputs,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
         signature=zlib.crc32(graph.code.encode()),
@@ -169,8 +174,3 @@ def _no_tokens() -> Refused:
         wanted="a batch such as input_ids (B, S) as an argument",
         do="compile the function that takes the batch",
     )
-
-
-def _summed(graph: GraphModule, inputs: int) -> frozenset[int]:
-    nodes = placeholders(graph)[:inputs]
-    return frozenset(i for i, n in enumerate(nodes) if n.meta.get("sum_gradient"))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hsap_compile.documents import attended, unknown
 from hsap_compile.errors import Refused
-from hsap_compile.kernels.exchange import all_gather, all_reduce
+from hsap_compile.kernels.exchange import all_gather
 from hsap_compile.mesh import world
 from hsap_compile.passes.partition_attention import PlannedMask, Traffic
 from hsap_compile.plan import Attended, MeshShape, Plan, make
@@ -41,8 +41,7 @@ class StepReport:
 
 def report(plan: Plan, traffic: Sequence[Traffic]) -> StepReport:
     """Count what the attentions of ``traffic`` send under ``plan``."""
-    columns = plan.placement.columns
-    to_others = (plan.placement.mesh.intra - 1) * sum(len(c) for c in columns)
+    to_others = (plan.placement.mesh.intra - 1) * int(plan.exchanged.sum())
     inter = sum(int(plan.masks[t.mask].rows_sent.sum()) * t.kv for t in traffic)
     intra = sum(to_others * (t.heads_in + t.heads_out) for t in traffic)
     return StepReport(plan, 2 * inter, 2 * intra)
@@ -54,8 +53,8 @@ class Program:
 
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
     from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension) whose size is
-    S, or S when it is a constant; ``summed`` are the inputs whose gradients are shares; ``local_outputs``
-    the outputs that hold only this rank's rows; ``signature`` is the same wherever the graph is.
+    S, or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
+    ``signature`` is the same wherever the graph is.
     """
 
     function: Callable[..., Any]
@@ -69,7 +68,6 @@ class Program:
     traffic: tuple[Traffic, ...]
     on_step: Callable[[StepReport], None] | None
     tokens: tuple[int, int] | int
-    summed: frozenset[int]
     local_outputs: frozenset[int]
     parameters: frozenset[int]
     signature: int
@@ -108,56 +106,46 @@ class Runner:
         if ranks > 1:
             _check_agreement(program, args, tokens, first=self.calls == 0)
         self.calls += 1
-        masks = self._masks(args, tokens)
+        plan, tables = self._plan(args, tokens, rank)
         if not self.warned:
-            self.warned = _warn_of_leaks(args, masks)
-        plan, tables = self._plan(masks, tokens, rank)
+            self.warned = _warn_of_leaks(args, plan)
         self.last_plan = plan
         if program.on_step is not None:
             program.on_step(report(plan, program.traffic))
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        inputs = list(args)
-        if program.summed and torch.is_grad_enabled():
-            shared = sorted(i for i in program.summed if inputs[i].requires_grad)
-            if shared:
-                fresh = _SumGradients.apply(program.group, *[inputs[i] for i in shared])
-                for i, value in zip(shared, fresh, strict=True):
-                    inputs[i] = value
         extra = [_placed(tables[key], key, device) for key in program.tables]
-        outputs = program.function(*inputs, *extra)
+        outputs = program.function(*args, *extra)
         for i in program.local_outputs:
             outputs[i].hsap_columns = tables["columns"]
         return outputs
 
-    def _masks(self, args: Sequence[Any], tokens: int) -> tuple[Attended, ...]:
+    def _plan(self, args: Sequence[Any], tokens: int, rank: int) -> tuple[Plan, dict[Any, torch.Tensor]]:
+        """The plan of a batch and this rank's tables, made anew only for documents not seen lately."""
         program = self.program
         with torch.no_grad():
             leaves = [x.detach().cpu() for x in program.documents(*args)]
-        masks, position = [], 0
-        for planned in program.masks:
-            if not planned.plannable:
-                masks.append(unknown(planned.mask, program.batch, tokens))
-                continue
-            mine = leaves[position : position + len(planned.leaves)]
-            position += len(planned.leaves)
-            masks.append(attended(planned.mask, mine, program.batch, tokens))
-        return tuple(masks)
-
-    def _plan(
-        self, masks: tuple[Attended, ...], tokens: int, rank: int
-    ) -> tuple[Plan, dict[Any, torch.Tensor]]:
-        digest = _digest(masks, tokens)
+        digest = _digest(leaves, tokens)
         if digest not in self.plans:
-            program = self.program
-            everything = masks or (_nothing(program.batch, tokens),)
-            self.plans[digest] = (make(everything, program.mesh, program.placement), {})
+            masks = _masks(program, leaves, tokens) or (_nothing(program.batch, tokens),)
+            self.plans[digest] = (make(masks, program.mesh, program.placement), {})
             while len(self.plans) > _PLANS_KEPT:
                 self.plans.popitem(last=False)
         self.plans.move_to_end(digest)
         plan, of_rank = self.plans[digest]
         if rank not in of_rank:
-            of_rank[rank] = _tensors(plan, self.program.mesh, rank)
+            of_rank[rank] = _tensors(plan, program.mesh, rank)
         return plan, of_rank[rank]
+
+
+def _masks(program: Program, leaves: Sequence[torch.Tensor], tokens: int) -> tuple[Attended, ...]:
+    masks, following = [], iter(leaves)
+    for planned in program.masks:
+        if planned.plannable:
+            mine = [next(following) if leaf is not None else None for leaf in planned.leaves]
+            masks.append(attended(planned.mask, mine, program.batch, tokens))
+        else:
+            masks.append(unknown(planned.mask, program.batch, tokens))
+    return tuple(masks)
 
 
 def _nothing(batch: int, tokens: int) -> Attended:
@@ -172,13 +160,14 @@ def _tensors(plan: Plan, mesh: MeshShape, rank: int) -> dict[Any, torch.Tensor]:
     tables = plan.tables(rank)
     result: dict[Any, Any] = {
         "columns": tables.columns,
+        "alone_columns": tables.columns[: tables.alone],
         "order": tables.order,
         "group_columns": tables.group_columns,
         "head_splits": tables.head_splits,
         "position": np.array([mesh.group_of(rank)[1]]),
     }
     for index, mask in enumerate(tables.masks):
-        for name in ("send_rows", "splits", "remote", "slices"):
+        for name in ("send_rows", "splits", "remote", "slices", "alone_slices"):
             result[index, name] = getattr(mask, name)
     return {k: torch.from_numpy(np.ascontiguousarray(v, dtype=np.int64)) for k, v in result.items()}
 
@@ -186,62 +175,15 @@ def _tensors(plan: Plan, mesh: MeshShape, rank: int) -> dict[Any, torch.Tensor]:
 def _placed(table: torch.Tensor, key: Any, device: torch.device) -> torch.Tensor:
     """Splits and slices are read by the host; the others index tensors on the device."""
     name = key[1] if isinstance(key, tuple) else key
-    return table if name in ("splits", "slices", "head_splits") else table.to(device)
+    return table if name in ("splits", "slices", "alone_slices", "head_splits") else table.to(device)
 
 
-def _digest(masks: Sequence[Attended], tokens: int) -> bytes:
+def _digest(leaves: Sequence[torch.Tensor], tokens: int) -> bytes:
     digest = hashlib.blake2b(str(tokens).encode(), digest_size=16)
-    for mask in masks:
-        digest.update(repr((mask.batch, mask.lo, mask.hi, mask.residual, mask.soft)).encode())
-        for array in (mask.labels, mask.key_valid, mask.query_valid):
-            digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+    for leaf in leaves:
+        digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+        digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
-
-
-# --- gradients -----------------------------------------------------------------------------------------
-
-_BUCKET_BYTES = 32 * 2**20  # of gradients in one all-reduce; larger ones only cost memory
-
-
-class _SumGradients(torch.autograd.Function):
-    """Identity on parameters; their gradients, each rank's share, are summed over the ranks in buckets."""
-
-    @staticmethod
-    def forward(ctx: Any, group: str, *parameters: torch.Tensor) -> Any:
-        ctx.group = group
-        ctx.set_materialize_grads(False)  # a parameter without a gradient keeps none
-        return tuple(p.view_as(p) for p in parameters)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        result = list(grads)
-        for bucket in _buckets(grads):
-            flat = torch.cat([g.reshape(-1) for g in (grads[i] for i in bucket) if g is not None])
-            parts = all_reduce(flat, ctx.group).split(
-                [g.numel() for g in (grads[i] for i in bucket) if g is not None]
-            )
-            for i, part in zip(bucket, parts, strict=True):
-                gradient = grads[i]
-                assert gradient is not None
-                result[i] = part.view(gradient.shape)
-        return (None, *result)
-
-
-def _buckets(grads: Sequence[torch.Tensor | None]) -> list[list[int]]:
-    buckets: list[list[int]] = []
-    sizes: dict[torch.dtype, int] = {}
-    latest: dict[torch.dtype, list[int]] = {}
-    for i, gradient in enumerate(grads):
-        if gradient is None:
-            continue
-        size = gradient.numel() * gradient.element_size()
-        if gradient.dtype not in latest or sizes[gradient.dtype] + size > _BUCKET_BYTES:
-            latest[gradient.dtype] = []
-            sizes[gradient.dtype] = 0
-            buckets.append(latest[gradient.dtype])
-        latest[gradient.dtype].append(i)
-        sizes[gradient.dtype] += size
-    return buckets
 
 
 # --- what ranks must agree on --------------------------------------------------------------------------
@@ -303,10 +245,10 @@ def _check_agreement(program: Program, args: Sequence[Any], tokens: int, first: 
             )
 
 
-def _warn_of_leaks(args: Sequence[Any], masks: Sequence[Attended]) -> bool:
+def _warn_of_leaks(args: Sequence[Any], plan: Plan) -> bool:
     """Positions restart, and yet the mask lets documents see one another: say so once."""
-    open_masks = [m for m in masks if m.labels is None and not m.residual]
-    if not open_masks:
+    masks = [m.structure.mask for m in plan.masks]
+    if not any(m.labels is None and not m.residual for m in masks):
         return False
     tokens = masks[0].tokens
     for value in args:

@@ -793,3 +793,4 @@ def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("hsap::attend", _backward, setup_context=_setup_context)
 
 OP = torch.ops.hsap.attend.default
+BACKWARD = torch.ops.hsap.attend_backward.default

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hsap_compile._torch import lower_as_collective
+
 _library = torch.library.Library("hsap", "FRAGMENT")
 
 
@@ -170,16 +172,22 @@ SHARE = _define(
 # --- rows to ranks ------------------------------------------------------------------------------------
 
 
-def _all_to_all(x: torch.Tensor, splits: torch.Tensor, rows: int, reverse: bool, group: str) -> torch.Tensor:
-    """Send ``splits[0, r]`` rows of ``x`` (N, ...) to rank r, in order, and return the ``splits[1, r]``
-    rows that come from each; zero rows fill the result up to ``rows``.  ``reverse`` sends the other way."""
+def _start(x: torch.Tensor, splits: torch.Tensor, rows: int, reverse: bool, group: str) -> torch.Tensor:
     outgoing, incoming = splits.tolist()
     if reverse:
         outgoing, incoming = incoming, outgoing
-    sent = x[: sum(outgoing)].contiguous()
-    received = _c10d.wait_tensor(_c10d.all_to_all_single(sent, incoming, outgoing, group))
-    missing = rows - received.shape[0]
-    return torch.nn.functional.pad(received, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else received
+    if sum(incoming) != rows or sum(outgoing) != x.shape[0]:
+        raise ValueError(
+            f"hsap::all_to_all: splits send {sum(outgoing)} rows and receive {sum(incoming)}, "
+            f"but x has {x.shape[0]} rows and the result {rows}; pass the tables of one plan"
+        )
+    return _c10d.all_to_all_single(x.contiguous(), incoming, outgoing, group)
+
+
+def _all_to_all(x: torch.Tensor, splits: torch.Tensor, rows: int, reverse: bool, group: str) -> torch.Tensor:
+    """Send ``splits[0, r]`` rows of ``x`` (N, ...) to rank r, in order, and return the ``splits[1, r]``
+    rows that come from each, ``rows`` in all.  ``reverse`` sends the other way."""
+    return _c10d.wait_tensor(_start(x, splits, rows, reverse, group))
 
 
 def _all_to_all_fake(x: Any, splits: Any, rows: Any, reverse: bool, group: str) -> Any:
@@ -204,3 +212,14 @@ ALL_TO_ALL = _define(
     _all_to_all_backward,
     _all_to_all_setup,
 )
+
+# all_to_all = wait(start), and so is sum_ranks: apart, other work goes on in between.  They have no gradient:
+# graphs that have been differentiated are rewritten to them (passes/overlap.py).
+ALL_TO_ALL_START = _define(
+    "all_to_all_start(Tensor x, Tensor splits, SymInt rows, bool reverse, str group) -> Tensor",
+    _start,
+    _all_to_all_fake,
+)
+ALL_REDUCE_START = _c10d.all_reduce.default
+WAIT = _c10d.wait_tensor.default
+lower_as_collective(ALL_TO_ALL_START)

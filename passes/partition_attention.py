@@ -1,14 +1,17 @@
 """Pass 6: every canonical attention -> exchanges and one operator over this rank's slices.
 
 before: o = attention(q, k, v)                             (B, H, n, D): this rank's tokens, all heads
-after:  q, k, v = all_to_all(heads of q, k, v)             (B * N, H / g, D): the group's tokens, own heads
+after:  a, s = tokens of documents that this rank has whole, and the others
+        o_a = attend(q[a], k[a], v[a], slices of a)        all heads, nothing is sent
+        q, k, v = all_to_all(heads of q, k, v [s])         (B * N, H / g, D): the group's s, own heads
         k', v' = all_to_all(k, v [rows other groups need]) (C, Hkv / g, D)
-        o = attend(q, k, v, k', v', slices)
-        o = all_to_all(o) back                             (B, H, n, D)
+        o_s = attend(q, k, v, k', v', slices)
+        o = cat(o_a, all_to_all(o_s) back)                 (B, H, n, D)
 
-g is the size of a group (IntraSP), N its tokens, C the rows received from other groups (InterSP).  An
-exchange whose level has size 1 is not there.  Key/value heads that g does not divide are repeated just
-enough.  What differs between ranks and batches is in tables, which the new graph takes as inputs.
+g is the size of a group (IntraSP), N its tokens that take part, C the rows received from other groups
+(InterSP).  An exchange whose level has size 1 is not there; where g is 1, all tokens are s.  Key/value heads
+that g does not divide are repeated just enough.  What differs between ranks and batches is in tables, which
+the new graph takes as inputs; each part of it may be empty.
 """
 
 from __future__ import annotations
@@ -34,12 +37,18 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class PlannedMask:
-    """One of the graph's distinct masks.  ``leaves``: the nodes its formulas read; ``plannable``: whether
-    they are computed from inputs alone, so that the host can read them before the step."""
+    """One of the graph's distinct masks.  ``leaves``: the nodes its formulas read, None for those that only
+    the logits need; ``plannable``: whether they are computed from inputs alone, so that the host can read
+    them before the step."""
 
     mask: Mask
-    leaves: tuple[Node, ...]
+    leaves: tuple[Node | None, ...]
     plannable: bool
+
+    @property
+    def read(self) -> list[Node]:
+        """What the host reads."""
+        return [leaf for leaf in self.leaves if leaf is not None] if self.plannable else []
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def partition_attention(
         key = (operands[4], leaves)
         if key not in keys:
             keys.append(key)
-            planned.append(PlannedMask(mask, leaves, _from_inputs(leaves)))
+            planned.append(_planned(mask, leaves))
         batch = int(operands[0].meta["val"].shape[0])
         with module.graph.inserting_before(site):
             build = Builder(module.graph, mode, site)
@@ -122,7 +131,13 @@ def _over(site: Node, tokens: sympy.Expr) -> bool:
     return all(expr_of(x.meta["val"].shape[2]) == tokens for x in operands[:2])
 
 
-def _from_inputs(leaves: tuple[Node, ...]) -> bool:
+def _planned(mask: Mask, leaves: tuple[Node, ...]) -> PlannedMask:
+    structural = {i for expr in mask.structure for i in formula.leaves_of(expr)}
+    read = tuple(leaf if i in structural else None for i, leaf in enumerate(leaves))
+    return PlannedMask(mask, read, _from_inputs([leaf for leaf in read if leaf is not None]))
+
+
+def _from_inputs(leaves: list[Node]) -> bool:
     return not any(
         (n.op == "placeholder" and (n.meta.get("parameter") or "table" in n.meta))
         or n.target in (exchange.GATHER, exchange.SUM_RANKS, exchange.BROADCAST, exchange.SHARD)
@@ -154,19 +169,33 @@ class _Site:
             )
 
     def rewritten(self) -> Node:
-        build = self.build
+        build, operands = self.build, (self.q, self.k, self.v)
         n = build.size(self.q, 2)
-        if self.mesh.intra > 1:
-            q, k, v, rows = self._heads_in(n)
-        else:
-            q, k, v = (self._rows(x) for x in (self.q, self.k, self.v))
-            rows = n
+        if self.mesh.intra == 1:
+            return self._columns(self._shared([self._rows(x) for x in operands], n), n)
+        alone = build.size(self._alone_columns(), 0)
+        shared = build(operator.sub, n, alone)
+        parts = [
+            [build(aten.narrow.default, x, 2, *part) for x in operands]
+            for part in ((0, alone), (alone, shared))
+        ]
+        out_alone = self._columns(self._attend_alone([self._rows(x) for x in parts[0]], alone), alone)
+        rows = build.size(self._group_columns(), 0)
+        out = self._shared(self._heads_in(parts[1], shared, rows), rows)
+        return build(aten.cat.default, [out_alone, self._heads_out(out, shared, rows)], 2)
+
+    def _shared(self, operands: list[Node], rows: Any) -> Node:
+        """(B * rows, heads, Dv): the attention of the tokens that other ranks have a part in."""
+        q, k, v = operands
         k_remote, v_remote = self._needed_rows(k, v) if self.mesh.inter > 1 else (None, None)
-        out = self._attend(q, k, v, k_remote, v_remote, rows)
-        if self.mesh.intra > 1:
-            return self._heads_out(out, n, rows)
-        shape = [self.batch, n, self.heads, self.widths[2]]
-        return build(aten.permute.default, build(aten.reshape.default, out, shape), [0, 2, 1, 3])
+        slices = self.tables((self.index, "slices"), torch.zeros(11, 7, dtype=torch.int64), (0,))
+        columns = self._group_columns() if self.mesh.size > 1 else None
+        return self._attend(q, k, v, k_remote, v_remote, slices, columns, rows)
+
+    def _attend_alone(self, operands: list[Node], rows: Any) -> Node:
+        q, k, v = operands
+        slices = self.tables((self.index, "alone_slices"), torch.zeros(13, 7, dtype=torch.int64), (0,))
+        return self._attend(q, k, v, None, None, slices, self._alone_columns(), rows)
 
     def traffic(self) -> Traffic:
         g, size = self.mesh.intra, self.q.meta["val"].dtype.itemsize
@@ -183,8 +212,17 @@ class _Site:
         heads, width = (int(s) for s in x.meta["val"].shape[1::2])
         return build(aten.reshape.default, moved, [-1, heads, width])
 
+    def _columns(self, out: Node, n: Any) -> Node:
+        """(B * n, H, D) -> (B, H, n, D)."""
+        heads, width = (int(s) for s in out.meta["val"].shape[1:])
+        shaped = self.build(aten.reshape.default, out, [self.batch, n, heads, width])
+        return self.build(aten.permute.default, shaped, [0, 2, 1, 3])
+
     def _group_columns(self) -> Node:
         return self.tables("group_columns", torch.arange(5), (0,))
+
+    def _alone_columns(self) -> Node:
+        return self.tables("alone_columns", torch.arange(3), (0,))
 
     def _head_splits(self) -> Node:
         return self.tables("head_splits", torch.zeros(2, self.mesh.size, dtype=torch.int64), ())
@@ -198,11 +236,11 @@ class _Site:
             if per_head % r == 0 and (self.kv_heads * r) % self.mesh.intra == 0
         )
 
-    def _heads_in(self, n: Any) -> tuple[Node, Node, Node, Any]:
+    def _heads_in(self, operands: list[Node], n: Any, rows: Any) -> list[Node]:
         build, g = self.build, self.mesh.intra
         repeats = self._repeats()
         packed, widths, heads = [], [], []
-        for x, repeat in ((self.q, 1), (self.k, repeats), (self.v, repeats)):
+        for x, repeat in zip(operands, (1, repeats, repeats), strict=True):
             count, width = (int(s) for s in x.meta["val"].shape[1::2])
             if repeat > 1:
                 grown = build(aten.unsqueeze.default, x, 2)
@@ -214,7 +252,6 @@ class _Site:
             widths.append(self.batch * (count // g) * width)
             heads.append(count // g)
             packed.append(build(aten.reshape.default, moved, [build(operator.mul, n, g), widths[-1]]))
-        rows = build.size(self._group_columns(), 0)
         sent = build(aten.cat.default, packed, 1)
         got = build(exchange.ALL_TO_ALL, sent, self._head_splits(), rows, False, self.group)
         parts = build(aten.split_with_sizes.default, got, widths, 1)
@@ -224,7 +261,7 @@ class _Site:
             part = build(aten.reshape.default, part, [rows, self.batch, count, width])
             moved = build(aten.permute.default, part, [1, 0, 2, 3])
             result.append(build(aten.reshape.default, moved, [-1, count, width]))
-        return result[0], result[1], result[2], rows
+        return result
 
     def _heads_out(self, out: Node, n: Any, rows: Any) -> Node:
         build, g = self.build, self.mesh.intra
@@ -260,10 +297,18 @@ class _Site:
         return self.tables((self.index, "remote"), torch.zeros(9, 2, dtype=torch.int64), (0,))
 
     def _attend(
-        self, q: Node, k: Node, v: Node, k_remote: Node | None, v_remote: Node | None, rows: Any
+        self,
+        q: Node,
+        k: Node,
+        v: Node,
+        k_remote: Node | None,
+        v_remote: Node | None,
+        slices: Node,
+        columns: Node | None,
+        rows: Any,
     ) -> Node:
+        """``columns`` (rows,) of the batch that the rows of q, k, v are; None: all, in order."""
         build = self.build
-        slices = self.tables((self.index, "slices"), torch.zeros(11, 7, dtype=torch.int64), (0,))
         mask: Mask = self.site.meta["mask"]
         leaves: list[Node] = list(self.leaves)
         positions, remote, heads, logits = None, None, None, ""
@@ -272,7 +317,11 @@ class _Site:
             leaves = []
         else:
             logits = formula.dumps(mask.logits)
-            positions, heads, tokens = self._positions(q, rows), self._head_numbers(q), self._tokens()
+            positions, heads, tokens = (
+                self._positions(q, columns, rows),
+                self._head_numbers(q),
+                self._tokens(),
+            )
             remote = self._remote() if k_remote is not None else None
         result = build(
             attention.OP, q, k, v, k_remote, v_remote, slices, positions, remote, heads, leaves, logits,
@@ -280,12 +329,10 @@ class _Site:
         )  # fmt: skip
         return build(operator.getitem, result, 0)
 
-    def _positions(self, q: Node, rows: Any) -> Node:
-        """(B * N, 2): batch row and column of every query row."""
+    def _positions(self, q: Node, columns: Node | None, rows: Any) -> Node:
+        """(B * rows, 2): batch row and column of every query row."""
         build, device = self.build, q.meta["val"].device
-        if self.mesh.size > 1:
-            columns = self._group_columns()
-        else:
+        if columns is None:
             columns = build(aten.arange.default, rows, dtype=torch.int64, device=device)
         batch = build(aten.arange.default, self.batch, dtype=torch.int64, device=device)
         grid = [self.batch, rows]
@@ -294,10 +341,11 @@ class _Site:
         return build(aten.reshape.default, build(aten.stack.default, [b, c], 2), [-1, 2])
 
     def _head_numbers(self, q: Node) -> Node:
+        """The numbers of q's heads among all: this rank's part of them, or all."""
         build, device = self.build, q.meta["val"].device
         count = int(q.meta["val"].shape[1])
         heads = build(aten.arange.default, count, dtype=torch.int64, device=device)
-        if self.mesh.intra == 1:
+        if count == self.heads:
             return heads
         position = self.tables("position", torch.zeros(1, dtype=torch.int64), ())
         return build(aten.add.Tensor, heads, build(aten.mul.Tensor, position, count))

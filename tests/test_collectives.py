@@ -21,6 +21,7 @@ NAMES = {
     exchange.SUM_RANKS: "sum_ranks", exchange.BROADCAST: "broadcast", exchange.SHARE: "share",
 }  # fmt: skip
 PACK = [[5, 1, 9, 4, 8]]
+PARAMETERS = 28  # of "nano", each summed over the ranks in the backward
 
 
 def in_graph(result: Simulated) -> Counter[str]:
@@ -54,12 +55,16 @@ def test_exchanges_of_an_attention(mesh: tuple[int, int], exchanges: int) -> Non
     result = simulate(traced(build("nano"), batch("nano", PACK)), *mesh, outputs="local")
     layers = 2
     # one sum_ranks: the numerator and the denominator of the loss together
-    assert in_graph(result) == {"all_to_all": exchanges * layers, "sum_ranks": 1}
+    assert in_graph(result) == {
+        "all_to_all": exchanges * layers,
+        "sum_ranks": 1,
+        "broadcast": PARAMETERS,
+    }
 
 
 def test_whole_outputs_are_gathered_once() -> None:
     result = simulate(traced(build("nano"), batch("nano", PACK)), 2, 1)
-    assert in_graph(result) == {"all_to_all": 2, "sum_ranks": 1, "gather": 1}
+    assert in_graph(result) == {"all_to_all": 2, "sum_ranks": 1, "gather": 1, "broadcast": PARAMETERS}
 
 
 def test_one_rank_exchanges_nothing() -> None:
@@ -77,13 +82,10 @@ def test_backward_mirrors_forward(mesh: tuple[int, int], monkeypatch: pytest.Mon
     assert forward == {"all_to_all_single": exchanges, "all_reduce": ranks, "all_gather_into_tensor": ranks}
     with at_run_time(monkeypatch) as both:
         simulate(of, *mesh, outputs="local")
-    assert both - forward == {
-        "all_to_all_single": exchanges,
-        "all_reduce": ranks,
-    }  # all gradients in one bucket
+    assert both - forward == {"all_to_all_single": exchanges, "all_reduce": PARAMETERS * ranks}
     with at_run_time(monkeypatch) as shares:
         simulate(of, *mesh, outputs="local", grad_sync=False)
-    assert both - shares == {"all_reduce": ranks}
+    assert both - shares == {"all_reduce": PARAMETERS * ranks}
 
 
 @pytest.mark.parametrize("rows", [[[5, 1, 9, 4, 8]], [[27]], [[1] * 27], [[20, 7], [3, 24]]], ids=str)
@@ -104,6 +106,31 @@ def test_only_needed_rows_travel(mesh: tuple[int, int], rows: list[list[int]]) -
                     pairs[:, tables[to].group_columns][:, :, tables[source].group_columns].any(1).sum()
                 )
             assert tables[source].masks[0].splits[0, to] == tables[to].masks[0].splits[1, source] == needed
+
+
+def rows_to_others(patch: pytest.MonkeyPatch, rows: list[list[int]], mesh: tuple[int, int]) -> list[int]:
+    """The rows that a rank sends to others in each all-to-all of a forward, all ranks together."""
+    sent: dict[int, list[int]] = {}
+    original = torch.ops._c10d_functional.all_to_all_single
+
+    def counted(x: Any, incoming: list[int], outgoing: list[int], group: str) -> Any:
+        rank = torch.distributed.get_rank()
+        sent.setdefault(rank, []).append(sum(outgoing) - outgoing[rank])
+        return original(x, incoming, outgoing, group)
+
+    of = traced(build("nano"), batch("nano", rows))
+    with patch.context() as inside:
+        inside.setattr(torch.ops._c10d_functional, "all_to_all_single", counted)
+        simulate(of, *mesh, backward=False)
+    return [sum(calls) for calls in zip(*sent.values(), strict=True)]
+
+
+def test_only_documents_of_several_ranks_exchange_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks of eight tokens: documents of eight send nothing, one of sixteen its own tokens' heads."""
+    assert rows_to_others(monkeypatch, [[8, 8, 8, 8]], (1, 4)) == [0, 0] * 2
+    assert rows_to_others(monkeypatch, [[32]], (1, 4)) == [32 * 3, 32 * 3] * 2
+    assert rows_to_others(monkeypatch, [[8, 16, 8]], (1, 2)) == [16, 16] * 2
+    assert rows_to_others(monkeypatch, [[8, 8, 8, 8]], (2, 2)) == [0, 0, 0] * 2
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (4, 1), (2, 2)], ids=str)

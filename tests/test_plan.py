@@ -48,16 +48,21 @@ def check(
     tables = [plan.tables(r) for r in range(mesh.size)] if tables is None else tables
     tokens, batch = masks[0].tokens, masks[0].batch
     check_columns(mesh, tokens, tables)
+    assert plan.exchanged.tolist() == [len(t.columns) - t.alone for t in tables]
     for i, mask in enumerate(masks):
+        check_alone(mask, tables)
         check_rows(mask, mesh, tables, i)
         sent = np.stack([t.masks[i].splits[0] for t in tables])
         assert np.array_equal(plan.masks[i].rows_sent, sent)
+        want = wanted(mask)
         for r, t in enumerate(tables):
-            member = wanted(mask)[:, t.group_columns]
-            assert plan.masks[i].area[r] == member.sum()
+            alone, shared = t.columns[: t.alone], t.group_columns
+            assert plan.masks[i].area[r] == want[:, alone].sum() + want[:, shared].sum() / mesh.intra
             remote = t.masks[i].remote[: t.masks[i].splits[1].sum()]
-            rows = [(b, c) for b in range(batch) for c in t.group_columns]
+            rows = [(b, c) for b in range(batch) for c in shared]
             check_slices(mask, rows, rows + [tuple(x) for x in remote.tolist()], t.masks[i].slices)
+            rows = [(b, c) for b in range(batch) for c in alone]
+            check_slices(mask, rows, rows, t.masks[i].alone_slices)
 
 
 def check_columns(mesh: MeshShape, tokens: int, tables: Sequence[RankTables]) -> None:
@@ -65,16 +70,26 @@ def check_columns(mesh: MeshShape, tokens: int, tables: Sequence[RankTables]) ->
     laid = np.full(mesh.size * longest, -1)
     for r, t in enumerate(tables):
         assert len(t.columns) == tokens // mesh.size + (r < tokens % mesh.size)
-        assert np.all(np.diff(t.columns) > 0)
+        assert np.all(np.diff(t.columns[: t.alone]) > 0) and np.all(np.diff(t.columns[t.alone :]) > 0)
+        assert mesh.intra > 1 or t.alone == 0
         laid[r * longest : r * longest + len(t.columns)] = t.columns
         group = mesh.groups[mesh.group_of(r)[0]]
-        assert np.array_equal(np.concatenate([tables[m].columns for m in group]), t.group_columns)
-        assert np.all(np.diff(t.group_columns) > 0)
+        shared = [tables[m].columns[tables[m].alone :] for m in group]
+        assert np.array_equal(np.concatenate(shared), t.group_columns)
         for m in range(mesh.size):
-            own = (len(t.columns), len(tables[m].columns)) if m in group else (0, 0)
-            assert tuple(t.head_splits[:, m]) == own
+            mine = (len(t.columns) - t.alone, len(tables[m].columns) - tables[m].alone)
+            assert tuple(t.head_splits[:, m]) == (mine if m in group else (0, 0))
     for t in tables:
         assert np.array_equal(laid[t.order], np.arange(tokens))
+
+
+def check_alone(mask: Attended, tables: Sequence[RankTables]) -> None:
+    """Alone columns attend to, and are attended from, alone columns of their rank only."""
+    holder = np.full(mask.tokens, -1)
+    for r, t in enumerate(tables):
+        holder[t.columns[: t.alone]] = r
+    apart = (holder[:, None] != holder[None, :])[None]
+    assert not (wanted(mask) & apart).any()
 
 
 def check_rows(mask: Attended, mesh: MeshShape, tables: Sequence[RankTables], i: int) -> None:
@@ -91,14 +106,14 @@ def check_rows(mask: Attended, mesh: MeshShape, tables: Sequence[RankTables], i:
             assert n == mine.splits[1, other]
             assert n == 0 or (mesh.group_of(other)[1] == position and mesh.group_of(other)[0] != group)
             start = int(theirs.splits[0, :r].sum())
-            b, index = np.divmod(theirs.send_rows[start : start + n], len(u.group_columns))
+            b, index = np.divmod(theirs.send_rows[start : start + n], max(1, len(u.group_columns)))
             part = list(zip(b.tolist(), u.group_columns[index].tolist(), strict=True))
             assert part == sorted(part)
             got += part
         assert got == [tuple(x) for x in mine.remote[: mine.splits[1].sum()].tolist()]
         assert sorted(got) == [tuple(x) for x in np.argwhere(need).tolist()]
-        assert len(mine.send_rows) == max(2, mine.splits[0].sum())
-        assert len(mine.remote) == max(2, mine.splits[1].sum())
+        assert len(mine.send_rows) == mine.splits[0].sum()
+        assert len(mine.remote) == mine.splits[1].sum()
 
 
 def check_slices(
@@ -107,7 +122,6 @@ def check_slices(
     """Each wanted pair of the group's query rows is in one slice, which holds others only for a formula."""
     may, want = allowed(mask), wanted(mask)
     seen = np.zeros_like(may, np.int64)
-    assert len(slices) >= 2
     real = slices[slices[:, 1] > slices[:, 0]]
     assert np.all(slices[len(real) :] == 0)
     assert real[:, [0, 2]].tolist() == sorted(real[:, [0, 2]].tolist())
@@ -131,7 +145,7 @@ def check_slices(
         assert kind == MOD or not mask.residual
         seen[block] += inside
     held = np.zeros(may.shape[:2], np.bool_)
-    held[tuple(np.array(rows).T)] = True
+    held[tuple(np.array(rows, np.int64).reshape(-1, 2).T)] = True
     assert np.all(seen[want & held[:, :, None]] == 1), "a pair that is missing or twice"
     assert seen.max() <= 1 and not seen[~held].any()
     assert not seen[held & ~want.any(axis=2)].any(), "a row that attends to nothing"
@@ -179,10 +193,60 @@ def test_a_document_whole_on_a_group_is_one_slice(lo):
     assert plan.masks[0].rows_sent.sum() == 0
 
 
+def test_three_levels():
+    """The documents of 8 tokens are alone on a rank each; the one of 32 exchanges heads in its group."""
+    mask = packed(8, 8, 8, 8, 32)
+    mesh = mesh_of(1, 2)
+    plan = make([mask], mesh)
+    tables = [plan.tables(r) for r in range(2)]
+    assert [t.alone for t in tables] == [16, 16] and plan.exchanged.tolist() == [16, 16]
+    assert tables[0].group_columns.tolist() == list(range(32, 64))
+    assert plan.area.tolist() == [2 * 36 + 32 * 33 / 4] * 2
+    for t in tables:
+        assert t.masks[0].slices[:, :5].tolist() == [[0, 32, 0, 32, CAUSAL]]
+        assert t.masks[0].alone_slices[:, :5].tolist() == [[0, 8, 0, 8, CAUSAL], [8, 16, 8, 16, CAUSAL]]
+        assert t.head_splits.tolist() == [[16, 16], [16, 16]]
+
+
+def test_contiguous_documents_are_alone_where_they_happen_to_lie_on_one_rank():
+    plan = make([packed(4, 8, 10, 2)], mesh_of(1, 2), "contiguous")
+    assert [t.alone for t in map(plan.tables, (0, 1))] == [12, 12]
+    plan = make([packed(4, 10, 8, 2)], mesh_of(1, 2), "contiguous")
+    tables = [plan.tables(r) for r in (0, 1)]
+    assert [t.alone for t in tables] == [4, 10]
+    assert tables[1].columns.tolist() == [*range(14, 24), 12, 13]
+    assert tables[0].group_columns.tolist() == list(range(4, 14))
+
+
+def test_nothing_is_alone_where_a_query_attends_to_its_whole_row():
+    valid = np.arange(24)[None] < 20
+    hard = packed(4, 8, 8, 4, key_valid=valid)
+    assert make([hard], mesh_of(1, 2)).exchanged.sum() < 24
+    soft = packed(4, 8, 8, 4, key_valid=valid, soft=True)
+    assert make([soft], mesh_of(1, 2)).exchanged.tolist() == [12, 12]
+
+
+def test_documents_of_other_rows_and_masks_keep_a_column_from_being_alone():
+    """Rows cut at 4 and at 6 are one unit of 8 columns; a second mask joins the rest of the row to it."""
+    labels = np.array([[0] * 4 + [1] * 4 + [2] * 8, [0] * 6 + [1] * 2 + [2] * 8])
+    rows = Attended(2, 16, labels, lo=0)
+    assert make([rows], mesh_of(1, 2), "contiguous").exchanged.tolist() == [0, 0]
+    assert make([rows, Attended(2, 16, hi=2, lo=0)], mesh_of(1, 2), "contiguous").exchanged.tolist() == [8, 8]
+    shifted = Attended(2, 16, np.roll(labels, 1, axis=1), lo=0)
+    assert make([shifted], mesh_of(1, 2), "contiguous").exchanged.tolist() == [8, 8]
+
+
+def runs(plan: Plan, rank: int) -> list[list[int]]:
+    """[start, stop) of each run of a rank's columns."""
+    columns = plan.tables(rank).columns
+    parts = np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1)
+    return [[int(part[0]), int(part[-1]) + 1] for part in parts]
+
+
 def test_zigzag_halves():
     plan = make([packed(800)], mesh_of(4, 1))
     assert plan.balance < 1.01
-    assert [r.tolist() for r in plan.placement.runs] == [
+    assert [runs(plan, r) for r in range(4)] == [
         [[0, 100], [700, 800]],
         [[100, 200], [600, 700]],
         [[200, 300], [500, 600]],
@@ -254,17 +318,31 @@ def break_a_kind(t):
     return dataclasses.replace(t, slices=slices)
 
 
+def break_an_alone_slice(t):
+    slices = t.alone_slices.copy()
+    slices[0, 1] += 1
+    return dataclasses.replace(t, alone_slices=slices)
+
+
 def break_a_received_row(t):
     remote = t.remote.copy()
     remote[0, 1] += 1
     return dataclasses.replace(t, remote=remote)
 
 
-@pytest.mark.parametrize(
-    "mutate", [break_send_order, break_a_slice, break_by_doubling, break_a_kind, break_a_received_row]
-)
+BREAKS = [
+    break_send_order,
+    break_a_slice,
+    break_by_doubling,
+    break_a_kind,
+    break_a_received_row,
+    break_an_alone_slice,
+]
+
+
+@pytest.mark.parametrize("mutate", BREAKS)
 def test_the_checker_finds_a_broken_plan(mutate):
-    masks, mesh = [packed(40)], mesh_of(2, 1)
+    masks, mesh = [packed(40, 4, 4, 4, 4)], mesh_of(2, 2)
     plan = make(masks, mesh)
     tables = [plan.tables(r) for r in range(mesh.size)]
     check(masks, mesh, plan, tables)

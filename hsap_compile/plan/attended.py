@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 UNBOUNDED = 2**31  # a band limit that never binds; S is smaller
 

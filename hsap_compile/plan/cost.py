@@ -78,7 +78,7 @@ class CostModel:
         return self.linear_flops_per_token * tokens / self.linear_flops_per_s
 
 
-#: H100 SXM, bf16: NVLink 4 900 GB/s both ways and InfiniBand NDR 400 Gb/s a GPU (NVIDIA data sheets), taken at
+#: H100 SXM, bf16: NVLink 4 900 GB/s both ways and InfiniBand NDR 400 Gb/s a GPU (NVIDIA data sheets), at
 #: 70 %; dense bf16 989 TFLOP/s, of which matrix products reach 60 % and flash attention 40 %.
 H100 = CostModel(
     intra=Link(latency_s=20e-6, bandwidth_bytes_per_s=0.7 * 450e9),

@@ -10,11 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from hsap_compile.plan.attended import Area, Attended, Ints, Structure, area, structure, union
+from hsap_compile.plan.attended import (
+    Area,
+    Attended,
+    Bools,
+    Ints,
+    Structure,
+    area,
+    structure,
+    unanswered,
+    union,
+)
 
 Kind = Literal["balanced", "contiguous"]
 
@@ -61,6 +72,14 @@ class MeshShape:
     def size(self) -> int:
         return self.inter * self.intra
 
+    @cached_property
+    def group(self) -> Ints:
+        """(P,) int64 group of each rank."""
+        result = np.empty(self.size, np.int64)
+        for i, ranks in enumerate(self.groups):
+            result[list(ranks)] = i
+        return result
+
     def group_of(self, rank: int) -> tuple[int, int]:
         """(group, position in it) of a rank."""
         for i, group in enumerate(self.groups):
@@ -73,26 +92,65 @@ class MeshShape:
 class Placement:
     """Which columns each rank holds; the same for every batch row.
 
+    Columns are *alone* where every document of every row and mask that touches them lies on this one rank, so
+    that they take no part in any exchange, and *shared* where the group exchanges heads.  With `intra` 1 all
+    are shared.
+
     Attributes:
-        mesh: the ranks.
+        mesh: the ranks.  Rank r holds S // P + (r < S % P) columns.
         tokens: S.
-        runs: per group, (n, 2) int64 maximal column intervals [start, stop), ascending.
-        columns: per rank, (S // P or one more,) int64 ascending. Rank r holds S // P + (r < S % P) columns.
+        rank: (n,) int64 of each piece.  Pieces are sorted by group, position in it, alone before shared, and
+            start: as they lie on the ranks.
+        shared: (n,) bool.
+        start: (n,) int64 first column of each piece.
+        stop: (n,) int64 the column behind it.
     """
 
     mesh: MeshShape
     tokens: int
-    runs: tuple[Ints, ...]
-    columns: tuple[Ints, ...]
+    rank: Ints
+    shared: Bools
+    start: Ints
+    stop: Ints
+
+    @cached_property
+    def columns(self) -> tuple[Ints, ...]:
+        """Per rank, its columns: the alone ones, ascending, then the shared ones, ascending."""
+        return tuple(self.columns_of(r) for r in range(self.mesh.size))
+
+    def columns_of(self, rank: int) -> Ints:
+        """(n,) columns of one rank."""
+        i = self.rank == rank
+        return expand(self.start[i], self.stop[i])
 
     def group_columns(self, group: int) -> Ints:
-        """(N,) ascending columns of a group."""
-        return np.concatenate([self.columns[r] for r in self.mesh.groups[group]])
+        """(N,) shared columns of a group: of each member in turn, ascending."""
+        i = self.shared & (self.group == group)
+        return expand(self.start[i], self.stop[i])
+
+    @cached_property
+    def group(self) -> Ints:
+        """(n,) int64 group of each piece."""
+        return self.mesh.group[self.rank]
+
+    @cached_property
+    def alone(self) -> Ints:
+        """(P,) int64 alone columns of each rank."""
+        return self._counts(~self.shared)
+
+    @cached_property
+    def exchanged(self) -> Ints:
+        """(P,) int64 shared columns of each rank: they take part in the head exchange, where there is one."""
+        return self._counts(self.shared)
+
+    def _counts(self, pieces: Bools) -> Ints:
+        size = np.where(pieces, self.stop - self.start, 0)
+        return np.bincount(self.rank, weights=size, minlength=self.mesh.size).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """Where the rows of all groups lie: maximal intervals sorted along the row line. All (n,) int64."""
+    """Where rows lie: maximal intervals sorted along the row line. All (n,) int64."""
 
     group: Ints
     start: Ints
@@ -105,18 +163,33 @@ class Owned:
 
 
 def owned(placement: Placement, batch: int) -> Owned:
-    """The placement on the row line of a batch of `batch` rows."""
-    sizes = np.array([np.sum(r[:, 1] - r[:, 0]) for r in placement.runs])
-    group = np.repeat(np.arange(len(sizes)), [len(r) for r in placement.runs])
-    start, stop = np.concatenate(placement.runs).T
-    before = np.cumsum(stop - start) - (stop - start)
-    index = before - (np.cumsum(sizes) - sizes)[group]
+    """The shared rows of all groups, on the row line of a batch of `batch` rows."""
+    i = placement.shared
+    return _laid(placement, placement.group[i], placement.start[i], placement.stop[i], batch)
+
+
+def owned_alone(placement: Placement, rank: int, batch: int) -> Owned:
+    """The alone rows of one rank; `group` is 0."""
+    i = ~placement.shared & (placement.rank == rank)
+    return _laid(placement, np.zeros_like(placement.rank[i]), placement.start[i], placement.stop[i], batch)
+
+
+def _laid(placement: Placement, group: Ints, start: Ints, stop: Ints, batch: int) -> Owned:
+    """Pieces in the order of their group's row space, groups ascending."""
+    if len(start) == 0:
+        return Owned(group, start, stop, start)
+    touch = (start[1:] == stop[:-1]) & (group[1:] == group[:-1])
+    opens, closes = np.append(True, ~touch), np.append(~touch, True)
+    group, start, stop = group[opens], start[opens], stop[closes]
+    size = stop - start
+    total = np.bincount(group, weights=size).astype(np.int64)
+    index = np.cumsum(size) - size - (np.cumsum(total) - total)[group]
     order = np.argsort(start)
     group, start, stop, index = group[order], start[order], stop[order], index[order]
     row = np.repeat(np.arange(batch), len(group))
     group, start, stop, index = (np.tile(x, batch) for x in (group, start, stop, index))
     line = row * (placement.tokens + 1)
-    return Owned(group, line + start, line + stop, row * sizes[group] + index - line - start)
+    return Owned(group, line + start, line + stop, row * total[group] + index - line - start)
 
 
 def place(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced") -> Placement:
@@ -153,18 +226,76 @@ def place_structures(structures: Sequence[Structure], mesh: MeshShape, kind: Kin
             "use fewer ranks or a longer batch"
         )
     counts = tokens // ranks + (np.arange(ranks) < tokens % ranks)
-    shares = np.array([counts[list(group)].sum() for group in mesh.groups])
+    members = np.array(mesh.groups)
+    shares = counts[members].sum(axis=1)
     ends = np.cumsum(shares)
+    before = area(structures)
     if kind == "contiguous" or mesh.inter == 1:
         runs = tuple(np.array([[stop - n, stop]]) for n, stop in zip(shares, ends, strict=True))
     else:
-        runs = _balance(area(structures), _cuts(structures), shares)
-    columns: list[Ints] = [np.empty(0, np.int64)] * ranks
+        runs = _balance(before, _cuts(structures), shares)
+    units = _units(structures)
+    pieces = []
     for group, run in zip(mesh.groups, runs, strict=True):
-        held = expand(run[:, 0], run[:, 1])
-        for rank, part in zip(group, np.split(held, np.cumsum(counts[list(group)])[:-1]), strict=True):
-            columns[rank] = part
-    return Placement(mesh, tokens, runs, tuple(columns))
+        quota = counts[list(group)]
+        member = _whole(units, run, quota) if kind == "contiguous" else _apart(before, units, run, quota)
+        pieces.append(_members(np.array(group), quota, run, units, member))
+    rank, shared, start, stop = np.concatenate(pieces, axis=1)
+    return Placement(mesh, tokens, rank, shared.astype(np.bool_), start, stop)
+
+
+def _whole(units: Ints, run: Ints, quota: Ints) -> Ints:
+    """(K,) the member on whose contiguous part of `run` each unit lies whole, or -1."""
+    if len(quota) == 1:
+        return np.full(len(units) - 1, -1)
+    (begin, end), ends = run[0], run[0, 0] + np.cumsum(quota)
+    first = np.searchsorted(ends, units[:-1], side="right")
+    last = np.searchsorted(ends, units[1:], side="left")
+    return np.where((first == last) & (units[:-1] >= begin) & (units[1:] <= end), first, -1)
+
+
+def _apart(before: Area, units: Ints, run: Ints, quota: Ints) -> Ints:
+    """(K,) the member that holds each unit alone, or -1: the largest first, while none gets too much area."""
+    member = np.full(len(units) - 1, -1)
+    if len(quota) == 1:
+        return member
+    i = np.maximum(np.searchsorted(run[:, 0], units[:-1], side="right") - 1, 0)
+    inside = np.flatnonzero((units[:-1] >= run[i, 0]) & (units[1:] <= run[i, 1]))
+    sizes, areas = np.diff(units), np.diff(before.before(units))
+    mean = np.sum(before.before(run[:, 1]) - before.before(run[:, 0])) / len(quota)
+    room, load = quota.tolist(), [0] * len(quota)
+    for u in inside[np.lexsort((-sizes[inside], -areas[inside]))].tolist():
+        n, pairs = int(sizes[u]), int(areas[u])
+        fits = [m for m in range(len(room)) if room[m] >= n and load[m] + pairs <= SLACK * mean]
+        if fits:
+            m = min(fits, key=load.__getitem__)
+            member[u], room[m], load[m] = m, room[m] - n, load[m] + pairs
+    for u in inside[np.argsort(-areas[inside], kind="stable")].tolist():
+        m = load.index(max(load))  # an uneven rest is shared again
+        if load[m] - sum(load) / len(load) <= (SLACK - 1) * mean:
+            break
+        if member[u] == m:
+            member[u], load[m] = -1, load[m] - int(areas[u])
+    return member
+
+
+def _members(group: Ints, quota: Ints, run: Ints, units: Ints, member: Ints) -> Ints:
+    """(4, n) rank, shared, start, stop of one group's pieces; what no member has alone is cut in order."""
+    alone = np.flatnonzero(member >= 0)
+    at, begin, end = member[alone], units[alone], units[alone + 1]
+    left = quota - np.bincount(at, weights=end - begin, minlength=len(quota)).astype(np.int64)
+    # what is left of the runs lies between the alone units
+    start, stop = np.sort(np.append(run[:, 0], end)), np.sort(np.append(run[:, 1], begin))
+    start, stop = start[start < stop], stop[start < stop]
+    before, ends = np.cumsum(stop - start) - (stop - start), np.cumsum(left)
+    edges = np.unique(np.concatenate((before, [0], ends)))
+    i = np.searchsorted(before, edges[:-1], side="right") - 1
+    first = start[i] + edges[:-1] - before[i] if len(start) else edges[:0]
+    mine = np.searchsorted(ends, edges[:-1], side="right")
+    at, shared = np.append(at, mine), np.repeat([0, 1], [len(alone), len(mine)])
+    begin, end = np.append(begin, first), np.append(end, first + np.diff(edges))
+    order = np.lexsort((begin, shared, at))
+    return np.stack((group[at], shared, begin, end))[:, order]
 
 
 def expand(start: Ints, stop: Ints) -> Ints:
@@ -187,18 +318,37 @@ def _cuts(structures: Sequence[Structure]) -> Ints:
 
 def _boundaries(s: Structure) -> Ints:
     """Columns where a document of some row begins or ends, or several that interleave do."""
+    row, first, last = _hulls(s)
+    # a line twice as fine, on which documents that touch do not join
+    line = 2 * row * s.stride
+    start, stop = union(line + 2 * first, line + 2 * last - 1)
+    return np.concatenate((start, stop + 1)) // 2 % s.stride
+
+
+def _hulls(s: Structure) -> tuple[Ints, Ints, Ints]:
+    """(row, first column, the column behind the last) of every document."""
     runs = (s.queries, s.keys)
     row, start, stop, label = (
         np.concatenate([getattr(r, name) for r in runs]) for name in ("row", "start", "stop", "label")
     )
-    labels = int(label.max(initial=0)) + 1
-    first, last = np.full(labels, s.stride), np.zeros(labels, np.int64)
+    labels = int(label.max(initial=-1)) + 1
+    rows, first, last = np.zeros(labels, np.int64), np.full(labels, s.stride), np.zeros(labels, np.int64)
+    rows[label] = row
     np.minimum.at(first, label, start)
     np.maximum.at(last, label, stop)
-    # a line twice as fine, on which documents that touch do not join
-    line = 2 * row * s.stride
-    start, stop = union(line + 2 * first[label], line + 2 * last[label] - 1)
-    return np.concatenate((start, stop + 1)) // 2 % s.stride
+    some = first < last
+    return rows[some], first[some], last[some]
+
+
+def _units(structures: Sequence[Structure]) -> Ints:
+    """Columns from 0 to S between which no pair is attended: in no row, by no mask."""
+    tokens = structures[0].mask.tokens
+    ends = np.array([0, tokens])
+    if any(s.mask.soft and len(unanswered(s)[0]) for s in structures):
+        return ends  # some query attends to its whole row
+    _, first, last = np.concatenate([_hulls(s) for s in structures], axis=1)
+    start, stop = union(2 * first, 2 * last - 1)
+    return np.unique(np.concatenate((ends, start // 2, (stop + 1) // 2)))
 
 
 class _Fill:

@@ -1,7 +1,7 @@
 """The whole plan of one batch, and the tables that one rank's compiled graph takes as inputs.
 
 Every rank derives the same plan from the same masks, with no communication. Shapes: P ranks, S tokens a row,
-B rows, N columns of a group, T = ceil(S / P).
+B rows, N shared columns of a group, n_a alone columns of a rank, T = ceil(S / P).
 """
 
 from __future__ import annotations
@@ -12,37 +12,46 @@ from functools import cached_property
 
 import numpy as np
 
-from hsap_compile.plan.attended import Attended, Ints, Structure, area, structure
-from hsap_compile.plan.placement import Kind, MeshShape, Owned, Placement, expand, owned, place_structures
+from hsap_compile.plan.attended import Attended, Floats, Ints, Structure, area, structure
+from hsap_compile.plan.placement import (
+    Kind,
+    MeshShape,
+    Owned,
+    Placement,
+    expand,
+    owned,
+    owned_alone,
+    place_structures,
+)
 from hsap_compile.plan.slices import Buffer, slices
 from hsap_compile.plan.transfers import Transfers, transfers
-
-AT_LEAST = 2  # sizes 0 and 1 are special to torch.compile
 
 
 @dataclass(frozen=True, eq=False)
 class MaskTables:
-    """What one rank does for one mask. All int64.
+    """What one rank does for one mask. All int64; what there is nothing of has 0 rows.
 
     Attributes:
-        send_rows: (Cs,) rows to send, in the group's row space, where (b, i-th column of the group) is row
-            b * N + i. By destination rank, then by (b, column); padded with 0 to at least 2 entries.
-        splits: (2, P); [0, r] rows sent to rank r, [1, r] rows received from rank r, without the padding.
-        remote: (Cr, 2) (b, column) of each received row, by source rank, then by (b, column); padded with
-            (0, 0) to at least 2 entries.
-        slices: (M, 7) q_start, q_stop, k_start, k_stop, kind, lo, hi, sorted by q_start then k_start; padded
-            with empty slices to at least 2. Queries count rows of the group's row space; keys do too below
-            B * N, and B * N + j is the j-th received row. Query i may attend to key j, both counted from the
-            start of the slice, by its kind: FULL always; CAUSAL iff j <= i (such slices are square); BAND iff
-            lo <= i - j <= hi, +-2**31 for an unbounded side; MOD iff the mask's formula says so. Each allowed
-            pair is in exactly one slice. MOD occurs for residual and soft masks, and where labels or validity
-            interleave so much that there would be more than slices.MAX_EXACT other slices.
+        send_rows: (Cs,) rows to send, in the group's row space, where (b, i-th shared column of the group) is
+            row b * N + i. By destination rank, then by (b, column).
+        splits: (2, P); [0, r] rows sent to rank r, [1, r] rows received from rank r.
+        remote: (Cr, 2) (b, column) of each received row, by source rank, then by (b, column).
+        slices: (M, 7) q_start, q_stop, k_start, k_stop, kind, lo, hi, sorted by q_start then k_start.
+            Queries count rows of the group's row space; keys do too below B * N, and B * N + j is the j-th
+            received row. Query i may attend to key j, both counted from the start of the slice, by its kind:
+            FULL always; CAUSAL iff j <= i (such slices are square); BAND iff lo <= i - j <= hi, +-2**31 for
+            an unbounded side; MOD iff the mask's formula says so. Each allowed pair is in exactly one slice.
+            MOD occurs for residual and soft masks, and where labels or validity interleave so much that there
+            would be more than slices.MAX_EXACT other slices.
+        alone_slices: (Ma, 7) the same over the rank's alone rows, where (b, i-th alone column) is row
+            b * n_a + i, queries and keys.
     """
 
     send_rows: Ints
     splits: Ints
     remote: Ints
     slices: Ints
+    alone_slices: Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +59,9 @@ class RankTables:
     """What one rank holds and does. All int64.
 
     Attributes:
-        columns: (n,) this rank's columns, ascending.
-        group_columns: (N,) its group's columns, ascending.
+        columns: (n,) this rank's columns: the alone ones, ascending, then the shared ones, ascending.
+        alone: n_a, how many of them are alone; 0 in groups of 1.
+        group_columns: (N,) its group's shared columns, of each member in turn, ascending.
         order: (S,) position of each column in the concatenation over ranks 0..P-1 of their columns, each
             padded to T.
         head_splits: (2, P) rows of the head exchange within the group: [0, r] sent to and [1, r] received
@@ -60,6 +70,7 @@ class RankTables:
     """
 
     columns: Ints
+    alone: int
     group_columns: Ints
     order: Ints
     head_splits: Ints
@@ -68,7 +79,7 @@ class RankTables:
 
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
-    """What all ranks do for one mask."""
+    """What all ranks do for one mask. `owned` are the shared rows."""
 
     structure: Structure
     placement: Placement
@@ -86,13 +97,15 @@ class MaskPlan:
         return result
 
     @cached_property
-    def area(self) -> Ints:
-        """(P,) int64: attended pairs that the group of each rank computes, per head."""
+    def area(self) -> Floats:
+        """(P,) float64: attended pairs that each rank computes, times its share of the heads: all of them for
+        alone queries, 1 / intra for the group's shared ones."""
+        placement, mesh = self.placement, self.placement.mesh
         before = area([self.structure])
-        result = np.zeros(self.placement.mesh.size, np.int64)
-        for group, runs in zip(self.placement.mesh.groups, self.placement.runs, strict=True):
-            result[list(group)] = np.sum(before.before(runs[:, 1]) - before.before(runs[:, 0]))
-        return result
+        pairs = before.before(placement.stop) - before.before(placement.start)
+        alone = np.bincount(placement.rank, np.where(placement.shared, 0, pairs), mesh.size)
+        shared = np.bincount(placement.group, np.where(placement.shared, pairs, 0), mesh.inter)
+        return alone + shared[mesh.group] / mesh.intra
 
     @property
     def balance(self) -> float:
@@ -106,7 +119,7 @@ class MaskPlan:
         group, position = mesh.group_of(rank)
         peers = np.array(mesh.groups)[:, position]  # the rank of every group that this rank exchanges KV with
         own = self.owned.of(group)
-        rows = batch * int(np.sum(placement.runs[group][:, 1] - placement.runs[group][:, 0]))
+        rows = int(np.sum(own.stop - own.start))
 
         send = _by_rank(self.transfers.select(source=group), peers, by="to")
         i = np.searchsorted(own.start, send.start, side="right") - 1
@@ -120,7 +133,10 @@ class MaskPlan:
         splits = np.zeros((2, mesh.size), np.int64)
         splits[0, peers], splits[1, peers] = sent[group], sent[:, group]
         found = slices(self.structure, Buffer(own.start, own.stop, own.offset), _buffer(receive, rows))
-        return MaskTables(_padded(send_rows), splits, _padded(remote), _padded(found))
+        alone = owned_alone(placement, rank, batch)
+        nothing = Buffer(*[np.empty(0, np.int64)] * 3)
+        apart = slices(self.structure, Buffer(alone.start, alone.stop, alone.offset), nothing)
+        return MaskTables(send_rows, splits, remote, found, apart)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,14 +152,19 @@ class Plan:
     masks: tuple[MaskPlan, ...]
 
     @property
-    def area(self) -> Ints:
-        """(P,) int64: attended pairs of each rank's group, per head, summed over masks."""
+    def area(self) -> Floats:
+        """(P,) float64: attended pairs of each rank times its share of the heads, summed over masks."""
         return np.sum([m.area for m in self.masks], axis=0)
 
     @property
     def balance(self) -> float:
         """Largest area over mean area, all masks together; 1 is perfect."""
         return _balance(self.area)
+
+    @property
+    def exchanged(self) -> Ints:
+        """(P,) int64: columns of each rank that take part in its group's head exchange, if it has one."""
+        return self.placement.exchanged
 
     def tables(self, rank: int) -> RankTables:
         """The tables of one rank.
@@ -156,10 +177,11 @@ class Plan:
         group, _ = mesh.group_of(rank)
         members = list(mesh.groups[group])
         head_splits = np.zeros((2, mesh.size), np.int64)
-        head_splits[0, members] = len(placement.columns[rank])
-        head_splits[1, members] = [len(placement.columns[r]) for r in members]
+        head_splits[0, members] = self.exchanged[rank]
+        head_splits[1, members] = self.exchanged[members]
         return RankTables(
-            placement.columns[rank],
+            placement.columns_of(rank),
+            int(placement.alone[rank]),
             placement.group_columns(group),
             self._order,
             head_splits,
@@ -207,10 +229,5 @@ def _buffer(received: Transfers, base: int) -> Buffer:
     return Buffer(start[order], stop[order], offset[order])
 
 
-def _padded(rows: Ints) -> Ints:
-    missing = max(0, AT_LEAST - len(rows))
-    return np.concatenate((rows, np.zeros((missing, *rows.shape[1:]), np.int64)))
-
-
-def _balance(area: Ints) -> float:
+def _balance(area: Floats) -> float:
     return float(area.max() / area.mean()) if area.any() else 1.0

@@ -1,0 +1,30 @@
+"""Pass 6: the gradients of parameters are summed over the ranks.
+
+before: f(p)                   every rank's gradient of p is a share of the whole
+after:  f(broadcast(p))        whose transpose is the sum over ranks
+
+``shard_tokens`` marked the parameters (``meta["sum_gradient"]``).  The copy that broadcast makes is dropped,
+and the sums are put into buckets, once the graph is differentiated (``overlap``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule
+
+from hsap_compile.graph import Builder, placeholders
+from hsap_compile.kernels import exchange
+
+
+def sum_gradients(module: GraphModule, mode: Any, group: str) -> int:
+    """Rewrite ``module`` in place.  Returns how many parameters it concerns."""
+    marked = [n for n in placeholders(module) if n.meta.get("sum_gradient")]
+    first = next(n for n in module.graph.nodes if n.op != "placeholder")
+    with module.graph.inserting_before(first):
+        for node in marked:
+            users = set(node.users)
+            copy = Builder(module.graph, mode, node)(exchange.BROADCAST, node, group)
+            node.replace_all_uses_with(copy, delete_user_cb=users.__contains__)
+    module.recompile()
+    return len(marked)
