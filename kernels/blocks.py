@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsap_compile.kernels.attention import BAND, CAUSAL, MOD
+from hsap_compile.plan import RankTables
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,28 +37,32 @@ BLOCK_TABLES = (
 )
 
 
-def attention_tables(slices: Ints, rows: Ints, remote: Ints, received: int) -> dict[str, npt.NDArray[Any]]:
-    """What one attention on one rank takes as inputs, by name.
+def rank_tables(tables: RankTables, mask: int, batch: int) -> dict[str, npt.NDArray[Any]]:
+    """What the attentions of one mask on one rank take as inputs, by name.
 
-    Args:
-        slices: (M, 7) as ``plan.MaskTables.slices``: keys from R on are received rows.
-        rows: (R, 2) batch row and column of each own row.
-        remote: (C, 2) the same of each received row; rows from ``received`` on are padding.
-
-    Returns:
-        ``rows`` (128 Nq, 2) int64, padded with (ABSENT, 0); ``own_<table>`` for every name in
-        ``BLOCK_TABLES``, int32; and the same for received rows: ``remote_rows`` and ``remote_<table>``.
+    ``own_*`` are the rows of the rank's group, ``remote_*`` received keys for the same queries, ``alone_*``
+    the rows that take no part in exchanges.  Of each: ``rows`` (128 N, 2) int64 batch row and column of every
+    key, padded with (ABSENT, 0), and the tables of ``BLOCK_TABLES``.
     """
-    own = len(rows)
-    far = slices[:, 2] >= own
-    result: dict[str, npt.NDArray[Any]] = {"rows": _padded_rows(rows)}
-    for name, table in block_tables(slices[~far], own, own).items():
-        result[f"own_{name}"] = table
-    theirs = slices[far] - np.array([0, 0, own, own, 0, 0, 0])
-    result["remote_rows"] = _padded_rows(remote[:received])
-    for name, table in block_tables(theirs, own, received).items():
-        result[f"remote_{name}"] = table
+    made = tables.masks[mask]
+    own, alone = (_rows(batch, x) for x in (tables.group_columns, tables.columns[: tables.alone]))
+    far, shift = made.slices[:, 2] >= len(own), np.array([0, 0, len(own), len(own), 0, 0, 0])
+    parts = {
+        "own": (made.slices[~far], len(own), own),
+        "remote": (made.slices[far] - shift, len(own), made.remote),
+        "alone": (made.alone_slices, len(alone), alone),
+    }
+    result: dict[str, npt.NDArray[Any]] = {}
+    for part, (slices, queries, rows) in parts.items():
+        result[f"{part}_rows"] = _padded_rows(rows)
+        for name, table in block_tables(slices, queries, len(rows)).items():
+            result[f"{part}_{name}"] = table
     return result
+
+
+def _rows(batch: int, columns: Ints) -> Ints:
+    grid = np.meshgrid(np.arange(batch), columns, indexing="ij")
+    return np.stack(grid, axis=2).reshape(-1, 2)
 
 
 def _padded_rows(rows: Ints) -> Ints:

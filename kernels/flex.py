@@ -38,19 +38,29 @@ _NARROWEST = 16  # head size of Triton's matrix product
 _LOWEST = -1e30  # a finite logit this low masks: see _bottom
 
 
-def _table_examples() -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
+def _table_examples() -> dict[str, tuple[torch.Tensor, tuple[int, ...], int]]:
     rows = torch.zeros(AT_LEAST * BLOCK, 2, dtype=torch.int64)
     number, indices = (torch.zeros(s, dtype=torch.int32) for s in ((1, 1, 5), (1, 1, 5, 7)))
-    examples: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}
-    for side, name in (("own", "rows"), ("remote", "remote_rows")):
-        examples[name] = rows, (0,)
-        for table in BLOCK_TABLES:
-            examples[f"{side}_{table}"] = (indices, (2, 3)) if table.endswith("indices") else (number, (2,))
+    examples: dict[str, tuple[torch.Tensor, tuple[int, ...], int]] = {}
+    for part in ("own", "remote", "alone"):
+        examples[f"{part}_rows"] = rows, (0,), AT_LEAST * BLOCK
+        for name in BLOCK_TABLES:
+            example = (indices, (2, 3)) if name.endswith("indices") else (number, (2,))
+            examples[f"{part}_{name}"] = *example, AT_LEAST
     return examples
 
 
-#: An example and the dynamic dimensions of every table of ``blocks.attention_tables``.
+#: For every table of ``blocks.rank_tables``: an example, its dynamic dimensions, and their least size.
 TABLES = _table_examples()
+
+
+class Keys(NamedTuple):
+    """A part of an attention's keys: ``part`` names its tables (own, remote, alone); k (C, Hkv, D),
+    v (C, Hkv, Dv)."""
+
+    part: str
+    k: Node
+    v: Node
 
 
 class FlexAttention:
@@ -68,10 +78,7 @@ class FlexAttention:
         self,
         build: Builder,
         q: Node,
-        k: Node,
-        v: Node,
-        k_remote: Node | None,
-        v_remote: Node | None,
+        parts: Sequence[Keys],
         heads: Node | None,
         leaves: Sequence[Node],
         mask: Mask,
@@ -84,32 +91,26 @@ class FlexAttention:
         query without keys is -inf; that of one whose keys are all masked by a finite value is log(keys).
 
         Args:
-            q, k, v: (R, Hq, D), (R, Hkv, D), (R, Hkv, Dv).
-            k_remote, v_remote: (C, Hkv, D), (C, Hkv, Dv), or None.
+            q: (R, Hq, D); their rows are those of the keys of ``parts[0]``.
+            parts: one or two.
             heads: (Hq,) number of each head in the formula; needed when that reads ``h``.
             leaves: what the formula reads.
             tokens: S, a number or a node.
         """
-        formula_of = _Formula(build, mask, heads, tuple(leaves), tokens)
-        keys = [("own", k, v)]
-        if k_remote is not None and v_remote is not None:
-            keys.append(("remote", k_remote, v_remote))
-        padded = build(operator.mul, build.size(self.table("own_kv_num_blocks"), 2), BLOCK)
+        of = _Formula(build, mask, heads, tuple(leaves), tokens)
+        padded = build(operator.mul, build.size(self.table(f"{parts[0].part}_kv_num_blocks"), 2), BLOCK)
         queries = _heads_first(build, q, padded)
         answered = None
         if mask.soft:
-            detached = [build(aten.detach.default, x) for x in (q, *(x for _, *pair in keys for x in pair))]
-            first = _heads_first(build, detached[0], padded)
+            detached = _heads_first(build, build(aten.detach.default, q), padded)
             hard = []
-            for i, (side, _, _) in enumerate(keys):
-                k_, v_ = detached[1 + 2 * i], detached[2 + 2 * i]
-                hard.append(self._part(formula_of, first, padded, side, k_, v_, None, scale)[1])
+            for part, *pair in parts:
+                keys = Keys(part, *(build(aten.detach.default, x) for x in pair))
+                hard.append(self._part(of, detached, padded, parts[0].part, keys, None, scale)[1])
             answered = inline(build, _answered, *hard)
-        parts = [
-            self._part(formula_of, queries, padded, side, k_, v_, answered, scale) for side, k_, v_ in keys
-        ]
-        out, lse = parts[0] if len(parts) == 1 else inline(build, merge, *parts[0], *parts[1])
-        width = int(v.meta["val"].shape[2])
+        found = [self._part(of, queries, padded, parts[0].part, keys, answered, scale) for keys in parts]
+        out, lse = found[0] if len(found) == 1 else inline(build, merge, *found[0], *found[1])
+        width = int(parts[0].v.meta["val"].shape[2])
         return _rows(build, out, q, padded, width), _rows(build, lse, q, padded, None)
 
     def _part(
@@ -117,27 +118,26 @@ class FlexAttention:
         of: _Formula,
         queries: Node,
         padded: Node,
-        side: str,
-        k: Node,
-        v: Node,
+        first: str,
+        keys: Keys,
         answered: Node | None,
         scale: float,
     ) -> tuple[Node, Node]:
-        """The queries over one set of keys: (out (1, Hq, padded, Dv), lse (1, Hq, padded), natural)."""
-        build = of.build
-        tables = [self.table(f"{side}_{name}") for name in BLOCK_TABLES]
+        """The queries over one part: (out (1, Hq, padded, Dv), lse (1, Hq, padded), natural)."""
+        build, part = of.build, keys.part
+        tables = [self.table(f"{part}_{name}") for name in BLOCK_TABLES]
         padded_k = build(operator.mul, build.size(tables[4], 2), BLOCK)
-        key = (side, answered is None, queries.meta["val"].dtype, of.mask, of.heads, of.leaves, of.tokens)
+        key = (part, answered is None, queries.meta["val"].dtype, of.mask, of.heads, of.leaves, of.tokens)
         if key not in self._written:
-            rows = self.table("rows"), self.table("rows" if side == "own" else "remote_rows")
+            rows = self.table(f"{first}_rows"), self.table(f"{part}_rows")
             self._written[key] = of.mods(queries, *rows, answered)
         mods = self._written[key]
         score_mod, mask_mod = (_module(build, name) for name in (mods.score, mods.mask))
         result = build(
             flex_attention,
             queries,
-            _heads_first(build, k, padded_k),
-            _heads_first(build, v, padded_k),
+            _heads_first(build, keys.k, padded_k),
+            _heads_first(build, keys.v, padded_k),
             score_mod,
             flex_block_mask((padded, padded_k), tables, BLOCK, mask_mod),
             scale,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import sympy
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from hsap_compile import formula as f
 from hsap_compile._torch import FakeTensorMode, fake_table
 from hsap_compile.documents import attended
 from hsap_compile.graph import Builder
-from hsap_compile.kernels import blocks, flex
+from hsap_compile.kernels import flex
+from hsap_compile.kernels.blocks import rank_tables
 from hsap_compile.kernels.reference import attend_reference
 from hsap_compile.masks import normalise
 from hsap_compile.plan import MeshShape, make
@@ -99,22 +99,27 @@ def attention(
     for i, leaf in enumerate(case.leaves):
         nodes.append(given(f"leaf{i}", fake_table(mode, leaf, ()).requires_grad_(leaf.is_floating_point())))
     tables = {}
-    for name, (example, dims) in flex.TABLES.items():
-        if remote or not name.startswith("remote"):
-            if static:
-                size = 1280 if name == "rows" else 10
-                shape = [size if d in dims else n for d, n in enumerate(example.shape)]
-                example, dims = example.new_zeros(shape), ()
-            tables[name] = given(name, fake_table(mode, example, dims))
+    for name in table_names(remote):
+        example, dims, least = flex.TABLES[name]
+        if static:
+            size = 1280 if name == "own_rows" else 10
+            shape = [size if d in dims else n for d, n in enumerate(example.shape)]
+            example, dims = example.new_zeros(shape), ()
+        tables[name] = given(name, fake_table(mode, example, dims, least))
     mask, factor = normalise(case.logits)
     writer = flex.FlexAttention(tables.__getitem__, kernel_options)
-    q, k, v = (operands[n] for n in ("q", "k", "v"))
-    far = operands.get("k_remote"), operands.get("v_remote")
+    parts = [flex.Keys("own", operands["k"], operands["v"])]
+    if remote:
+        parts.append(flex.Keys("remote", operands["k_remote"], operands["v_remote"]))
     scale = factor * s.width**-0.5
-    module.graph.output(writer.attend(build, q, k, v, *far, heads, nodes, mask, s.tokens, scale))
+    module.graph.output(writer.attend(build, operands["q"], parts, heads, nodes, mask, s.tokens, scale))
     module.recompile()
     module.graph.lint()
     return module
+
+
+def table_names(remote: bool) -> list[str]:
+    return [name for name in flex.TABLES if name.startswith(("own", "remote") if remote else "own")]
 
 
 def reference(case: Case) -> list[Tensor]:
@@ -164,15 +169,12 @@ def by_ranks(run: Run, case: Case, ranks: int) -> list[Tensor]:
     leaf_sums = [torch.zeros(x.shape, dtype=torch.float64) for x in case.leaves]
     for rank in range(ranks):
         tables = plan.tables(rank)
-        at = np.stack(np.meshgrid(np.arange(s.batch), tables.group_columns, indexing="ij"), axis=2)
-        rows, remote = at.reshape(-1, 2), tables.masks[0].remote
-        received = int(tables.masks[0].splits[1].sum())
-        made = blocks.attention_tables(tables.masks[0].slices, rows, remote, received)
-        own, far = (tuple(torch.from_numpy(x).T) for x in (rows, remote))
-        arrived = (torch.arange(len(remote)) < received)[:, None, None]
-        inputs = [x[own] for x in (q, k, v)] + [x[far] * arrived for x in (k, v)]
+        made = rank_tables(tables, 0, s.batch)
+        own = tuple(torch.cartesian_prod(torch.arange(s.batch), torch.from_numpy(tables.group_columns)).T)
+        far = tuple(torch.from_numpy(tables.masks[0].remote).T)
+        inputs = [x[own] for x in (q, k, v)] + [x[far] for x in (k, v)]
         inputs += [torch.arange(s.heads), *case.leaves]
-        inputs += [torch.from_numpy(made[name]) for name in flex.TABLES]
+        inputs += [torch.from_numpy(made[name]) for name in table_names(True)]
         out, grads = run(inputs, grad[own])
         whole[own] = out
         for total, part in zip(sums, grads[:3], strict=True):
@@ -180,7 +182,7 @@ def by_ranks(run: Run, case: Case, ranks: int) -> list[Tensor]:
             total[own] += part
         for total, part in zip(sums[1:], grads[3:5], strict=True):
             assert part is not None
-            total.index_put_(far, part * arrived, accumulate=True)
+            total.index_put_(far, part, accumulate=True)
         for total, part in zip(leaf_sums, grads[6:], strict=False):
             if part is not None:
                 total += part

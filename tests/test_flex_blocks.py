@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hsap_compile.kernels import blocks
 from hsap_compile.kernels.attention import BAND, CAUSAL, FULL, MOD
-from hsap_compile.kernels.blocks import ABSENT, BLOCK_TABLES, attention_tables, block_tables
+from hsap_compile.kernels.blocks import ABSENT, BLOCK_TABLES, block_tables, rank_tables
+from hsap_compile.plan import MaskTables, RankTables
 
 UNBOUNDED = 2**31
 
@@ -99,27 +100,40 @@ def test_equals_brute_force(drawn: tuple[np.ndarray, int, int], block: tuple[int
 
 
 @settings(max_examples=100, deadline=None)
-@given(tables(), st.integers(0, 20))
-def test_own_and_received_rows(drawn: tuple[np.ndarray, int, int], padding: int) -> None:
+@given(tables(), tables())
+def test_own_received_and_alone_rows(
+    drawn: tuple[np.ndarray, int, int], apart: tuple[np.ndarray, int, int]
+) -> None:
     slices, own, keys = drawn
+    batch, columns, n_a = 2, np.arange(own // 2) * 3, min(apart[1:]) // 2
+    own, alone = batch * len(columns), np.arange(n_a) + 100
     # keys of the drawn slices beyond the own rows are received
-    slices = slices[(slices[:, 3] <= own) | (slices[:, 2] >= own)]
+    slices = slices[((slices[:, 3] <= own) | (slices[:, 2] >= own)) & (slices[:, 1] <= own)]
+    alone_slices = apart[0][(apart[0][:, [1, 3]] <= batch * n_a).all(1)]
     received = max(0, keys - own)
-    rows = np.stack((np.arange(own) % 3, np.arange(own)), axis=1)
-    remote = np.stack((np.arange(received + padding) % 2, 100 + np.arange(received + padding)), axis=1)
-    found = attention_tables(slices, rows, remote, received)
+    remote = np.stack((np.arange(received) % 2, 100 + np.arange(received)), axis=1)
+    nothing = np.zeros((0,), np.int64)
+    mask = MaskTables(nothing, nothing, remote, slices, alone_slices)
+    rank = RankTables(np.concatenate((alone, columns)), n_a, columns, nothing, nothing, (mask,))
+    found = rank_tables(rank, 0, batch)
     mine = slices[:, 2] < own
-    for name, table in block_tables(slices[mine], own, own).items():
-        assert np.array_equal(found[f"own_{name}"], table)
     theirs = slices[~mine].copy()
     theirs[:, 2:4] -= own
-    for name, table in block_tables(theirs, own, received).items():
-        assert np.array_equal(found[f"remote_{name}"], table)
-    for name, real in (("rows", rows), ("remote_rows", remote[:received])):
-        table = found[name]
-        assert len(table) % blocks.BLOCK == 0 and len(table) >= 2 * blocks.BLOCK
-        assert np.array_equal(table[: len(real)], real)
-        assert (table[len(real) :] == [ABSENT, 0]).all()
+    grid = np.array([(b, c) for b in range(batch) for c in columns]).reshape(-1, 2)
+    grid_alone = np.array([(b, c) for b in range(batch) for c in alone]).reshape(-1, 2)
+    parts = {
+        "own": (slices[mine], own, grid),
+        "remote": (theirs, own, remote),
+        "alone": (alone_slices, batch * n_a, grid_alone),
+    }
+    assert set(found) == {f"{p}_{n}" for p in parts for n in ("rows", *BLOCK_TABLES)}
+    for part, (of_part, queries, rows) in parts.items():
+        for name, table in block_tables(of_part, queries, len(rows)).items():
+            assert np.array_equal(found[f"{part}_{name}"], table)
+        padded = found[f"{part}_rows"]
+        assert len(padded) % blocks.BLOCK == 0 and len(padded) >= 2 * blocks.BLOCK
+        assert np.array_equal(padded[: len(rows)], rows)
+        assert (padded[len(rows) :] == [ABSENT, 0]).all()
 
 
 def documents(rows: int, count: int) -> np.ndarray:
