@@ -64,26 +64,30 @@ class Keys(NamedTuple):
 
 
 class FlexAttention:
-    """Writes the attentions of one graph.  ``table`` gives the graph's input for a name of ``TABLES``;
-    ``kernel_options``: see torch.nn.attention.flex_attention.FlexKernelOptions.
+    """Writes the attentions with one mask into a graph.
 
-    Raises ``Refused`` for an unknown kernel option.
+    Args:
+        table: the graph's input for a name of ``TABLES``.
+        mask, leaves: the mask, and what its formula reads.
+        kernel_options: see torch.nn.attention.flex_attention.FlexKernelOptions.
+
+    Raises:
+        Refused: an unknown kernel option.
     """
 
-    def __init__(self, table: Callable[[str], Node], kernel_options: Mapping[str, Any]) -> None:
-        self.table, self.options = table, flex_kernel_options(kernel_options)
+    def __init__(
+        self,
+        table: Callable[[str], Node],
+        mask: Mask,
+        leaves: Sequence[Node],
+        kernel_options: Mapping[str, Any],
+    ) -> None:
+        self.table, self.mask, self.leaves = table, mask, tuple(leaves)
+        self.options = flex_kernel_options(kernel_options)
         self._written: dict[Any, _Mods] = {}  # layers share what depends on the mask alone
 
     def attend(
-        self,
-        build: Builder,
-        q: Node,
-        parts: Sequence[Keys],
-        heads: Node | None,
-        leaves: Sequence[Node],
-        mask: Mask,
-        tokens: Any,
-        scale: float,
+        self, build: Builder, q: Node, parts: Sequence[Keys], heads: Node | None, tokens: Any, scale: float
     ) -> tuple[Node, Node]:
         """Write an attention over rows; returns (out (R, Hq, Dv), lse (R, Hq) natural, in float32).
 
@@ -93,15 +97,15 @@ class FlexAttention:
         Args:
             q: (R, Hq, D); their rows are those of the keys of ``parts[0]``.
             parts: one or two.
-            heads: (Hq,) number of each head in the formula; needed when that reads ``h``.
-            leaves: what the formula reads.
+            heads: (Hq,) number of each head in the formula, the same for all attentions over these parts;
+                needed when the formula reads ``h``.
             tokens: S, a number or a node.
         """
-        of = _Formula(build, mask, heads, tuple(leaves), tokens)
+        of = _Formula(build, self.mask, heads, self.leaves, tokens)
         padded = build(operator.mul, build.size(self.table(f"{parts[0].part}_kv_num_blocks"), 2), BLOCK)
         queries = _heads_first(build, q, padded)
         answered = None
-        if mask.soft:
+        if self.mask.soft:
             detached = _heads_first(build, build(aten.detach.default, q), padded)
             hard = []
             for part, *pair in parts:
@@ -127,7 +131,7 @@ class FlexAttention:
         build, part = of.build, keys.part
         tables = [self.table(f"{part}_{name}") for name in BLOCK_TABLES]
         padded_k = build(operator.mul, build.size(tables[4], 2), BLOCK)
-        key = (part, answered is None, queries.meta["val"].dtype, of.mask, of.heads, of.leaves, of.tokens)
+        key = (part, answered is None, queries.meta["val"].dtype)
         if key not in self._written:
             rows = self.table(f"{first}_rows"), self.table(f"{part}_rows")
             self._written[key] = of.mods(queries, *rows, answered)

@@ -107,12 +107,12 @@ def attention(
             example, dims = example.new_zeros(shape), ()
         tables[name] = given(name, fake_table(mode, example, dims, least))
     mask, factor = normalise(case.logits)
-    writer = flex.FlexAttention(tables.__getitem__, kernel_options)
+    writer = flex.FlexAttention(tables.__getitem__, mask, nodes, kernel_options)
     parts = [flex.Keys("own", operands["k"], operands["v"])]
     if remote:
         parts.append(flex.Keys("remote", operands["k_remote"], operands["v_remote"]))
     scale = factor * s.width**-0.5
-    module.graph.output(writer.attend(build, operands["q"], parts, heads, nodes, mask, s.tokens, scale))
+    module.graph.output(writer.attend(build, operands["q"], parts, heads, s.tokens, scale))
     module.recompile()
     module.graph.lint()
     return module
