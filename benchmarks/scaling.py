@@ -24,6 +24,7 @@ from hsap_compile.plan.load import Load, Setting
 from hsap_compile.plan.strategies import STRATEGIES, padding, usp
 
 LAYERS = 32
+MOST_GROUPS = 256  # more take minutes and gigabytes to plan; there the best of fewer groups is taken
 SWEEPS = {  # (ranks, tokens)
     "ranks at 4M tokens": [(r, 1 << 22) for r in (2, 8, 32, 128, 512, 1024)],
     "tokens on 64 ranks": [(64, 1 << t) for t in (15, 17, 19, 21, 23, 24)],
@@ -69,8 +70,12 @@ def parse() -> argparse.Namespace:
 def point(lengths: list[int], ranks: int, cost: CostModel) -> list[Row]:
     """All strategies on one row of documents."""
     groups = [g for g in range(1, cost.ranks_per_host + 1) if ranks % g == 0 and cost.shape.splits(g)]
-    ours = {g: make_plan(lengths, ranks // g, g, cost=cost) for g in groups}
-    best = min(ours.values(), key=lambda plan: plan.predicted_seconds.layer)
+    fixed = [g for g in groups if ranks // g <= MOST_GROUPS]
+    ours = {g: make_plan(lengths, ranks // g, g, cost=cost) for g in fixed}
+    if ranks <= MOST_GROUPS:
+        best = make_plan(lengths, ranks=ranks, cost=cost)
+    else:
+        best = min(ours.values(), key=lambda plan: plan.predicted_seconds.layer)
     setting = dataclasses.replace(best.setting, inter=ranks // max(groups), intra=max(groups))
     loads: dict[str, Load] = {"hsap": best.load}
     loads |= {f"hsap, groups of {g}": plan.load for g, plan in ours.items()}
