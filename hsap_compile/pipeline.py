@@ -21,6 +21,8 @@ from hsap_compile.graph import extract, placeholders
 from hsap_compile.kernels import dense
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
+from hsap_compile.passes._families import is_random
+from hsap_compile.passes._regions import keep_exchanged
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.find_attention import Attention, find_attention
 from hsap_compile.passes.infer_tokens import infer_tokens
@@ -96,6 +98,7 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         mesh.inter,
         mesh.intra,
     )
+    keep_exchanged(graph)
     _done("partition_attention", graph)
 
     leaves = [leaf for mask in partitioned.masks for leaf in mask.read]
@@ -115,6 +118,8 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         local_outputs=local_outputs,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
         signature=zlib.crc32(graph.code.encode()),
+        fallbacks=fallbacks,
+        random=any(is_random(n) for n in graph.graph.nodes),
     )
 
 

@@ -6,7 +6,8 @@ import hashlib
 import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from hsap_compile.errors import Refused
 from hsap_compile.kernels.exchange import all_gather
 from hsap_compile.mesh import world
 from hsap_compile.passes.partition_attention import PlannedMask, Traffic
+from hsap_compile.passes.shard_tokens import Fallback
 from hsap_compile.plan import Attended, MeshShape, Plan, make
 
 _PLANS_KEPT = 64
@@ -54,7 +56,8 @@ class Program:
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
     from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension) whose size is
     S, or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
-    ``signature`` is the same wherever the graph is.
+    ``signature`` is the same wherever the graph is; ``fallbacks`` are the operators on gathered tokens;
+    ``random``: whether the graph draws random numbers.
     """
 
     function: Callable[..., Any]
@@ -71,6 +74,8 @@ class Program:
     local_outputs: frozenset[int]
     parameters: frozenset[int]
     signature: int
+    fallbacks: tuple[Fallback, ...] = ()
+    random: bool = False
 
     def length(self, args: Sequence[Any]) -> int:
         """S of a call."""
@@ -114,7 +119,8 @@ class Runner:
             program.on_step(report(plan, program.traffic))
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
         extra = [_placed(tables[key], key, device) for key in program.tables]
-        outputs = program.function(*args, *extra)
+        with _own_random_numbers(rank) if program.random and ranks > 1 else nullcontext():
+            outputs = program.function(*args, *extra)
         for i in program.local_outputs:
             outputs[i].hsap_columns = tables["columns"]
         return outputs
@@ -135,6 +141,16 @@ class Runner:
         if rank not in of_rank:
             of_rank[rank] = _tensors(plan, program.mesh, rank)
         return plan, of_rank[rank]
+
+
+@contextmanager
+def _own_random_numbers(rank: int) -> Iterator[None]:
+    """Every rank draws other numbers, which the seed of all determines; afterwards their generators agree
+    again.  Without it, the same seed would drop the same places of every rank's tokens."""
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + rank)
+        yield
 
 
 def _masks(program: Program, leaves: Sequence[torch.Tensor], tokens: int) -> tuple[Attended, ...]:
