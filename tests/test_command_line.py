@@ -50,7 +50,7 @@ def test_strategies_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> No
     assert status == 0
     assert {line.split("  ")[0] for line in table[2:]} == {"hsap", *STRATEGIES}
     milliseconds = table[1].index("layer ms") + len("layer ms")
-    times = [float(line[:milliseconds].split()[-1]) for line in table[2:]]
+    times = [float(line[:milliseconds].split()[-1].replace(",", "")) for line in table[2:]]
     assert times == sorted(times)
     _, out, _ = run(capsys, *OWN, "--inter", "48", "--compare")
     assert "not possible here: ulysses: got 48 ranks to share 32 query heads" in out
