@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -124,12 +124,20 @@ def test_help_shows_how(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in out
 
 
-def test_it_runs_as_a_module_and_measures_this_machine(tmp_path: Path) -> None:
+def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "hsap_compile.__main__")
+    monkeypatch.setattr(sys, "argv", ["hsap_compile", *OWN, "--inter", "2"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("hsap_compile", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("1,000 tokens in 7 documents")
+
+
+def test_calibrate_measures_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "machine.json"
-    command = [sys.executable, "-m", "hsap_compile", "calibrate", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert f"written to {out}" in done.stdout
+    status, text, _ = run(capsys, "calibrate", "--out", str(out))
+    assert status == 0
+    assert f"written to {out}" in text
     cost = CostModel.load(out)
     assert cost.intra == cost.inter and "gloo" in cost.name
     assert 1e8 < cost.linear_flops_per_s < 1e14 and 1e7 < cost.attention_flops_per_s < 1e14
