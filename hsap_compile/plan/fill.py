@@ -87,16 +87,18 @@ class Fill(ABC):
         """Place all documents."""
         order = np.lexsort((-self.sizes, -self.pairs))
         long = (self.pairs[order] >= LONG * self.limit) | (self.sizes[order] > self.room.max())
-        empty, best, least = self.state(), self.state(), math.inf
+        empty, best, least = self.state(), None, math.inf
         for target in TARGETS:
             self.restore(empty)
             self._place_long(order[long], target * self.limit)
             excess = self.excess(self.room, self.load, self.limit)
-            if excess < least:
-                best, least = self.state(), excess
             if excess <= TOLERANCE * self.limit:
                 break
-        self.restore(best)
+            if excess < least:
+                best, least = self.state(), excess
+        else:
+            assert best is not None
+            self.restore(best)
         self._place_short(order[~long])
 
     def state(self) -> tuple[Any, ...]:
@@ -128,7 +130,7 @@ class Fill(ABC):
         room, load, parties = self.room.tolist(), self.load.tolist(), len(self.room)
         light: list[tuple[float, int]] = []  # parties by how much they will have
         full: list[tuple[float, int]] = []  # those that have no room for the documents at hand, by room
-        owner = []
+        density, owner = 0.0, []
         for i, (n, area) in enumerate(zip(sizes.tolist(), pairs.tolist(), strict=True)):
             if i % parties == 0:
                 density, full = densities[i], []
@@ -140,20 +142,26 @@ class Fill(ABC):
             while light and room[light[0][1]] < n:
                 party = heapq.heappop(light)[1]
                 heapq.heappush(full, (-room[party], party))
-            if not light and n > self.overfill:
+            if light:
+                party = light[0][1]
+                owner.append(party)
+                room[party] -= n
+                load[party] += area
+                heapq.heapreplace(light, (load[party] + density * room[party], party))
+            elif n <= self.overfill:
+                party = heapq.heappop(full)[1]
+                owner.append(party)
+                room[party] -= n
+                load[party] += area
+                if room[party] > 0:
+                    heapq.heappush(full, (-room[party], party))
+            else:
                 self.room[:], self.load[:] = room, load
                 order = sorted((load[p] + density * room[p], p) for _, p in full)
-                self.divide(int(documents[i]), np.array([p for _, p in order]))
+                self.divide(int(documents[i]), np.array([p for _, p in order], np.int64))
                 room, load = self.room.tolist(), self.load.tolist()
                 full = [(-room[p], p) for p in range(parties) if room[p] > 0]
                 heapq.heapify(full)
                 owner.append(NOBODY)
-                continue
-            party = heapq.heappop(light or full)[1]
-            owner.append(party)
-            room[party] -= n
-            load[party] += area
-            if room[party] > 0:
-                heapq.heappush(light, (load[party] + density * room[party], party))
         self.owner[documents] = owner
         self.room[:], self.load[:] = room, load
