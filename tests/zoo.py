@@ -138,7 +138,7 @@ def _causal(
         )
         model.loss_type = "ForCausalLM"
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         return _randomised(model)
 
     return Entry(make, lambda: _packed(*without, **(forward or {})), **more)
