@@ -194,7 +194,7 @@ def contender(name: str, lengths: list[int], arguments: argparse.Namespace) -> C
 def ours(mesh: MeshShape, kind: Kind, lengths: list[int], arguments: argparse.Namespace) -> Contender:
     labels = np.repeat(np.arange(len(lengths)), lengths)[None]
     mask = Attended(batch=1, tokens=labels.shape[1], labels=labels, lo=0)
-    tables = _tensors(make([mask], mesh, kind), mesh, dist.get_rank())
+    tables = _tensors(make([mask], mesh, kind), dist.get_rank())
     function, keys = compiled(mesh, arguments)
     leaf, extra = torch.from_numpy(labels), [tables[key] for key in keys]
 
