@@ -112,6 +112,7 @@ class GraphExplanation:
     parameters: int = 0
     parameter_bytes: int = 0
     grad_sync: bool = True
+    grad: bool = True
     step: StepReport | None = None
     refused: str = ""
     break_reason: str = ""
@@ -123,7 +124,7 @@ class GraphExplanation:
                 _gathered(self.gathered),
                 _attentions(self.attentions),
                 _outputs(self.outputs, bool(self.break_reason)),
-                _gradients(self),
+                _gradients(self) if self.grad else "",
                 _step(self.step),
                 _collectives(self.collectives),
             ]
@@ -255,6 +256,7 @@ class _Explainer:
             parameters=len(summed),
             parameter_bytes=sum(map(_bytes, summed)),
             grad_sync=self.options.grad_sync,
+            grad=self.grad,
             step=step,
             break_reason=stopped,
         )
