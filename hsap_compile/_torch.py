@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._functorch import predispatch as _vmap
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention
 from torch._inductor import config as inductor_config
@@ -237,6 +239,24 @@ def belongs_to_module(placeholder: torch.fx.Node) -> bool:
         return False
     guard = source.guard_source
     return bool(guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module())
+
+
+def source_name(placeholder: torch.fx.Node) -> str:
+    """What the model calls an input of dynamo's graph: its last name, or which argument it is."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    if source is None:
+        return placeholder.name
+    return re.findall(r"[A-Za-z_]\w*(?:'\]\[\d+)?", str(source.name))[-1].replace("']", "")
+
+
+def break_of(module: torch.fx.GraphModule) -> str:
+    """Why and where dynamo ended this graph before its function does; empty when it did not."""
+    reason: Any = getattr(module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    said = next((line.strip() for line in reason.reason.splitlines() if line.strip()), "unknown")
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    return said if frame is None else f"{said}, at {frame.filename}:{frame.lineno}, `{frame.line}`"
 
 
 def was_marked(tensor: torch.Tensor, dim: int) -> bool:

@@ -86,6 +86,16 @@ class Program:
         position, dim = self.tokens
         return int(args[position].shape[dim])
 
+    def read(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """What the masks of a call read, on the host."""
+        with torch.no_grad():
+            return [x.detach().cpu() for x in self.documents(*args)]
+
+    def plan(self, leaves: Sequence[torch.Tensor], tokens: int) -> Plan:
+        """The plan of a call from what ``read`` and ``length`` say of it."""
+        masks = _masks(self, leaves, tokens) or (_nothing(self.batch, tokens),)
+        return make(masks, self.mesh, self.placement)
+
 
 @dataclass
 class Runner:
@@ -129,12 +139,10 @@ class Runner:
     def _plan(self, args: Sequence[Any], tokens: int, rank: int) -> tuple[Plan, dict[Any, torch.Tensor]]:
         """The plan of a batch and this rank's tables, made anew only for documents not seen lately."""
         program = self.program
-        with torch.no_grad():
-            leaves = [x.detach().cpu() for x in program.documents(*args)]
+        leaves = program.read(args)
         digest = _digest(leaves, tokens)
         if digest not in self.plans:
-            masks = _masks(program, leaves, tokens) or (_nothing(program.batch, tokens),)
-            self.plans[digest] = (make(masks, program.mesh, program.placement), {})
+            self.plans[digest] = (program.plan(leaves, tokens), {})
             while len(self.plans) > _PLANS_KEPT:
                 self.plans.popitem(last=False)
         self.plans.move_to_end(digest)

@@ -55,6 +55,7 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
                 reason,
                 where(attention.output),
             )
+            attention.output.meta["as_written"] = f"{reason} does more than act on every score alone"
             continue
         mask, scale = normalise(logits)
         used = formula.leaves_of(mask.logits)

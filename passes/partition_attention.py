@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
 from hsap_compile._torch import expr_of, fake_table
-from hsap_compile.errors import Refused, where
+from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, ancestors, placeholders, remove_dead
 from hsap_compile.kernels import attention, dense, exchange
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
@@ -67,12 +67,32 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Site:
+    """Where an attention stands in the model, its mask and what the tensors are that the mask reads."""
+
+    at: str
+    module: str
+    heads: int
+    kv_heads: int
+    mask: Mask
+    leaves: tuple[Node, ...]
+
+    @classmethod
+    def of(cls, node: Node) -> Site:
+        """``node`` calls the canonical operator."""
+        operands: Any = node.args
+        heads, kv_heads = (int(x.meta["val"].shape[1]) for x in operands[:2])
+        return cls(where(node), module_of(node), heads, kv_heads, node.meta["mask"], tuple(operands[3]))
+
+
+@dataclass(frozen=True)
 class Partitioned:
-    """``masks`` in table order; ``batch`` is B; ``traffic`` has one entry for every attention."""
+    """``masks`` in table order; ``batch`` is B; ``traffic`` and ``sites`` have one entry an attention."""
 
     masks: tuple[PlannedMask, ...]
     batch: int
     traffic: tuple[Traffic, ...]
+    sites: tuple[Site, ...]
 
 
 #: Tables that the host reads; all others index tensors on the device.
@@ -124,6 +144,7 @@ def partition_attention(
     keys: list[tuple[str, tuple[Node, ...]]] = []
     planned: list[PlannedMask] = []
     traffic: list[Traffic] = []
+    found: list[Site] = []
     batch = 1
     for site in sites:
         mask: Mask = site.meta["mask"]
@@ -142,10 +163,11 @@ def partition_attention(
             attention_site = _Site(build, tables, mesh, group, site, index, writers.get(index))
             result = attention_site.rewritten()
         traffic.append(attention_site.traffic())
+        found.append(Site.of(site))
         site.replace_all_uses_with(result)
         module.graph.erase_node(site)
     remove_dead(module)
-    return Partitioned(tuple(planned), batch, tuple(traffic))
+    return Partitioned(tuple(planned), batch, tuple(traffic), tuple(found))
 
 
 def _writer(

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from hsap_compile.errors import Refused
-from hsap_compile.mesh import mesh_shape
+from hsap_compile.mesh import mesh_shape, world
 from hsap_compile.options import Options, parse
 from threads import run_threads
 
@@ -57,7 +57,7 @@ def test_mode_is_honoured_or_refused() -> None:
 
 
 def _groups(options: Options, kv_heads: int, heads: int) -> Any:
-    return mesh_shape(options, kv_heads, heads).groups
+    return mesh_shape(options, kv_heads, heads, world()[1]).groups
 
 
 def test_the_default_group_is_the_largest_that_divides_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
