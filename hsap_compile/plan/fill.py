@@ -57,8 +57,8 @@ class Fill(ABC):
 
     @abstractmethod
     def divide(self, document: int, light: Ints, most: float | None = None) -> None:
-        """Place a document on several parties; `light` are those with room, the lightest first. A long one has
-        at most area `most` on each, and what is left must still be spread evenly."""
+        """Place a document on several parties; `light` are those with room, the lightest first. A long one
+        has at most area `most` on each, and what is left must still be spread evenly."""
 
     def put(self, document: int, party: int) -> None:
         """Place a document whole."""
