@@ -155,7 +155,7 @@ def fake_table(
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * table.dim())
     assert mode.shape_env is not None
     with mode.shape_env.ignore_fresh_unbacked_symbols():
-        fake = mode.from_tensor(table, symbolic_context=context)
+        fake = mode.from_tensor(table.clone(), symbolic_context=context)  # a mode knows a tensor it has seen
     for dim in dynamic:
         torch._check(fake.shape[dim] >= least)
         torch._check(fake.shape[dim] <= 2**40)

@@ -68,7 +68,9 @@ def rewrite(
 
     Nothing is run and no rank is asked: the result is the same on each, and on a machine that has none.
     """
-    mode = fake_mode_of([n.meta["example_value"] for n in placeholders(module)])
+    values = [n.meta["example_value"] for n in placeholders(module)]
+    mode = fake_mode_of(values)
+    device = next(v.device for v in values if isinstance(v, torch.Tensor))
     graph = capture(module)
     _done("capture", graph)
 
@@ -95,7 +97,8 @@ def rewrite(
             raise _no_tokens()
         _refuse_cache(graph, attentions)
         infer_tokens(graph, symbol)
-        columns, order = (fake_table(mode, torch.zeros(8, dtype=torch.int64), (0,), LEAST) for _ in range(2))
+        rows = torch.zeros(8, dtype=torch.int64, device=device)
+        columns, order = (fake_table(mode, rows, (0,), LEAST) for _ in range(2))
         sharded = shard_tokens(
             graph,
             mode,
@@ -121,7 +124,15 @@ def rewrite(
             log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group))
             _done("sum_gradients", graph)
 
-    partitioned = partition_attention(graph, mode, mesh, group, tokens)
+    partitioned = partition_attention(
+        graph,
+        mode,
+        mesh,
+        group,
+        tokens,
+        kernel=_kernel(options, device),
+        kernel_options=options.kernel_options,
+    )
     log.info(
         "partition_attention: %d attentions over %d x %d ranks",
         len(partitioned.traffic),
@@ -164,6 +175,28 @@ def _done(name: str, graph: GraphModule) -> None:
         metadata_fn=lambda: {"name": f"hsap_{name}", "encoding": "string"},
         payload_fn=lambda: graph.print_readable(print_output=False),
     )
+
+
+def _kernel(options: Options, device: torch.device) -> str:
+    """Which kernel partial attention is written with."""
+    chosen = options.attention
+    if chosen == "auto":
+        chosen = "slices" if device.type == "cpu" else "flex"
+    if chosen == "slices" and device.type != "cpu":
+        raise Refused(
+            f"there is no kernel of slices for {device.type}",
+            got=f'attention="slices" and tensors on {device}',
+            wanted='attention="flex" or "auto"',
+            do='drop "attention" from the options',
+        )
+    if chosen == "flex" and device.type == "cpu" and options.lower == "inductor":
+        raise Refused(
+            "Inductor has no backward of flex attention on CPU",
+            got='attention="flex", lower="inductor" and tensors on cpu',
+            wanted='attention="slices" on CPU, or lower="aot_eager" or "eager" to debug',
+            do='drop "attention" from the options',
+        )
+    return chosen
 
 
 def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:

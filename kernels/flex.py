@@ -11,6 +11,11 @@ what depends on a query row alone or a key row alone evaluated once a row, in fr
     leaf0(b, q) == leaf0(b, k) and k <= q   ->   x0[m] == y0[n] and y1[n] <= x1[m]
 
 Own and received keys are two nodes, merged by log-sum-exp, so that the first can run while rows travel.
+
+torch.nn.attention.varlen (flash; float16, bfloat16) is not used.  It is exact where every interval of queries
+sees one interval of keys that ends with it (its causal mask is aligned to the last query and key), which is
+what plain documents are on one rank.  But its backward ignores the gradient of its lse (torch 2.13): parts
+may only be merged after differentiation, with the merged out and lse given to its backward operator.
 """
 
 from __future__ import annotations

@@ -287,7 +287,7 @@ class Sharder:
         try:
             result = self._by_rule(node)
         except NotLocal as reason:
-            if any(n in self.home for n in node.all_input_nodes):
+            if any(self._is_rows(n) for n in node.all_input_nodes):
                 self._report(node, str(reason))
             self.wholes[node] = self._detached(node, self._recomputed(node))
             return
@@ -295,6 +295,10 @@ class Sharder:
             self.home[node] = replace(result, node=self._detached(node, result.node))
         else:
             self.wholes[node] = self._detached(node, result)
+
+    def _is_rows(self, node: Node) -> bool:
+        """Whether ``node`` is this rank's rows, which others must send to make it whole."""
+        return node in self.home and not isinstance(self.home[node].order, Counts)
 
     def _is_whole(self, node: Node) -> bool:
         """Whether ``node`` has only one form: no tokens take part, or it is a size or a part of a tuple."""

@@ -69,7 +69,7 @@ class Case:
 
 
 def attention(
-    case: Case, *, remote: bool = True, static: bool = False, **kernel_options: Any
+    case: Case, *, remote: bool = True, static: bool = False, device: str = "cpu", **kernel_options: Any
 ) -> torch.fx.GraphModule:
     """The graph of one rank.  Its sizes may be anything; ``static``: 1200 own rows in ten blocks."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -92,12 +92,16 @@ def attention(
         received = number()
         shapes |= {f"{name}_remote": (received, *shapes[name][1:]) for name in ("k", "v")}
     with mode:
-        values = {n: torch.empty(*x, dtype=case.dtype, requires_grad=True) for n, x in shapes.items()}
+        values = {
+            n: torch.empty(*x, dtype=case.dtype, device=device, requires_grad=True) for n, x in shapes.items()
+        }
     operands = {n: given(n, x) for n, x in values.items()}
-    heads = given("heads", fake_table(mode, torch.arange(s.heads), ()))
+    heads = given("heads", fake_table(mode, torch.arange(s.heads, device=device), ()))
     nodes = []
     for i, leaf in enumerate(case.leaves):
-        nodes.append(given(f"leaf{i}", fake_table(mode, leaf, ()).requires_grad_(leaf.is_floating_point())))
+        nodes.append(
+            given(f"leaf{i}", fake_table(mode, leaf.to(device), ()).requires_grad_(leaf.is_floating_point()))
+        )
     tables = {}
     for name in table_names(remote):
         example, dims, least = flex.TABLES[name]
@@ -105,7 +109,7 @@ def attention(
             size = 1280 if name == "own_rows" else 10
             shape = [size if d in dims else n for d, n in enumerate(example.shape)]
             example, dims = example.new_zeros(shape), ()
-        tables[name] = given(name, fake_table(mode, example, dims, least))
+        tables[name] = given(name, fake_table(mode, example.to(device), dims, least))
     mask, factor = normalise(case.logits)
     writer = flex.FlexAttention(tables.__getitem__, mask, nodes, kernel_options)
     parts = [flex.Keys("own", operands["k"], operands["v"])]

@@ -127,6 +127,15 @@ def test_bands_of_a_long_document(rows: int, lo: int, hi: int) -> None:
     check(case, torch.float64)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(2, 4), (4, 0), (4, 2), (5, 3)])
+def test_equally_spaced_slices_that_overlap(queries: int, keys: int) -> None:
+    """Blocks of 4 queries and 4 keys: shared queries are merged, and the gradients of shared keys added."""
+    table = [[i * queries, i * queries + 4, i * keys, i * keys + 4, FULL, 0, 0] for i in range(5)]
+    plan = slices.plan(torch.tensor(table), 24, 0, 4, 64)
+    assert sorted(run.q.blocks for run in plan.runs) == ([5] if queries >= 4 and keys else [1] * 5)
+    check(make_case(table, 24), torch.float64)
+
+
 def test_dense_blocks_are_cut_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slices, "_MOD_LOGITS", 2**9)
     monkeypatch.setattr(slices, "_MOD_MIN_QUERIES", 4)

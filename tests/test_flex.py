@@ -91,14 +91,17 @@ def values(graph: torch.fx.GraphModule) -> list[Any]:
     return [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
 
 
-def test_other_documents_run_the_same_graph() -> None:
-    case = PLAIN.to(torch.float32)  # the lse of flex attention claims to be float32 for any input
-    graph = attention(case)
+def test_other_documents_and_sizes_run_the_same_graph() -> None:
+    labels = torch.zeros(1, 520, dtype=torch.int64)  # several blocks, of own and received keys not as many
+    case = replace(PLAIN, sizes=Sizes(1, 520, 2, 1, 16, 16), leaves=(labels,)).to(torch.float32)
+    graph = attention(case)  # the lse of flex attention claims to be float32 for any input
     given = values(graph)
+    sizes = [s for x in given[5:] for s in x.shape if isinstance(s, torch.SymInt)]
+    assert len(sizes) == len({s.node.expr for s in sizes}) == 2 * (1 + 4 + 8)  # rows, numbers, indices
     compiled = run_graph(compile_with_aot_eager(graph, given))
-    for rows in ([[5, 4], [9]], [[1] * 9, [3, 3, 3]], [[2, 7], [4, 5]]):
-        for ranks in (1, 2, 3):
-            packed = replace(case, leaves=(pack(rows)[0], LEAVES[1]))
+    for row in ([520], [1] * 20 + [500], [200, 320]):
+        for ranks in (1, 2, 4):
+            packed = replace(case, leaves=(pack([row])[0],))
             assert max(errors(by_ranks(compiled, packed, ranks), reference(packed.to(torch.float64)))) <= 1e-5
     assert not given[0].fake_mode.shape_env.guards
 

@@ -7,14 +7,18 @@ import pytest
 
 from zoo import CASES, MESHES, ZOO, compare
 
-pytestmark = pytest.mark.filterwarnings("ignore:hsap. position_ids restart")  # some know no documents
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:hsap. position_ids restart"),  # some know no documents
+    # dynamo makes an instance of autograd.Function (torch 2.13)
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+]
 
 #: One of every kind of rule, in the default run.
 FAST = [
     ("Llama, checkpointed", "sdpa", (3, 1)),
     ("Mixtral, router loss", "sdpa", (2, 2)),
     ("Llama4", "sdpa", (3, 1)),
-    ("Gemma2", "eager", (2, 2)),
     ("DeepSeek-V3", "eager", (2, 2)),
     ("GPT-OSS", "eager", (3, 1)),
     ("Bloom", "eager", (2, 2)),
@@ -22,7 +26,6 @@ FAST = [
     ("T5", "sdpa", (2, 2)),
     ("Whisper", "sdpa", (3, 1)),
     ("torchtitan Llama", "flex", (2, 2)),
-    ("nanoGPT, low-rank adapters", "sdpa", (3, 1)),
     ("nanoGPT, checkpointed", "sdpa", (2, 2)),
     ("diffusion transformer, two rows", "sdpa", (3, 1)),
 ]

@@ -104,7 +104,7 @@ def _config(name: str, **arguments: Any) -> Any:
 
 def _text(**more: Any) -> dict[str, Any]:
     return {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 1,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": LONGEST,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **more,
     }  # fmt: skip
@@ -138,7 +138,8 @@ def _causal(
         )
         model.loss_type = "ForCausalLM"
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            old = model.gradient_checkpointing_enable  # the name before transformers 5.24
+            getattr(model, "activation_checkpointing_enable", old)()
         return _randomised(model)
 
     return Entry(make, lambda: _packed(*without, **(forward or {})), **more)
@@ -174,7 +175,9 @@ def _spoken() -> Batch:
     }  # fmt: skip
 
 
-_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+_ALTERNATING = {
+    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW, "num_hidden_layers": 2,
+}  # fmt: skip
 _GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, **_ALTERNATING}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -182,13 +185,13 @@ _LATENT = {
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
 }  # fmt: skip
 _LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 32,
 }  # fmt: skip
 _WHISPER = {
     "vocab_size": VOCABULARY, "num_mel_bins": 16, "encoder_layers": 1, "encoder_attention_heads": HEADS,
-    "decoder_layers": 2, "decoder_attention_heads": HEADS, "d_model": WIDTH, "encoder_ffn_dim": 48,
+    "decoder_layers": 1, "decoder_attention_heads": HEADS, "d_model": WIDTH, "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48, "max_source_positions": 32, "max_target_positions": LONGEST, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None,
     "begin_suppress_tokens": None,
@@ -197,15 +200,15 @@ _WRITTEN_OUT: dict[str, Any] = {"attention": ("eager",)}
 
 HUGGING_FACE: dict[str, Entry] = {
     "Llama": _causal("LlamaConfig", _text()),
-    "Llama, checkpointed": _causal("LlamaConfig", _text(), checkpointed=True),
+    "Llama, checkpointed": _causal("LlamaConfig", _text(num_hidden_layers=2), checkpointed=True),
     "Llama, hidden states": _causal(
-        "LlamaConfig", _text(), forward={"output_hidden_states": True}, warm_up=True
+        "LlamaConfig", _text(num_hidden_layers=2), forward={"output_hidden_states": True}, warm_up=True
     ),
     "Llama4": _causal(
         "Llama4TextConfig",
         _text(
             head_dim=8, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=1,
-            attention_chunk_size=8, interleave_moe_layer_step=2,
+            attention_chunk_size=8, interleave_moe_layer_step=2, num_hidden_layers=2,
         ),
     ),
     "Qwen2": _causal("Qwen2Config", _text()),
@@ -213,7 +216,9 @@ HUGGING_FACE: dict[str, Entry] = {
     "Qwen3-MoE": _causal("Qwen3MoeConfig", _text(head_dim=8, decoder_sparse_step=1, **_EXPERTS)),
     "Qwen3-MoE, router loss": _causal(
         "Qwen3MoeConfig",
-        _text(head_dim=8, decoder_sparse_step=1, output_router_logits=True, **_EXPERTS),
+        _text(
+            head_dim=8, decoder_sparse_step=1, output_router_logits=True, num_hidden_layers=2, **_EXPERTS
+        ),
         warm_up=True,
     ),
     "Qwen2-VL text": _other(
@@ -226,42 +231,43 @@ HUGGING_FACE: dict[str, Entry] = {
     "Mixtral": _causal("MixtralConfig", _text(**_MIXTRAL)),
     "Mixtral, checkpointed": _causal("MixtralConfig", _text(**_MIXTRAL), checkpointed=True),
     "Mixtral, router loss": _causal(
-        "MixtralConfig", _text(output_router_logits=True, **_MIXTRAL), warm_up=True
+        "MixtralConfig", _text(output_router_logits=True, num_hidden_layers=2, **_MIXTRAL), warm_up=True
     ),
     "Gemma2": _causal("Gemma2Config", _text(**_GEMMA), **_WRITTEN_OUT),
     "Gemma3": _causal("Gemma3TextConfig", _text(**_GEMMA)),
     "Phi3": _causal("Phi3Config", _text()),
     "OLMo2": _causal("Olmo2Config", _text()),
     "Cohere2": _causal("Cohere2Config", _text(**_ALTERNATING)),
-    "GPT-2": _causal("GPT2Config", _old(n_positions=LONGEST, n_embd=WIDTH, n_layer=2, n_head=HEADS)),
+    "GPT-2": _causal("GPT2Config", _old(n_positions=LONGEST, n_embd=WIDTH, n_layer=1, n_head=HEADS)),
     "GPT-J": _causal(
-        "GPTJConfig", _old(n_positions=LONGEST, n_embd=WIDTH, n_layer=2, n_head=HEADS, rotary_dim=4)
+        "GPTJConfig", _old(n_positions=LONGEST, n_embd=WIDTH, n_layer=1, n_head=HEADS, rotary_dim=4)
     ),
     "GPT-NeoX": _causal("GPTNeoXConfig", _without_groups()),
     "OPT": _causal(
         "OPTConfig",
         _old(
-            hidden_size=WIDTH, ffn_dim=48, num_hidden_layers=2, num_attention_heads=HEADS, pad_token_id=0,
+            hidden_size=WIDTH, ffn_dim=48, num_hidden_layers=1, num_attention_heads=HEADS, pad_token_id=0,
             max_position_embeddings=LONGEST, word_embed_proj_dim=WIDTH,
         ),
     ),
     "Bloom": _causal(
-        "BloomConfig", _old(hidden_size=WIDTH, n_layer=2, n_head=HEADS), without=("position_ids",),
+        "BloomConfig", _old(hidden_size=WIDTH, n_layer=1, n_head=HEADS), without=("position_ids",),
         **_WRITTEN_OUT,
     ),
     "Falcon": _causal(
-        "FalconConfig", _old(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS)
+        "FalconConfig", _old(hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS)
     ),
     "Falcon, ALiBi": _causal(
         "FalconConfig",
-        _old(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, alibi=True),
+        _old(hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS, alibi=True),
         without=("position_ids",),
     ),
     "DeepSeek-V3": _causal(
         "DeepseekV3Config",
         _text(
             num_key_value_heads=4, moe_intermediate_size=32, n_routed_experts=4, n_shared_experts=1,
-            num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, **_LATENT,
+            num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, num_hidden_layers=2,
+            **_LATENT,
         ),
     ),
     "GPT-OSS": _causal("GptOssConfig", _text(head_dim=8, **_MIXTRAL, **_ALTERNATING), **_WRITTEN_OUT),
@@ -271,7 +277,10 @@ HUGGING_FACE: dict[str, Entry] = {
     "ModernBERT": _other(
         "ModernBertForMaskedLM",
         "ModernBertConfig",
-        _without_groups(local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2),
+        _without_groups(
+            num_hidden_layers=2, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1,
+            sep_token_id=2,
+        ),
         lambda: _packed("use_cache"),
         kind="encoder",
     ),
@@ -279,11 +288,11 @@ HUGGING_FACE: dict[str, Entry] = {
         "T5ForConditionalGeneration",
         "T5Config",
         {
-            "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2,
+            "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 1,
             "num_heads": HEADS, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
         },
         lambda: _packed("position_ids"),
-        gathers=2,
+        gathers=1,
         kind="encoder-decoder",
     ),
     "Whisper": _other(
@@ -301,7 +310,7 @@ HUGGING_FACE: dict[str, Entry] = {
         "JambaConfig",
         _text(
             num_experts=2, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
-            expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8,
+            expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8, num_hidden_layers=2,
         ),
         kind="state space",
     ),

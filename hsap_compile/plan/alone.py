@@ -13,6 +13,7 @@ Shapes: M ranks of a group, K units (documents, or several that touch the same c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from hsap_compile.plan.fill import NOBODY, PATIENCE, Fill
 
 STEPS = 16  # times the ranks of a group
 LEAST_GAIN = 1e-3  # of the limit
+DEAR = 0.5  # of the limit: where exchanging heads costs more, sharing less is tried as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +58,10 @@ class _Ranks(Fill):
         load = np.full(ranks, (group.area - group.pairs.sum()) / ranks)
         super().__init__(group.sizes, group.pairs, room, load, group.limit, 0)
 
-    def divide(self, document: int, light: Ints, limit: float = math.inf) -> None:
+    def divide(self, document: int, light: Ints, most: float | None = None) -> None:
         n, area, ranks = self.sizes[document], self.pairs[document], len(self.room)
         some = light[self.room[light] >= n][:1]
-        if len(some) and self.excess_with(some, n, area, limit) <= 0:
+        if most is not None and len(some) and self.excess_with(some, n, area) <= 0:
             self.put(document, int(some[0]))
         else:
             self.room -= n / ranks
@@ -70,13 +72,25 @@ def choose(group: Group) -> Ints:
     """(K,) the rank (0..M-1) that holds each unit alone, or NOBODY."""
     if len(group.sizes) == 0:
         return np.empty(0, np.int64)
+    best = _filled(group)
+    if group.price * best.exchanged.max() > DEAR * group.limit:  # whole wherever there is room
+        loose = _filled(dataclasses.replace(group, limit=math.inf), group)
+        best = min(best, loose, key=lambda state: state.slowness(state.area, state.exchanged).max())
+    return best.member
+
+
+def _filled(group: Group, real: Group | None = None) -> _State:
     fill = _Ranks(group)
     fill.place()
-    return share(group, fill.owner)
+    return _shared(real or group, fill.owner)
 
 
 def share(group: Group, member: Ints) -> Ints:
     """(K,) `member` with NOBODY for those units that are better shared."""
+    return _shared(group, member).member
+
+
+def _shared(group: Group, member: Ints) -> _State:
     state = _State(group, member)
     best, fewest = state.member.copy(), math.inf
     for _ in range(STEPS * len(group.quota)):
@@ -86,7 +100,7 @@ def share(group: Group, member: Ints) -> Ints:
             best, fewest = state.member.copy(), float(seconds[slowest])
         if state.area.max() <= group.limit or not state.improve(slowest, seconds):
             break
-    return best
+    return _State(group, best)
 
 
 class _State:

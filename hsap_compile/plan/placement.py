@@ -1,8 +1,8 @@
 """Which rank holds which columns.
 
-Token counts equal to +-1 on every rank are a hard rule; attended area is balanced over groups under it; cuts,
-which cost traffic, are kept few under that. Inside a group all members hold all the group's columns after the
-head exchange, so that only groups are balanced, and members are contiguous cuts of their group's columns.
+Token counts equal to +-1 on every rank are a hard rule; attended area is balanced over ranks under it; what
+is sent is kept little under that. Three levels: documents alone on one rank send nothing, those shared in a
+group exchange heads, those on several groups send keys and values.
 """
 
 from __future__ import annotations
@@ -197,13 +197,11 @@ def place(
 ) -> Placement:
     """Assign columns to ranks.
 
-    `contiguous` cuts [0, S) in the order of (group, position). `balanced`:
-      1. cut [0, S) into documents: for several rows or masks, at the union of their boundaries; documents
-         that interleave count as one;
-      2. largest first, put each on the group whose remaining area per remaining token is the highest; one
-         that is more than a group's share is split over as few groups as possible, into zigzag pairs where a
-         plain cut is uneven; one that no longer fits is cut at the free space;
-      3. swap windows of equal length between the most and the least loaded group until all are near the mean.
+    `contiguous` cuts [0, S) in the order of (group, position). `balanced` spreads documents over groups; for
+    several rows or masks these are cut at the union of their boundaries, and documents that interleave count
+    as one (`balance`). In both, those documents of a group that lie, or fit, on one rank are alone there as
+    far as that keeps its ranks even (`alone`); the rest is shared and cut in order. `cost` is the price of
+    what is sent.
 
     Raises:
         ValueError: masks differ in batch or tokens, S < 2 P, or an unknown kind.

@@ -84,7 +84,8 @@ def swap(pieces: Spread, area: Area, reach: Reach, groups: int, price: float) ->
             break
         light = np.roll(lights, -stalled)[: len(heavy)]  # other partners, where these did not help
         urgency = PATIENCE * 2.0**round / price
-        pieces = _swap_once(pieces, area, reach, load, heavy, light, price, urgency)
+        order = np.lexsort((-inside, pieces.group))
+        pieces = _swap_once(pieces, area, reach, load, order, heavy, light, price, urgency)
     return pieces
 
 
@@ -93,6 +94,7 @@ def _swap_once(
     area: Area,
     reach: Reach,
     load: Floats,
+    order: Ints,
     heavy: Ints,
     light: Ints,
     price: float,
@@ -102,8 +104,6 @@ def _swap_once(
 
     `urgency` is what a pair over LIMIT costs, in rows.
     """
-    size = pieces.stop - pieces.start
-    order = np.lexsort((-size, pieces.group))
     first = np.searchsorted(pieces.group[order], np.arange(len(load) + 1))
     x, y = (_ends(pieces, area, reach, order, first, g) for g in (heavy, light))
     x_meets, y_meets = _meets(x, y), _meets(y, x)
@@ -155,8 +155,9 @@ def _swap_once(
 
 def _ends(pieces: Spread, area: Area, reach: Reach, order: Ints, first: Ints, group: Ints) -> _Ends:
     count = (first[group + 1] - first[group])[:, None]
-    at = np.arange(CANDIDATES)
-    at = np.where(count > CANDIDATES, at * count // CANDIDATES, at)  # of all lengths
+    at, half = np.arange(CANDIDATES), CANDIDATES // 2  # those with most area, and some of all the others
+    others = half + (at - half) * (count - half) // (CANDIDATES - half)
+    at = np.where((at >= half) & (count > CANDIDATES), others, at)
     some = at < count
     piece = order[np.where(some, first[group][:, None] + at, 0)]
     start, stop = (np.where(some, v[piece], 0) for v in (pieces.start, pieces.stop))
