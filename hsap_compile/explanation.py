@@ -148,7 +148,7 @@ class Explanation:
 
     def __str__(self) -> str:
         count = len(self.graphs)
-        lines = [f"hsap on {self.ranks} ranks: {count} graph{'s' * (count != 1)}"]
+        lines = [f"hsap on {_count(self.ranks, 'rank')}: {_count(count, 'graph')}"]
         for i, graph in enumerate(self.graphs):
             lines += ["", f"graph {i + 1} of {count}", _indented(str(graph))]
         if self.failure:
@@ -288,11 +288,11 @@ def _all_attentions(
 def _fact(site: Site, names: Mapping[Node, str], how: str, dense: str) -> AttentionFact:
     called: list[str] = []
     reads = []
-    for leaf in site.leaves:
+    for leaf, made_at in zip(site.leaves, site.reads, strict=True):
         name = names.get(leaf) or operator_name(leaf.target).split("::")[-1]
         name = name if name not in called else f"{name}_{len(called)}"
         called.append(name)
-        reads.append(f"{name}: {'an input' if leaf in names else where(leaf)}")
+        reads.append(f"{name}: {'an input' if leaf in names else made_at}")
     return AttentionFact(
         site.at, site.module, site.mask.readable(called), tuple(reads), site.heads, site.kv_heads, how, dense
     )
@@ -434,8 +434,13 @@ def _indented(text: str) -> str:
     return "\n".join("  " + line if line else line for line in text.splitlines())
 
 
+def _count(number: int, one: str) -> str:
+    return f"{number:,} {one}" + "s" * (number != 1)
+
+
 def _listed(names: Sequence[str]) -> str:
-    """The first and the last of many."""
+    """Each once; the first and the last of many."""
+    names = list(dict.fromkeys(names))
     return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
 
 
@@ -453,7 +458,7 @@ def _attentions(found: Sequence[AttentionFact]) -> str:
             lines += [f"  attends: {fact.mask}", *(f"    {read}" for read in fact.reads)]
             lines.append(f"  heads: {fact.heads}, of keys and values: {fact.kv_heads}")
         lines.append(f"  {'not partitioned: ' + fact.dense if fact.dense else 'partitioned'}: {fact.how}")
-    return f"{len(found)} attentions\n{_indented(chr(10).join(lines))}"
+    return f"{_count(len(found), 'attention')}\n{_indented(chr(10).join(lines))}"
 
 
 def _gathered(found: Sequence[Gathered]) -> str:
@@ -465,7 +470,8 @@ def _gathered(found: Sequence[Gathered]) -> str:
             f"{fact.at}{', in ' * bool(fact.module)}{fact.module}",
             f"  {fact.operator}: {fact.reason}; {short(fact.bytes, 'B')} gathered",
         ]
-    return f"{len(found)} operators run on gathered tokens, on every rank\n{_indented(chr(10).join(lines))}"
+    said = f"run on gathered tokens, on every rank: {_count(len(found), 'operator')}"
+    return f"{said}\n{_indented(chr(10).join(lines))}"
 
 
 def _outputs(found: Sequence[Output], crossing: bool) -> str:
@@ -487,7 +493,7 @@ def _gradients(graph: GraphExplanation) -> str:
 def _step(step: StepReport) -> str:
     mesh, area = step.plan.placement.mesh, step.plan.area
     return (
-        f"plan of this batch: {mesh.inter} groups (inter) of {mesh.intra} ranks (intra), "
+        f"plan of this batch: {_count(mesh.inter, 'group')} (inter) of {_count(mesh.intra, 'rank')} (intra), "
         f"{step.plan.placement.tokens:,} tokens a row\n"
         f"  balance {step.balance:.3f}: the busiest rank attends {short(float(area.max()))} pairs, "
         f"the mean is {short(float(area.mean()))}"

@@ -68,7 +68,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Site:
-    """Where an attention stands in the model, its mask and what the tensors are that the mask reads."""
+    """Where an attention stands in the model, its mask, the tensors that the mask reads and where the model
+    makes each of them."""
 
     at: str
     module: str
@@ -76,13 +77,15 @@ class Site:
     kv_heads: int
     mask: Mask
     leaves: tuple[Node, ...]
+    reads: tuple[str, ...]
 
     @classmethod
     def of(cls, node: Node) -> Site:
         """``node`` calls the canonical operator."""
         operands: Any = node.args
         heads, kv_heads = (int(x.meta["val"].shape[1]) for x in operands[:2])
-        return cls(where(node), module_of(node), heads, kv_heads, node.meta["mask"], tuple(operands[3]))
+        mask, reads = node.meta["mask"], node.meta["reads"]
+        return cls(where(node), module_of(node), heads, kv_heads, mask, tuple(operands[3]), reads)
 
 
 @dataclass(frozen=True)

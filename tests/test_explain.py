@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-import hsap_compile
 from hsap_compile import Refused, explain
-from hsap_compile.explanation import GraphExplanation
+from hsap_compile.explanation import Explanation, GraphExplanation
 from hsap_compile.runtime import StepReport
-from models import OWN, Nano, batch, build
+from models import Nano, batch, build
 from simulate import simulate, traced
 
 PACK = [[5, 1, 9, 4, 8]]
@@ -24,6 +25,11 @@ PARAMETERS = 28  # of "nano"
 def only(model: Any, given: dict[str, Any], ranks: int = 4, **options: Any) -> GraphExplanation:
     (graph,) = explain(model, **given, hsap_ranks=ranks, hsap_options=options).graphs
     return graph
+
+
+@functools.cache
+def nano(ranks: int = 4) -> GraphExplanation:
+    return only(build("nano"), batch("nano", PACK), ranks)
 
 
 def counts(graph: GraphExplanation) -> dict[str, tuple[int, int]]:
@@ -98,14 +104,14 @@ def test_bytes_balance_and_counts_are_those_of_a_step(mesh: tuple[int, int]) -> 
 
 
 def test_parameters_are_counted() -> None:
-    model = build("nano")
-    graph = only(model, batch("nano", PACK))
-    size = sum(p.numel() * p.itemsize for p in model.parameters())
-    assert (graph.parameters, graph.parameter_bytes) == (PARAMETERS, size)
-    assert f"gradients of {PARAMETERS} parameters are summed" in str(graph)
-    shares = only(model, batch("nano", PACK), grad_sync=False)
+    size = sum(p.numel() * p.itemsize for p in build("nano").parameters())
+    assert (nano().parameters, nano().parameter_bytes) == (PARAMETERS, size)
+    assert f"gradients of {PARAMETERS} parameters are summed" in str(nano())
+    shares = only(build("nano"), batch("nano", PACK), grad_sync=False, outputs="local")
     assert (shares.parameters, counts(shares)["sums over tokens"]) == (0, (1, 0))
     assert "grad_sync=False" in str(shares)
+    (local,) = shares.outputs
+    assert (local.gathered, local.bytes) == (False, 0) and "this rank's rows" in str(shares)
 
 
 def test_without_gradients_there_is_no_backward() -> None:
@@ -116,20 +122,16 @@ def test_without_gradients_there_is_no_backward() -> None:
 
 
 def test_gathered_outputs_say_their_size_and_the_remedy() -> None:
-    given = batch("nano", PACK)
-    (output,) = only(build("nano"), given).outputs
+    (output,) = nano().outputs
     assert (output.index, output.shape, output.bytes, output.gathered) == (1, (1, 27, 61), 27 * 61 * 8, True)
     assert "self.head(self.norm(x))" in output.at
-    text = str(only(build("nano"), given))
-    assert "output 1: float64 (1, 27, 61), gathered, 13.2 kB on every rank" in text
-    assert 'options={"outputs": "local"}' in text
-    (local,) = only(build("nano"), given, outputs="local").outputs
-    assert not local.gathered
-    assert only(build("nano"), given, outputs="local").outputs[0].bytes == 0
+    assert "output 1: float64 (1, 27, 61), gathered, 13.2 kB on every rank" in str(nano())
+    assert 'options={"outputs": "local"}' in str(nano())
+    assert counts(nano())["gathered for outputs"] == (1, 0)
 
 
 def test_one_rank_exchanges_nothing() -> None:
-    graph = only(build("nano"), batch("nano", PACK), 1)
+    graph = nano(1)
     assert graph.collectives == () and "no collectives" in str(graph)
     assert all(a.how.startswith("on the one rank") for a in graph.attentions)
 
@@ -161,8 +163,35 @@ def test_every_graph_has_a_section_and_a_break_its_cost() -> None:
     # documents were computed, not guessed: both graphs attend the same pairs
     assert first.step.plan.digest() == second.step.plan.digest()
     text = str(result)
+    made = f"cumsum: {__file__}:{line_of('documents = starts.cumsum(1)')}"
+    assert made in text and "in first\n" in text and "in second\n" in text
     assert "graph 1 of 2" in text and "graph 2 of 2" in text
     assert f"graph break: {first.break_reason}" in text and "13.2 kB gathered here" in text
+
+
+class Odd(nn.Module):
+    """Causal over all tokens but the last, then one that no mask can say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        shorter = x[:, None, :-1]
+        y = F.scaled_dot_product_attention(shorter, shorter, shorter, is_causal=True)  # fewer tokens
+        x = self.out(x + F.pad(y[:, 0], (0, 0, 0, 1)))
+        return (x @ x.mT).cumsum(-1).softmax(-1) @ x  # scores summed up
+
+
+def test_an_attention_that_is_not_partitioned_says_why() -> None:
+    graph = only(Odd(), {"ids": torch.arange(11)[None] % 9}, 2)
+    assert all(a.dense for a in graph.attentions)
+    found = {a.at.split(",")[0]: a.dense for a in graph.attentions}
+    last = f"{__file__}:{line_of('# scores summed up')}"
+    assert found.keys() == {f"{__file__}:{line_of('# fewer tokens')}", last}
+    assert found[last] == "aten::cumsum does more than act on every score alone"
+    assert "not partitioned: aten::cumsum does more" in str(graph)
 
 
 class Specialised(Nano):
@@ -190,10 +219,10 @@ def test_an_option_or_argument_that_is_wrong_is_raised() -> None:
 
 
 def test_nothing_of_the_model_is_touched() -> None:
-    model = OWN["encoder"]()
+    model = nn.Sequential(nn.Embedding(9, 4), nn.BatchNorm1d(7), nn.Linear(4, 3))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for _ in range(9):  # more often than dynamo compiles one function
-        assert len(explain(model, **batch("encoder", [[8]]), hsap_ranks=2).graphs) == 1
+        assert len(explain(model, torch.arange(7)[None] % 9, hsap_ranks=1).graphs) == 1
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
@@ -207,7 +236,7 @@ def test_no_name_of_the_models_can_collide() -> None:
 
 
 def test_the_page_holds_the_text(tmp_path: Path) -> None:
-    result = hsap_compile.explain(build("nano"), **batch("nano", PACK), hsap_ranks=2)
+    result = Explanation(2, (nano(),))
     result.save_html(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text("utf-8")
     assert page.startswith("<!DOCTYPE html>") and "q &gt;= k" in page and "<title>hsap on 2 ranks" in page
