@@ -61,10 +61,11 @@ NOISE = 1.03  # between equal contenders' least times
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing stays behind
     arguments = parse()
+    until = time.monotonic() + arguments.seconds
     with ExitStack() as stack:
         link = stack.enter_context(linked())
         ranks = stack.enter_context(started(link, arguments))
-        times, crossed, facts = measure(link, ranks, arguments)
+        times, crossed, facts = measure(link, ranks, arguments, until)
         if arguments.timeline:
             link.limit(arguments.timeline_rate)
             events = ranks.turn("timeline", arguments.documents[0], OURS)[0]
@@ -87,7 +88,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rates", type=int, nargs="+", default=[100, 300, 1000], help="Mbit/s, one way")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=240, help="no new repeat is begun after that long")
+    parser.add_argument("--seconds", type=int, default=330, help="no repeat is begun that would end later")
     parser.add_argument("--timeline", help="draw one step of ours into this file")
     parser.add_argument("--timeline-rate", type=int, default=300, help="Mbit/s")
     parser.add_argument("--results", default=str(RESULTS), help="folder for the numbers")
@@ -214,7 +215,7 @@ def started(link: Link, arguments: argparse.Namespace) -> Iterator[Ranks]:
             ranks = Ranks(_connections(listener, processes))
             yield ranks
             ranks.close()
-        except (EOFError, OSError, TimeoutError, RuntimeError):
+        except BaseException:
             for log in sorted(folder.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text()[-4000:]}", file=sys.stderr)
             raise
@@ -282,25 +283,28 @@ Case = tuple[int, str]
 
 
 def measure(
-    link: Link, ranks: Ranks, arguments: argparse.Namespace
+    link: Link, ranks: Ranks, arguments: argparse.Namespace, until: float
 ) -> tuple[dict[Key, list[float]], dict[Case, Crossed], dict[Case, Row]]:
     """Seconds of every step, bytes of a step, and each contender's error and predicted bytes."""
     cases = [(n, name) for n in arguments.documents for name in contenders(n)]
     facts = {case: facts_of(ranks, *case) for case in cases}
     times: dict[Key, list[float]] = {}
     counts: dict[Case, list[Crossed]] = {case: [] for case in cases}
-    until = time.monotonic() + arguments.seconds
+    lasted = 0.0
     for repeat in range(arguments.repeats):
-        if repeat and time.monotonic() > until:
+        began = time.monotonic()
+        if repeat and began + lasted > until:
             break
         for rate in (UNLIMITED, *sorted(arguments.rates, reverse=True)):
             link.limit(rate)
+            print(f"repeat {repeat}: {rate or 'unlimited'} Mbit/s", file=sys.stderr, flush=True)
             for case in cases:
                 before = link.crossed()
                 seconds = max(ranks.turn("seconds", *case))
                 after = link.crossed()
                 times.setdefault((case[0], rate, case[1]), []).append(seconds)
                 counts[case].append(Crossed(*(y - x for x, y in zip(before, after, strict=True))))
+        lasted = time.monotonic() - began
     crossed = {
         case: Crossed(mean(c.there for c in many), mean(c.back for c in many))
         for case, many in counts.items()
