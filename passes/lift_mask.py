@@ -645,6 +645,8 @@ _RULES: dict[str, Any] = {
     "squeeze": _reshape,
     "view": _reshape,
     "reshape": _reshape,
+    "flatten": _reshape,
+    "unflatten": _reshape,
     "_unsafe_view": _reshape,
     "transpose": _transpose,
     "permute": _permute,
