@@ -72,6 +72,18 @@ def test_half_precision_is_as_good_as_eager(arguments: dict[str, Any], dtype: to
 
 
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("sides", [(160, 2), (8, 160)])
+def test_what_many_slices_share_is_rounded_once(sides: tuple[int, int], dtype: torch.dtype) -> None:
+    queries, keys = sides
+    table = [
+        [q, q + queries, k, k + keys, FULL, 0, 0] for q in range(0, 160, queries) for k in range(0, 160, keys)
+    ]
+    case = make_case(table, 160).to(dtype)
+    exact = case.to(torch.float64).run(attend_reference)
+    assert max(errors(case.run(torch.ops.hsap.attend), exact)) <= 0.6 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_is_as_good_as_eager_sdpa(dtype: torch.dtype) -> None:
     lengths, remote = [64, 64, 100, 28], 40
     starts = [0, 64, 128, 228]
