@@ -6,6 +6,7 @@ Seen working on torch 2.13.0 and 2.14.1 (CPU); written for torch >= 2.11.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._higher_order_ops.flex_attention import flex_attention as flex_attention
+from torch._functorch import predispatch as _vmap
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
 from torch._inductor.compile_fx import compile_fx as compile_fx
@@ -31,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
+from torch.utils.checkpoint import CheckpointPolicy
 
 from hsap_compile.errors import Refused
 
@@ -39,6 +41,29 @@ SET_GRAD_ENABLED = torch._C._set_grad_enabled
 
 #: What opens and closes an autocast region in a pre-dispatch graph.
 AUTOCAST_BORDERS = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
+#: dynamo's call of the body of a torch.utils.checkpoint.
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+#: A custom autograd.Function: forward, backward, operands.
+CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
+
+FLEX_ATTENTION = torch.ops.higher_order.flex_attention
+
+#: What opens and closes a vmap in dynamo's graph, and what it calls once before.
+VMAP_BORDERS = (_vmap._vmap_increment_nesting, _vmap._vmap_decrement_nesting)
+VMAP_PREAMBLE = (_vmap.lazy_load_decompositions,)
+
+_checkpoints = itertools.count(1)
+
+
+def checkpoint_tags() -> dict[str, Any]:
+    """What AOTAutograd's partitioner reads on the nodes of one checkpoint's body."""
+    return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_checkpoints)}
+
+
+#: The tag of a node that is kept for the backward although it stands in a checkpoint.
+SAVED = CheckpointPolicy.MUST_SAVE
 
 without_autocast = torch._C._DisableAutocast
 
@@ -95,6 +120,12 @@ def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> t
 
     with _tracing(fake_mode_of(inputs)):
         return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+
+
+def trace_below_autograd(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """``module`` as a graph of ATen operators after autograd and batching, which it must not leave open."""
+    with _tracing(fake_mode_of(inputs)), warnings.catch_warnings():
+        return make_fx(module, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
 
 
 def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:

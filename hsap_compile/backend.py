@@ -7,9 +7,10 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import (
+    FLEX_ATTENTION,
     RetraceWithSymbols,
     belongs_to_module,
     check_version,
@@ -18,8 +19,9 @@ from hsap_compile._torch import (
     was_marked,
 )
 from hsap_compile.errors import Refused
-from hsap_compile.graph import placeholders
+from hsap_compile.graph import placeholders, positional
 from hsap_compile.options import parse
+from hsap_compile.passes._varlen import cumulative_lengths
 from hsap_compile.pipeline import compile_graph
 from hsap_compile.runtime import Runner
 
@@ -75,21 +77,33 @@ def _sequence_size(module: GraphModule) -> Any:
     for node in module.graph.nodes:
         value = node.meta.get("example_value")
         name = getattr(node.target, "__name__", str(node.target))
-        if node.op not in ("call_function", "call_method") or not isinstance(value, torch.Tensor):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node.target is FLEX_ATTENTION:
+            found.append(_operand(node).shape[-2])
+        elif cumulative_lengths(node) is not None:
+            found.append(_operand(node).shape[0])
+        if not isinstance(value, torch.Tensor):
             continue
         if name == "scaled_dot_product_attention":
             found.append(value.shape[-2])
         elif name in ("softmax", "_softmax") and value.dim() >= 3:
             if expr_of(value.shape[-1]) == expr_of(value.shape[-2]):
                 found.append(value.shape[-2])
-    if found:
-        return found[0]
+    lengths = []
     for node in placeholders(module):
         value = node.meta["example_value"]
         if isinstance(value, torch.Tensor) and not belongs_to_module(node):
             if not value.is_floating_point() and value.dim() > 0:
-                return value.shape[-1]
-    return None
+                lengths.append(value.shape[-1])
+    known = {expr_of(size) for size in lengths}
+    # of several sequences (an encoder's and a decoder's), one that is given as numbers of words
+    return next((size for size in [*found, *lengths] if expr_of(size) in known), found[0] if found else None)
+
+
+def _operand(node: Node) -> torch.Tensor:
+    """The query of an attention."""
+    return positional(node)[0].meta["example_value"]
 
 
 def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sympy.Symbol | None:

@@ -23,6 +23,9 @@ score = sympy.Symbol("score", real=True)
 #: Integer division that rounds down, as ``//`` does.
 floordiv = sympy.Function("floordiv")
 
+#: sink(logits, extra), outermost in a formula: one more logit, of (b, h, q), whose value is zero.
+sink = sympy.Function("sink")
+
 _LEAF = "leaf"
 
 
@@ -35,6 +38,11 @@ def leaf_index(expr: sympy.Basic) -> int | None:
     """The number of the tensor that ``expr`` reads, or None when it is not a leaf."""
     name = getattr(expr.func, "__name__", "")
     return int(name[len(_LEAF) :]) if name.startswith(_LEAF) and name[len(_LEAF) :].isdigit() else None
+
+
+def without_sink(expr: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic | None]:
+    """The logits of ``expr``, and its sink if it has one."""
+    return (expr.args[0], expr.args[1]) if expr.func == sink else (expr, None)
 
 
 def leaves_of(expr: sympy.Basic) -> tuple[int, ...]:

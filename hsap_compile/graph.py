@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from hsap_compile._torch import SET_GRAD_ENABLED, run_fake
 
 #: What a new node takes over from the node it stands for: where it came from, not what it is.
-_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack")
+_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
 
 
 class Builder:

@@ -70,6 +70,7 @@ class Mask:
 
 def normalise(logits: sympy.Expr) -> tuple[Mask, float]:
     """The mask of ``logits``, and the factor of ``score`` that was taken out of its formula."""
+    logits, extra = formula.without_sink(logits)
     conditions: list[sympy.Basic] = []
     floors: list[sympy.Expr] = []
     base = _strip(logits, conditions, floors)
@@ -78,6 +79,8 @@ def normalise(logits: sympy.Expr) -> tuple[Mask, float]:
     if plain and scale != 1:
         logits = logits.xreplace({base: score})
     soft = any(f != -sympy.oo for f in floors)
+    if extra is not None:
+        logits = formula.sink(logits, extra)
     mask = Mask(logits, residual=not plain, soft=soft, unread=not plain and _may_mask(base))
     together = sympy.to_nnf(sympy.And(*conditions), simplify=False)
     for condition in sympy.And.make_args(together):

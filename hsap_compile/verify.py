@@ -53,7 +53,9 @@ def _states_meet(module: GraphModule, after: str) -> None:
         if node.op != "call_function" or node.target in _CROSSING or not _tensor(node):
             continue
         symbols = {s for size in node.meta["val"].shape for s in expr_of(size).free_symbols}
-        if after == "partition_attention" and node.target is dense.OP and symbols & mine:
+        keys = node.args[1].meta["val"].shape if node.target is dense.OP else ()
+        alone = any(expr_of(size).free_symbols & mine for size in keys)
+        if after == "partition_attention" and alone:
             raise BrokenGraph(f"after {after}: {node.format_node()} attends over the rows of one rank alone")
         if symbols & mine and symbols & everyones:
             raise BrokenGraph(

@@ -363,6 +363,7 @@ class _Formula:
     """A formula and what it reads; leaves are in the computed dtype or above, so are their gradients."""
 
     expr: sympy.Basic
+    sink: sympy.Basic | None
     rows: Tensor | None
     remote_rows: Tensor | None
     heads: Tensor | None
@@ -384,7 +385,18 @@ class _Formula:
             return None
         raised = [x.detach() for x in leaves]
         raised = [x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x for x in raised]
-        return cls(formula.loads(mod), rows, remote_rows, heads, tuple(raised), tokens)
+        expr, sink = formula.without_sink(formula.loads(mod))
+        return cls(expr, sink, rows, remote_rows, heads, tuple(raised), tokens)
+
+    def sinks(self, lse: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """The sink of every query row and head (R, Hq), as ``lse``."""
+        values: dict[str, Tensor | int] = {"S": self.tokens}
+        if self.rows is not None:
+            values |= {"b": self.rows[:, 0, None], "q": self.rows[:, 1, None]}
+        if self.heads is not None:
+            values["h"] = self.heads
+        assert self.sink is not None
+        return _as_dtype(formula.evaluate(self.sink, values, leaves), lse).expand(lse.shape)
 
     def logits(self, score: Tensor, run: _Run, leaves: Sequence[Tensor]) -> Tensor:
         """Logits (Hq, nq, nk) of a block with scaled products ``score`` of the same shape."""
@@ -544,9 +556,9 @@ def _formula_of(
     tokens: int,
     dtype: torch.dtype,
 ) -> _Formula | None:
-    if not any(run.kind == MOD for run in plan.runs):
-        return None
     index = _Formula.ready(mod, rows, remote_rows, heads, leaves, tokens, dtype)
+    if not any(run.kind == MOD for run in plan.runs):
+        return None if index is None or index.sink is None else index
     if index is None:
         raise ValueError("hsap::attend: a slice of kind MOD, but mod is empty; pass formula.dumps(...)")
     return index
@@ -578,11 +590,16 @@ def _attend(
         out, peak, mass = _forward_run(x, index, masks, plan.runs[0])
         lse = peak if mass is None else peak + mass.log()
         out = out[..., :size].transpose(1, 2).reshape(n, n_heads, size)
-        return out.to(q.dtype).contiguous(), lse.transpose(1, 2).reshape(n, n_heads).contiguous()
-    total = _Merge(plan, x.q, size)
-    for run in plan.runs:
-        total.add(run.q, *_forward_run(x, index, masks, run))
-    return total.out.to(q.dtype), total.lse()
+        lse = lse.transpose(1, 2).reshape(n, n_heads)
+    else:
+        total = _Merge(plan, x.q, size)
+        for run in plan.runs:
+            total.add(run.q, *_forward_run(x, index, masks, run))
+        out, lse = total.out, total.lse()
+    if index is not None and index.sink is not None:
+        together = torch.logaddexp(lse, index.sinks(lse, index.leaves))
+        out, lse = out * (lse - together).exp()[..., None], together
+    return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
 def _forward_run(
@@ -683,6 +700,8 @@ def _attend_backward(
     index = _formula_of(plan, mod, rows, remote_rows, heads, leaves, tokens, dtype)
     softmax = _softmax(x, index, plan, grad_out, out, lse)
     sums = [] if index is None else [torch.zeros_like(index.leaves[i]) for i in wanted]
+    if index is not None and index.sink is not None:
+        _sink_backward(index, softmax, lse, wanted, sums)
     masks = _Masks(x.q)
     d_q = _Sum(n, plan.q_holes, x.q, q.shape[2])
     own = [_Sum(n, plan.k_holes, x.k, y.shape[2]) for y in (k, v)]
@@ -704,6 +723,24 @@ def _attend_backward(
         remote[1].total(v.dtype),
         [_leaf_grad(leaf, found.get(i), i in wanted) for i, leaf in enumerate(leaves)],
     )
+
+
+def _sink_backward(
+    index: _Formula, softmax: _Softmax, lse: Tensor, wanted: Sequence[int], sums: Sequence[Tensor]
+) -> None:
+    """A sink takes its weight times -(grad . out) of every row; adds to ``sums`` of the wanted leaves."""
+    leaves = list(index.leaves)
+    with torch.enable_grad():
+        for i in wanted:
+            leaves[i] = leaves[i].detach().requires_grad_()
+        sinks = index.sinks(lse, leaves)
+    if not sinks.requires_grad:
+        return
+    d_sinks = (softmax.grad * softmax.out).sum(-1).neg_().mul_((sinks.detach() - lse).exp_())
+    grads = torch.autograd.grad(sinks, [leaves[i] for i in wanted], d_sinks, allow_unused=True)
+    for total, part in zip(sums, grads, strict=True):
+        if part is not None:
+            total.add_(part)
 
 
 def _softmax(

@@ -24,7 +24,8 @@ def attention(
     logits: str,
     scale: float,
 ) -> torch.Tensor:
-    """softmax(logits(scale * q k^T, b, h, q, k)) v; a query that attends to nothing gets zeros."""
+    """softmax(logits(scale * q k^T, b, h, q, k)) v; a query that attends to nothing gets zeros.  A formula
+    with a sink has one more logit, whose value is zero."""
     repeat = q.shape[1] // k.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys, values = (x.repeat_interleave(repeat, 1) if repeat != 1 else x for x in (k, v))
@@ -38,10 +39,15 @@ def attention(
         "k": torch.arange(columns, device=q.device),
         "S": columns,
     }
-    value = torch.as_tensor(formula.evaluate(formula.loads(logits), index, leaves), device=q.device)
+    expr, sink = formula.without_sink(formula.loads(logits))
+    value = torch.as_tensor(formula.evaluate(expr, index, leaves), device=q.device)
     value = value.to(wide).expand(score.shape)
     empty = (value == -torch.inf).all(-1, keepdim=True)
-    weights = torch.softmax(value.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    value = value.masked_fill(empty, 0.0)
+    if sink is not None:
+        extra = torch.as_tensor(formula.evaluate(sink, index, leaves), device=q.device).to(wide)
+        value = torch.cat([value, extra.expand(*score.shape[:-1], 1)], -1)
+    weights = torch.softmax(value, -1)[..., :columns].masked_fill(empty, 0.0)
     return torch.matmul(weights, values.to(wide)).to(q.dtype)
 
 

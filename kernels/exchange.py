@@ -9,11 +9,16 @@ sum_ranks       all-reduce                   identity
 broadcast       identity (a copy)            all-reduce
 share           identity (a copy)            the gradient on rank 0, else 0
 all_to_all      rows to ranks by a table     all_to_all, the table reversed
+split           first and other tokens       join
+join            both together again          split
 ==============  ===========================  ==============================
 
 A *whole* tensor is the same on every rank, and so is its gradient; the gradients of ``share`` are parts
 of a sum that is taken outside of the graph.  Host tables (int64, CPU) say who
 gets what, so that nothing is compiled anew when documents change.
+
+split and join stay on the rank.  They are operators because they copy: a view of an unknown number of
+rows, saved for the backward, has strides that Inductor does not promise to keep.
 """
 
 from __future__ import annotations
@@ -212,6 +217,65 @@ ALL_TO_ALL = _define(
     _all_to_all_backward,
     _all_to_all_setup,
 )
+
+# --- tokens apart and together ------------------------------------------------------------------------
+
+
+def _split(x: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, H, n, D) -> its ``first`` tokens (B * first, H, D), and the others (B * (n - first), H, D)."""
+    rows = x.transpose(1, 2)
+    parts = rows[:, :first], rows[:, first:]
+    copies = [p.clone(memory_format=torch.contiguous_format).flatten(0, 1) for p in parts]
+    return copies[0], copies[1]
+
+
+def _split_fake(x: Any, first: Any) -> Any:
+    batch, heads, n, width = x.shape
+    return x.new_empty((batch * first, heads, width)), x.new_empty((batch * (n - first), heads, width))
+
+
+def _split_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.batch, ctx.n = inputs[0].shape[0], inputs[0].shape[2]
+
+
+def _split_backward(ctx: Any, one: torch.Tensor, other: torch.Tensor) -> Any:
+    return JOIN(one, other, ctx.batch, ctx.n), None
+
+
+SPLIT = _define(
+    "split(Tensor x, SymInt first) -> (Tensor, Tensor)", _split, _split_fake, _split_backward, _split_setup
+)
+
+
+def _join(one: torch.Tensor, other: torch.Tensor, batch: int, n: int) -> torch.Tensor:
+    """The transpose of split: (B, H, n, D), laid out as (B, n, H, D)."""
+    both = torch.cat([x.unflatten(0, (batch, x.shape[0] // batch)) for x in (one, other)], 1)
+    return both.transpose(1, 2)
+
+
+def _join_fake(one: Any, other: Any, batch: int, n: Any) -> Any:
+    return one.new_empty((batch, n, *one.shape[1:])).transpose(1, 2)
+
+
+def _join_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.first, ctx.batch = inputs[0].shape[0], inputs[2]
+
+
+def _join_backward(ctx: Any, grad: torch.Tensor) -> Any:
+    one, other = SPLIT(grad, ctx.first // ctx.batch)
+    return one, other, None, None
+
+
+JOIN = _define(
+    "join(Tensor one, Tensor other, int batch, SymInt n) -> Tensor",
+    _join,
+    _join_fake,
+    _join_backward,
+    _join_setup,
+)
+
+
+# --- apart in time ------------------------------------------------------------------------------------
 
 # all_to_all = wait(start), and so is sum_ranks: apart, other work goes on in between.  They have no gradient:
 # graphs that have been differentiated are rewritten to them (passes/overlap.py).

@@ -15,8 +15,19 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import expr_of, hint_of, is_operator, is_pointwise, operator_name
+from hsap_compile import formula
+from hsap_compile._torch import (
+    CUSTOM_FUNCTION,
+    expr_of,
+    hint_of,
+    is_operator,
+    is_pointwise,
+    operator_name,
+)
 from hsap_compile.kernels import dense, exchange
+from hsap_compile.passes._custom_functions import custom_function
+from hsap_compile.passes._forms import Local, NotLocal
+from hsap_compile.passes._routing import row_counts, row_sort
 from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis, rows_in_front
 
@@ -38,12 +49,14 @@ _ELEMENTWISE = _names(
     " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide fill"
     " broadcast_tensors"
 )
+#: Token by token, though dimensions behind the tokens come and go.
+_PAIRS = _names("view_as_complex view_as_real real imag resolve_conj resolve_neg complex polar")
 #: Operators whose arguments name every dimension they mix; all others are left as they are.
 _BY_DIM = _names(
     "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp topk sort argsort chunk split"
     " split_with_sizes slice select cat stack gather index_select unbind flip roll narrow argmax argmin glu"
     " transpose squeeze unsqueeze movedim swapaxes diff logsumexp amax amin sum mean prod any all max min var"
-    " std norm linalg_vector_norm repeat_interleave scatter scatter_add cummax kthvalue tensor_split"
+    " std norm linalg_vector_norm scatter scatter_add cummax kthvalue tensor_split"
     " slice_scatter var_mean std_mean cosine_similarity"
 )
 #: f(x, y, ..., reduction) with one loss for every element of the broadcast operands.
@@ -69,6 +82,8 @@ def rule_for(node: Node) -> Any:
         return _getitem
     if node.target is dense.OP:
         return _attention
+    if node.target is CUSTOM_FUNCTION:
+        return custom_function
     if not is_operator(node.target):
         return None
     name = operator_name(node.target)
@@ -91,18 +106,6 @@ def _schema(node: Node) -> Any:
     return target._schema.arguments
 
 
-def _not_local(reason: str) -> Exception:
-    from hsap_compile.passes.shard_tokens import NotLocal
-
-    return NotLocal(reason)
-
-
-def _made(node: Node, start: int = 0) -> Any:
-    from hsap_compile.passes.shard_tokens import Local
-
-    return Local(node, start)
-
-
 def _tensor_inputs(node: Node) -> list[Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
@@ -111,15 +114,15 @@ def _as_is(sharder: Sharder, node: Node) -> Any:
     """The operator itself, on local operands."""
     start = sharder.start_of(*node.all_input_nodes)
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: sharder.operand(n, start))
-    return _made(sharder.emit(node.target, *args, **kwargs), start)
+    return Local(sharder.emit(node.target, *args, **kwargs), start)
 
 
 def _getitem(sharder: Sharder, node: Node) -> Any:
     source = _args(node)[0]
     if source not in sharder.home:
-        raise _not_local("a part of several values that are not local")
+        raise NotLocal("a part of several values that are not local")
     home = sharder.home[source]
-    return _made(sharder.emit(operator.getitem, home.node, _args(node)[1]), home.start)
+    return Local(sharder.emit(operator.getitem, home.node, _args(node)[1]), home.start)
 
 
 def _elementwise(sharder: Sharder, node: Node) -> Any:
@@ -134,12 +137,12 @@ def _check_aligned(node: Node) -> None:
     for source in _tensor_inputs(node):
         axis = source.meta.get("tokens")
         if axis is MANY:
-            raise _not_local("a value with several token dimensions")
+            raise NotLocal("a value with several token dimensions")
         if isinstance(axis, TokenAxis):
             from_right = axis.dim - source.meta["val"].dim()
             aligned = operator_name(node.target) == "aten::one_hot" or from_right == out.dim - value.dim()
             if not aligned or axis.layout != out.layout:
-                raise _not_local("token dimensions of the operands differ")
+                raise NotLocal("token dimensions of the operands differ")
 
 
 def _value_of(node: Node) -> Any:
@@ -153,7 +156,7 @@ def _output_axis(node: Node) -> TokenAxis:
         axes = [n.meta.get("tokens") for n in node.users]
         axis = next((a for a in axes if isinstance(a, TokenAxis)), None)
     if not isinstance(axis, TokenAxis):
-        raise _not_local("the result has no single token dimension")
+        raise NotLocal("the result has no single token dimension")
     return axis
 
 
@@ -163,7 +166,7 @@ def _source(node: Node) -> tuple[Node, TokenAxis]:
         axis = source.meta.get("tokens")
         if isinstance(axis, TokenAxis):
             return source, axis
-    raise _not_local("no operand has a single token dimension")
+    raise NotLocal("no operand has a single token dimension")
 
 
 def _only_source(node: Node) -> tuple[Node, TokenAxis]:
@@ -171,7 +174,7 @@ def _only_source(node: Node) -> tuple[Node, TokenAxis]:
     source = _args(node)[0]
     axis = source.meta.get("tokens")
     if not isinstance(axis, TokenAxis):
-        raise _not_local("a value without a single token dimension")
+        raise NotLocal("a value without a single token dimension")
     return source, axis
 
 
@@ -179,17 +182,17 @@ def _view(sharder: Sharder, node: Node) -> Any:
     source, axis = _only_source(node)
     out = _output_axis(node)
     if out.length != axis.length or rows_in_front(source, axis) != rows_in_front(node, out):
-        raise _not_local("a view that changes the tokens of a row")
+        raise NotLocal("a view that changes the tokens of a row")
     start = sharder.start_of(source)
     local = sharder.local(source, start)
-    return _made(sharder.emit(aten.reshape.default, local, sharder.local_shape(node)), start)
+    return Local(sharder.emit(aten.reshape.default, local, sharder.local_shape(node)), start)
 
 
 def _expand(sharder: Sharder, node: Node) -> Any:
     source = _args(node)[0]
     start = sharder.start_of(source)
     shape = sharder.local_shape(node)
-    return _made(sharder.emit(aten.expand.default, sharder.operand(source, start), shape), start)
+    return Local(sharder.emit(aten.expand.default, sharder.operand(source, start), shape), start)
 
 
 def _copy(sharder: Sharder, node: Node) -> Any:
@@ -198,15 +201,54 @@ def _copy(sharder: Sharder, node: Node) -> Any:
     start = sharder.start_of(*_tensor_inputs(node))
     value = sharder.operand(_args(node)[1], start)
     value = sharder.emit(aten.expand.default, value, sharder.local_shape(node))
-    return _made(sharder.emit(aten.to.dtype, value, node.meta["val"].dtype), start)
+    return Local(sharder.emit(aten.to.dtype, value, node.meta["val"].dtype), start)
 
 
 def _repeat(sharder: Sharder, node: Node) -> Any:
-    """repeat(x, times): the tokens once."""
+    """repeat(x, times): all tokens again and again are more rows in front of them."""
     source, axis = _only_source(node)
     times = _args(node)[1][axis.dim - source.meta["val"].dim()]
-    if times != 1:
-        raise _not_local("it repeats the tokens")
+    if times != 1 and _output_axis(node).outer != axis.outer * times:
+        raise NotLocal("it repeats the tokens")
+    return _as_is(sharder, node)
+
+
+def _each_repeated(sharder: Sharder, node: Node) -> Any:
+    """repeat_interleave(x, times, dim): every token again and again are more rows behind it."""
+    given = arguments(node)
+    source, axis = _only_source(node)
+    if given["dim"] is None or not isinstance(given["repeats"], int):
+        raise NotLocal("it repeats the tokens")
+    if _output_axis(node).inner != axis.inner * (
+        given["repeats"] if _along(source, axis, given["dim"]) else 1
+    ):
+        raise NotLocal("it repeats the tokens")
+    start = sharder.start_of(source)
+    return Local(
+        sharder.emit(node.target, sharder.local(source, start), given["repeats"], given["dim"]), start
+    )
+
+
+def _along(source: Node, axis: TokenAxis, dim: int) -> bool:
+    return dim % source.meta["val"].dim() == axis.dim
+
+
+def _concatenation(sharder: Sharder, node: Node) -> Any:
+    """cat(xs, dim) along the tokens: rows of tokens one after the other are more rows in front."""
+    parts, out = _args(node)[0], _output_axis(node)
+    for part in parts:
+        axis = part.meta.get("tokens")
+        if not isinstance(axis, TokenAxis) or axis.layout[1:] != out.layout[1:]:
+            raise NotLocal("it joins tokens with others")
+    return _as_is(sharder, node)
+
+
+def _pairs(sharder: Sharder, node: Node) -> Any:
+    """Complex numbers: as element-wise, but for a last dimension of two."""
+    source, axis = _source(node)
+    out = _output_axis(node)
+    if (axis.dim, axis.layout) != (out.dim, out.layout):
+        raise NotLocal("complex numbers made of tokens")
     return _as_is(sharder, node)
 
 
@@ -215,7 +257,7 @@ def _pad(sharder: Sharder, node: Node) -> Any:
     source, axis = _only_source(node)
     behind = source.meta["val"].dim() - 1 - axis.dim
     if tuple(_args(node)[1][2 * behind : 2 * behind + 2]) not in ((), (0, 0)):
-        raise _not_local("it pads the tokens")
+        raise NotLocal("it pads the tokens")
     return _as_is(sharder, node)
 
 
@@ -223,13 +265,13 @@ def _einsum(sharder: Sharder, node: Node) -> Any:
     """einsum("bsd,df->bsf", ..): the tokens' letter is kept, and no other dimension holds tokens."""
     equation, operands = _args(node)[0].replace(" ", ""), _args(node)[1]
     if "->" not in equation or "." in equation:
-        raise _not_local("an einsum without explicit dimensions")
+        raise NotLocal("an einsum without explicit dimensions")
     inputs, result = equation.split("->")
     out = _output_axis(node)
     for letters, operand in zip(inputs.split(","), operands, strict=True):
         axis = operand.meta.get("tokens")
         if axis is MANY or (isinstance(axis, TokenAxis) and letters[axis.dim] != result[out.dim]):
-            raise _not_local("an einsum that sums over tokens")
+            raise NotLocal("an einsum that sums over tokens")
     return _as_is(sharder, node)
 
 
@@ -246,13 +288,13 @@ def _new(sharder: Sharder, node: Node) -> Any:
     extra = [map_arg(given["fill_value"], sharder.whole)] if "fill_value" in given else []
     if not isinstance(node.meta["tokens"], TokenAxis):
         return sharder.emit(node.target, source, map_arg(given["size"], sharder.whole), *extra, **rest)
-    return _made(sharder.emit(node.target, source, sharder.local_shape(node), *extra, **rest))
+    return Local(sharder.emit(node.target, source, sharder.local_shape(node), *extra, **rest))
 
 
 def _linear(sharder: Sharder, node: Node) -> Any:
     source, axis = _source(node)
     if source is not _args(node)[0] or axis.dim == source.meta["val"].dim() - 1:
-        raise _not_local("a linear layer over the token dimension")
+        raise NotLocal("a linear layer over the token dimension")
     return _as_is(sharder, node)
 
 
@@ -264,17 +306,17 @@ def _matmul(sharder: Sharder, node: Node) -> Any:
     for side, contracted in ((left, -1), (right, -2)):
         axis = side.meta.get("tokens")
         if axis is MANY:
-            raise _not_local("a value with several token dimensions")
+            raise NotLocal("a value with several token dimensions")
         if not isinstance(axis, TokenAxis):
             continue
         size = side.meta["val"].dim()
         if size > 1 and axis.dim == size + contracted:
-            raise _not_local("a product that sums over tokens")
+            raise NotLocal("a product that sums over tokens")
         other = right if side is left else left
         # a vector on the other side takes its dimension of the result away
         missing = other.meta["val"].dim() == 1 and (side is left or axis.dim < size - 2)
         if size == 1 or axis.dim - size + missing != out.dim - rank or axis.layout != out.layout:
-            raise _not_local("token dimensions of the operands differ")
+            raise NotLocal("token dimensions of the operands differ")
     return _as_is(sharder, node)
 
 
@@ -282,26 +324,33 @@ def _norm(sharder: Sharder, node: Node) -> Any:
     source, axis = _source(node)
     given = arguments(node)
     if source is not _args(node)[0] or axis.dim >= source.meta["val"].dim() - len(given["normalized_shape"]):
-        raise _not_local("a normalisation over tokens")
+        raise NotLocal("a normalisation over tokens")
     return _as_is(sharder, node)
 
 
 def _embedding(sharder: Sharder, node: Node) -> Any:
     if _args(node)[0].meta.get("tokens") is not None:
-        raise _not_local("a table whose rows are tokens")
+        raise NotLocal("a table whose rows are tokens")
     return _as_is(sharder, node)
 
 
 def _index(sharder: Sharder, node: Node) -> Any:
     table, indices = _args(node)
-    if table.meta.get("tokens") is not None or any(i is None for i in indices):
-        raise _not_local("an index into tokens")
+    if isinstance(axis := table.meta.get("tokens"), TokenAxis):
+        numbers = [i for i in indices if i is not None]
+        if (axis.dim < len(indices) and indices[axis.dim] is not None) or any(
+            i.meta.get("tokens") is not None for i in numbers
+        ):
+            raise NotLocal("an index into tokens")
+        return _as_is(sharder, node)
+    if axis is MANY or any(i is None for i in indices):
+        raise NotLocal("an index into tokens")
     out = _output_axis(node)
     rank = max(i.meta["val"].dim() for i in indices)
     for i in indices:
         axis = i.meta.get("tokens")
         if isinstance(axis, TokenAxis) and axis.dim - i.meta["val"].dim() != out.dim - rank:
-            raise _not_local("token dimensions of the indices differ")
+            raise NotLocal("token dimensions of the indices differ")
     return _as_is(sharder, node)
 
 
@@ -324,7 +373,7 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     if name in _MOVES:
         return _permutation(sharder, node)
     if not named and name not in _MOVES:
-        raise _not_local("it works on every dimension")
+        raise NotLocal("it works on every dimension")
     if name == "aten::unsqueeze":
         return _as_is(sharder, node)
     dims = {d % rank for d in named}
@@ -334,13 +383,17 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
             other_axis = other.meta.get("tokens")
             same = isinstance(other_axis, TokenAxis) and other_axis == axis
             if not same:
-                raise _not_local("token dimensions of the operands differ")
+                raise NotLocal("token dimensions of the operands differ")
         return _as_is(sharder, node)
     if name in _SUMS:
         return _reduction(sharder, node, source, axis, dims)
     if name == "aten::slice":
         return _token_slice(sharder, node, source, axis)
-    raise _not_local("it works along the tokens")
+    if name == "aten::cat":
+        return _concatenation(sharder, node)
+    if name in ("aten::sort", "aten::argsort"):
+        return row_sort(sharder, node)
+    raise NotLocal("it works along the tokens")
 
 
 _MOVES = _names("transpose squeeze movedim swapaxes permute t")
@@ -353,17 +406,19 @@ def _token_slice(sharder: Sharder, node: Node, source: Node, axis: TokenAxis) ->
     given = arguments(node)
     begin = given["start"] or 0
     out = node.meta["tokens"]
+    if expr_of(source.meta["val"].shape[axis.dim]) == expr_of(node.meta["val"].shape[axis.dim]):
+        return sharder.home[source] if source in sharder.home else Local(sharder.local(source))  # all
     if source not in sharder.home:
-        raise _not_local("a slice of a whole value")
+        raise NotLocal("a slice of a whole value")
     if not isinstance(begin, int) or given["step"] != 1 or axis.folded or not isinstance(out, TokenAxis):
-        raise _not_local("a slice along the tokens that is not a plain range")
+        raise NotLocal("a slice along the tokens that is not a plain range")
     home = sharder.home[source]
     if begin < 0:
         distance = axis.length + begin
         if not distance.is_Integer:
-            raise _not_local("a slice of the last tokens")
+            raise NotLocal("a slice of the last tokens")
         begin = int(distance)
-    return _made(home.node, home.start + begin)
+    return Local(home.node, home.start + begin)
 
 
 def _reduction(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
@@ -420,14 +475,14 @@ def _loss(sharder: Sharder, node: Node) -> Any:
         same = its is not MANY and its.layout == axis.layout
         if same and other.meta["val"].dim() - its.dim == behind:
             continue
-        raise _not_local("token dimensions of the operands differ")
+        raise NotLocal("token dimensions of the operands differ")
     start = sharder.start_of(*node.all_input_nodes)
     schema = [a.name for a in _schema(node)]
     values = {k: map_arg(given[k], lambda n: sharder.operand(n, start)) for k in schema if k in given}
     values["reduction"] = 0
     rows = sharder.emit(node.target, *[values[k] for k in schema])
     if reduction == 0:
-        return _made(rows, start)
+        return Local(rows, start)
     shape = [expr_of(size) for size in rows.meta["val"].shape]
     rows_axis = replace(axis, dim=axis.dim + len(shape) - source.meta["val"].dim())
     shape[rows_axis.dim] = axis.outer * axis.length * axis.inner
@@ -450,11 +505,11 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
     rank = logits.meta["val"].dim()
     class_dim = 1 if rank > 1 else 0
     if not isinstance(axis, TokenAxis) or not isinstance(target_axis, TokenAxis) or axis.dim == class_dim:
-        raise _not_local("a cross entropy whose classes are tokens")
+        raise NotLocal("a cross entropy whose classes are tokens")
     probabilities = target.meta["val"].is_floating_point()
     row_dim = axis.dim if probabilities else axis.dim - (axis.dim > class_dim)
     if target_axis.dim != row_dim or target_axis.layout != axis.layout:
-        raise _not_local("token dimensions of logits and labels differ")
+        raise NotLocal("token dimensions of logits and labels differ")
     start = sharder.start_of(logits, target)
     x, y = sharder.operand(logits, start), sharder.operand(target, start)
     w = None if weight is None else sharder.operand(weight)
@@ -466,7 +521,7 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
     more = [given["label_smoothing"]] if "label_smoothing" in given else []
     rows = sharder.emit(node.target, x, y, w, 0, ignore, *more)
     if given["reduction"] == 0:
-        return _made(rows, start)
+        return Local(rows, start)
     rows_rank = rows.meta["val"].dim()
     rows_dim = axis.dim - (axis.dim > class_dim)
     rows_axis = replace(axis, dim=rows_dim)
@@ -503,12 +558,21 @@ def _cross_entropy(sharder: Sharder, node: Node) -> Any:
     return mean if mean.meta["val"].dtype == result else sharder.emit(aten.to.dtype, mean, result)
 
 
+def _reads_context(sharder: Sharder, node: Node, axes: list[Any]) -> bool:
+    """Whether every query, on its own, attends to keys that are no tokens and that all queries see alike."""
+    ours = isinstance(axes[0], TokenAxis) and (axes[0].dim, axes[0].layout) == (2, (1, sharder.symbol, 1))
+    read = formula.loads(_args(node)[4]).free_symbols
+    return ours and axes[1] is None and axes[2] is None and not read & {formula.q, formula.S}
+
+
 def _attention(sharder: Sharder, node: Node) -> Any:
     """The canonical attention stays one operator on local rows: ``partition_attention`` comes next."""
     q, k, v, leaves, logits, scale = _args(node)
     axes = [x.meta.get("tokens") for x in (q, k, v)]
+    if _reads_context(sharder, node, axes):
+        return _as_is(sharder, node)
     if any(not isinstance(a, TokenAxis) or (a.dim, *a.layout) != (2, 1, sharder.symbol, 1) for a in axes):
-        raise _not_local("an attention whose queries and keys are not the same tokens")
+        raise NotLocal("an attention whose queries and keys are not the same tokens")
     operands = [sharder.local(x) for x in (q, k, v)]
     whole = []
     for leaf in leaves:
@@ -520,7 +584,7 @@ def _attention(sharder: Sharder, node: Node) -> Any:
     batch, heads = (hint_of(s) for s in operands[0].meta["val"].shape[:2])
     rows, width = operands[0].meta["val"].shape[2], hint_of(operands[2].meta["val"].shape[3])
     made.meta["val"] = operands[0].meta["val"].new_empty((batch, heads, rows, width))
-    return _made(made)
+    return Local(made)
 
 
 RULES: dict[str, Any] = {
@@ -535,7 +599,16 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("index"), _index),
     **dict.fromkeys(_names("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"), _cross_entropy),
     **dict.fromkeys(_names("copy"), _copy),
-    **dict.fromkeys(_names("repeat tile"), _repeat),
+    **dict.fromkeys(_names("repeat"), _repeat),
+    **dict.fromkeys(_names("repeat_interleave"), _each_repeated),
+    **dict.fromkeys(_PAIRS, _pairs),
+    **dict.fromkeys(_names("histc bincount"), row_counts),
     **dict.fromkeys(_names("pad constant_pad_nd"), _pad),
     **dict.fromkeys(_names("einsum"), _einsum),
 }
+
+#: The rules whose operators act on every row alone, whatever the order of the rows.
+ROW_BY_ROW = (
+    _elementwise, _linear, _matmul, _norm, _embedding, _index, _by_dim, _getitem, _view, _expand, _copy, _pad,
+    _einsum, _pairs,
+)  # fmt: skip

@@ -4,16 +4,19 @@ before: torch functions and methods as dynamo wrote them, in-place operators inc
 after:  ATen overloads; attention, cross entropy and linear are still one operator each; nothing is
         written in place, so a value is its node
 
-1. trace the graph again below the Python functions and above autograd;
+1. trace the graph again below the Python functions and above autograd, checkpoint bodies and vmaps in
+   place, custom functions and flex attention as one call (``_regions``);
 2. drop dropout that does nothing, and make autocast explicit: operands that it would have cast are cast;
 3. replace every in-place operator by its functional form; a write into a view (``x[:, 1:] = y``) becomes
    a scatter into the base, and views made before the write are made anew after it.  Which values are views
-   of one another is read from the storages that the trace gave them.
+   of one another is read from the storages that the trace gave them;
+4. write attention over cumulative lengths with a mask (``_varlen``).
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +34,9 @@ from hsap_compile._torch import (
     without_autocast,
 )
 from hsap_compile.errors import Refused, where
-from hsap_compile.graph import positional, remove_dead, target
+from hsap_compile.graph import placeholders, positional, remove_dead, target
+from hsap_compile.passes._regions import expanded, put_back, set_aside
+from hsap_compile.passes._varlen import write_varlen_as_masked
 
 aten = torch.ops.aten
 
@@ -55,19 +60,34 @@ _LAST_TWO = {"aten::t", "aten::mT"}
 def capture(module: GraphModule) -> GraphModule:
     """Lower ``module``, which dynamo traced.  Placeholders keep their order and get ``meta["source"]``:
     the placeholder of ``module`` they stand for."""
-    originals = [n for n in module.graph.nodes if n.op == "placeholder"]
+    plain = expanded(module)
+    asides = set_aside(plain)
+    originals = placeholders(plain)
     inputs = [n.meta["example_value"] for n in originals]
-    graph = trace_pre_dispatch(module, inputs)
-    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    for placeholder, original, value in zip(placeholders, originals, inputs, strict=True):
+    graph = trace_pre_dispatch(plain, inputs)
+    for placeholder, original, value in zip(
+        placeholders(graph)[: len(inputs)], originals, inputs, strict=True
+    ):
         placeholder.meta["val"] = value
         placeholder.meta["source"] = original.name
         placeholder.meta["parameter"] = isinstance(value, torch.nn.Parameter)
+    put_back(graph, asides)
     mode = fake_mode_of(inputs)
     _drop_idle_dropout(graph)
     _explicit_autocast(graph, mode)
     _functionalize(graph, mode)
     _drop_idle_dropout(graph)
+    write_varlen_as_masked(graph, mode)
+    return graph
+
+
+def capture_body(body: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+    """``body``, a part of one of dynamo's graphs, lowered as ``capture`` does, for inputs like ``inputs``."""
+    with torch.no_grad():
+        graph = trace_pre_dispatch(expanded(body), inputs)
+    for placeholder, value in zip(placeholders(graph), inputs, strict=True):
+        placeholder.meta.update(val=value, parameter=False)
+    _functionalize(graph, fake_mode_of(inputs))
     remove_dead(graph)
     return graph
 
@@ -214,15 +234,17 @@ def _functionalize(module: GraphModule, mode: Any) -> None:
 
 def _views(module: GraphModule) -> set[Node]:
     """The nodes that are views of their first argument, in-place operators included."""
-    return {
-        n
-        for n in module.graph.nodes
-        if n.op == "call_function"
-        and positional(n)
-        and isinstance(positional(n)[0], Node)
-        and (storage := _storage(n)) is not None
-        and storage == _storage(positional(n)[0])
-    }
+    found: set[Node] = set()
+    for node in module.graph.nodes:
+        source = positional(node)[0] if node.op == "call_function" and positional(node) else None
+        if not isinstance(source, Node):
+            continue
+        if node.target is operator.getitem:  # of split; what topk returns is its own
+            if source in found:
+                found.add(node)
+        elif (storage := _storage(node)) is not None and storage == _storage(source):
+            found.add(node)
+    return found
 
 
 def _storage(node: Node) -> int | None:

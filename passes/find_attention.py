@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from hsap_compile._torch import expr_of, free_symbols, hint_of, operator_name
+from hsap_compile._torch import FLEX_ATTENTION, expr_of, free_symbols, hint_of, operator_name
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import positional, target
 
@@ -35,10 +35,21 @@ _LAYOUT = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand"}
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv); or without B.
+class Body:
+    """A function of (score, b, h, q, k) or (b, h, q, k) as a graph of 0-d tensors, which also reads
+    ``buffers`` of the graph around it."""
 
-    ``flipped``: ``key`` is (B, Hkv, D, S).
+    module: GraphModule
+    buffers: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv); or without B,
+    or, where ``logits`` are (B, H, S, S), with (B * H, S, D).
+
+    ``flipped``: ``key`` is (B, Hkv, D, S).  ``sink`` (B, H, S, 1): one more logit, whose weight is dropped.
+    ``score_mod`` and ``mask_mod``: what flex attention does to its scores.
     ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
     (a node, or None), ``causal`` and ``scale`` say the same.  ``product``: the q @ k.T of the eager form.
     """
@@ -53,6 +64,17 @@ class Attention:
     logits: Node | None = None
     product: Node | None = None
     flipped: bool = False
+    sink: Node | None = None
+    score_mod: Body | None = None
+    mask_mod: Body | None = None
+
+    @property
+    def folded(self) -> tuple[int, int] | None:
+        """(B, H) where queries are (B * H, S, D)."""
+        if self.logits is None or self.query.meta["val"].dim() != 3 or self.logits.meta["val"].dim() != 4:
+            return None
+        batch, heads = (hint_of(size) for size in self.logits.meta["val"].shape[:2])
+        return batch, heads
 
 
 def find_attention(module: GraphModule) -> tuple[Attention, ...]:
@@ -66,6 +88,8 @@ def find_attention(module: GraphModule) -> tuple[Attention, ...]:
             attention = _operator(node)
         elif operator_name(node.target) in ("aten::softmax", "aten::_softmax"):
             attention = _eager(node)
+        elif node.target is FLEX_ATTENTION:
+            attention = _flex(node)
         if attention is not None:
             found.append(attention)
     return tuple(found)
@@ -109,6 +133,42 @@ def _operator(node: Node) -> Attention | None:
     )
 
 
+def _flex(node: Node) -> Attention | None:
+    """flex_attention(q, k, v, score_mod, (.., mask_mod), scale, options, buffers of the two): only the
+    attention's output may be read, and its blocks must be what ``mask_mod`` says."""
+    query, key, value, score_mod, blocks, scale, _, score_buffers, mask_buffers = positional(node)
+    read = [user for user in node.users if user.users]
+    if len(read) != 1 or positional(read[0])[1] != 0 or not _fit(query, key, value):
+        return None
+    mask: Body | None = Body(_module(blocks[-1]), tuple(mask_buffers))
+    if _says_nothing(_module(blocks[-1])):
+        if any(isinstance(size, int) and size < _EVERYTHING for size in blocks[-3:-1]):
+            return None  # the blocks alone are the mask
+        mask = None
+    return Attention(
+        output=read[0],
+        query=query,
+        key=key,
+        value=value,
+        scale=float(scale),
+        score_mod=Body(_module(score_mod), tuple(score_buffers)),
+        mask_mod=mask,
+    )
+
+
+_EVERYTHING = 1 << 30  # the size of the one block that torch makes where no block mask is given
+
+
+def _module(node: Node) -> GraphModule:
+    module: GraphModule = node.meta["val"]
+    return module
+
+
+def _says_nothing(mask: GraphModule) -> bool:
+    """Whether a mask function reads none of its indices."""
+    return not any(n.users for n in mask.graph.nodes if n.op == "placeholder")
+
+
 def _refuse_dropout(node: Node, probability: Any) -> None:
     if isinstance(probability, Node) or probability > 0:
         raise Refused(
@@ -125,6 +185,7 @@ def _eager(softmax: Node) -> Attention | None:
     given = arguments(softmax)
     logits = softmax.args[0]
     assert isinstance(logits, Node)
+    logits, sink = _without_sink(_without_shift(logits))
     rank = logits.meta["val"].dim()
     if rank not in (3, 4) or given["dim"] not in (-1, rank - 1):
         return None
@@ -132,6 +193,7 @@ def _eager(softmax: Node) -> Attention | None:
         return None
     user: Node = softmax
     dropouts: list[Node] = []
+    dropped = False
     while True:
         if len(user.users) != 1:
             return None  # the weights are read elsewhere too
@@ -141,8 +203,12 @@ def _eager(softmax: Node) -> Attention | None:
             dropouts.append(following)
         elif name in ("aten::matmul", "aten::bmm"):
             break
+        elif name == "aten::slice" and (sink is None) == _same_shape(user, following):
+            if sink is not None and not _drops_last(following, sink[1]):
+                return None
+            dropped = True
         elif name in _LAYOUT:
-            if not _same_shape(user, following):
+            if not _same_shape(user, following) and not _folds_heads(user, following):
                 return None
         elif name not in _TRANSPARENT:
             return None
@@ -150,6 +216,8 @@ def _eager(softmax: Node) -> Attention | None:
     value = positional(following)[1]
     product = _product(logits)
     if positional(following)[0] is not user or product is None or not isinstance(value, Node):
+        return None
+    if sink is not None and not dropped:
         return None
     query, transposed = positional(product)[-2:]  # baddbmm(input, q, k) carries its bias first
     assert isinstance(query, Node) and isinstance(transposed, Node)
@@ -172,7 +240,37 @@ def _eager(softmax: Node) -> Attention | None:
         logits=logits,
         product=product,
         flipped=flipped,
+        sink=None if sink is None else sink[0],
     )
+
+
+def _without_shift(logits: Node) -> Node:
+    """x where ``logits`` is x minus one number a row, which softmax does not see."""
+    while operator_name(logits.target) == "aten::sub" and arguments(logits)["alpha"] == 1:
+        x, shift = positional(logits)
+        if not isinstance(x, Node) or not isinstance(shift, Node) or not _same_shape(x, logits):
+            break
+        if shift.meta["val"].dim() == 0 or expr_of(shift.meta["val"].shape[-1]) != 1:
+            break
+        logits = x
+    return logits
+
+
+def _without_sink(logits: Node) -> tuple[Node, tuple[Node, Node] | None]:
+    """(x, (sink, x)) where ``logits`` is x (.., S, S) with one more column ``sink``."""
+    if operator_name(logits.target) != "aten::cat" or len(positional(logits)[0]) != 2:
+        return logits, None
+    x, sink = positional(logits)[0]
+    last = arguments(logits)["dim"] in (-1, logits.meta["val"].dim() - 1)
+    if not last or expr_of(sink.meta["val"].shape[-1]) != 1:
+        return logits, None
+    return x, (sink, x)
+
+
+def _drops_last(weights: Node, logits: Node) -> bool:
+    """Whether ``weights``, a slice, are those of ``logits`` alone."""
+    given = arguments(weights)
+    return given["start"] in (None, 0) and given["step"] == 1 and _same_shape(weights, logits)
 
 
 def _fit(query: Node, key: Node, value: Node, flipped: bool = False) -> bool:
@@ -221,6 +319,16 @@ def _transposed(node: Node) -> Node | None:
         order = [d % rank for d in positional(node)[1]]
         exchanged = order == [*range(rank - 2), rank - 1, rank - 2]
     return source if exchanged or name == "aten::mT" else None
+
+
+def _folds_heads(x: Node, y: Node) -> bool:
+    """Whether ``y`` is ``x`` (B, H, S, S) as (B * H, S, S)."""
+    a, b = x.meta["val"].shape, y.meta["val"].shape
+    return (
+        len(a) == 4
+        and len(b) == 3
+        and all(expr_of(i) == expr_of(j) for i, j in zip(a[2:], b[1:], strict=True))
+    )
 
 
 def _same_shape(x: Node, y: Node) -> bool:

@@ -58,6 +58,7 @@ class TokenAxis:
 def infer_tokens(module: GraphModule, symbol: sympy.Symbol) -> None:
     """Annotate every node of ``module``; ``symbol`` is S."""
     for node in module.graph.nodes:
+        _settle_constants(node)
         node.meta["tokens"] = _tokens(node, symbol)
 
 
@@ -80,6 +81,23 @@ def _tokens(node: Node, symbol: sympy.Symbol) -> TokenAxis | Tokens | None:
     return _folded(node, dims[0], int(factor), length) or MANY
 
 
+_CONSTANTS = frozenset(f"aten::{name}" for name in ("zeros", "ones", "full", "empty"))
+
+
+def _settle_constants(node: Node) -> None:
+    """A constant of B * S rows may have its rows in any order: in that of what it is used with first."""
+    for constant in node.all_input_nodes:
+        if operator_name(constant.target) not in _CONSTANTS or constant.meta.get("tokens") is not MANY:
+            continue
+        for other in node.all_input_nodes:
+            axis = other.meta.get("tokens")
+            if isinstance(axis, TokenAxis):
+                sizes = [expr_of(size) for size in constant.meta["val"].shape]
+                size = expr_of(other.meta["val"].shape[axis.dim])
+                if sizes.count(size) == 1:
+                    constant.meta["tokens"] = replace(axis, dim=sizes.index(size))
+
+
 def _folded(node: Node, dim: int, factor: int, length: sympy.Expr) -> TokenAxis | None:
     """Whether the factor beside the tokens counts rows in front of them (B * S), behind (S * K), or both."""
     if node.op != "call_function":
@@ -88,7 +106,10 @@ def _folded(node: Node, dim: int, factor: int, length: sympy.Expr) -> TokenAxis 
     if node.target is operator.getitem:
         operands = operands[0].all_input_nodes
     sources = [n for n in operands if isinstance(n.meta.get("tokens"), TokenAxis)]
-    if operator_name(node.target) not in VIEWS:
+    name = operator_name(node.target)
+    if name in _REPEATS and sources:
+        return _REPEATS[name](sources, dim, factor, length)
+    if name not in VIEWS:
         known = (s.meta["tokens"] for s in sources)
         return next(
             (replace(k, dim=dim) for k in known if k.outer * k.inner == factor and k.length == length), None
@@ -100,6 +121,32 @@ def _folded(node: Node, dim: int, factor: int, length: sympy.Expr) -> TokenAxis 
     if not outer.is_Integer or factor % int(outer):
         return None
     return TokenAxis(dim, int(outer), length, factor // int(outer))
+
+
+def _joined(sources: list[Node], dim: int, factor: int, length: sympy.Expr) -> TokenAxis | None:
+    """cat: rows of tokens one after the other, if they all have the same rows behind a token."""
+    axes = [s.meta["tokens"] for s in sources]
+    inner = axes[0].inner
+    if any(a.inner != inner or a.length != length for a in axes) or factor % inner:
+        return None
+    return TokenAxis(dim, factor // inner, length, inner)
+
+
+def _in_front(sources: list[Node], dim: int, factor: int, length: sympy.Expr) -> TokenAxis | None:
+    """repeat: more rows in front."""
+    axis = sources[0].meta["tokens"]
+    known = axis.length == length and factor % axis.inner == 0
+    return TokenAxis(dim, factor // axis.inner, length, axis.inner) if known else None
+
+
+def _behind(sources: list[Node], dim: int, factor: int, length: sympy.Expr) -> TokenAxis | None:
+    """repeat_interleave: more rows behind."""
+    axis = sources[0].meta["tokens"]
+    known = axis.length == length and factor % axis.outer == 0
+    return TokenAxis(dim, axis.outer, length, factor // axis.outer) if known else None
+
+
+_REPEATS = {"aten::cat": _joined, "aten::repeat": _in_front, "aten::repeat_interleave": _behind}
 
 
 def rows_in_front(node: Node, axis: TokenAxis) -> sympy.Expr:

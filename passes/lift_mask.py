@@ -30,10 +30,11 @@ from hsap_compile import formula
 from hsap_compile._torch import expr_of, free_symbols, hint_of, operator_name, run_fake
 from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
-from hsap_compile.graph import positional, remove_dead
+from hsap_compile.graph import placeholders, positional, remove_dead
 from hsap_compile.kernels import dense
 from hsap_compile.masks import exclusive, normalise
-from hsap_compile.passes.find_attention import Attention, arguments, token_dims
+from hsap_compile.passes.capture import capture_body
+from hsap_compile.passes.find_attention import Attention, Body, arguments, token_dims
 
 aten = torch.ops.aten
 Index = tuple[sympy.Expr, ...]
@@ -98,14 +99,18 @@ def _rewrite(
         if attention.flipped:
             key = emit(aten.transpose.int, key, -1, -2)
         operands = [attention.query, key, attention.value]
-        flat = attention.query.meta["val"].dim() == 3
-        if flat:
+        flat, folded = attention.query.meta["val"].dim() == 3, attention.folded
+        if folded is not None:
+            operands = [emit(aten.unflatten.int, x, 0, list(folded)) for x in operands]
+        elif flat:
             operands = [emit(aten.unsqueeze.default, x, 0) for x in operands]
         # under autocast the operator casts; the canonical one takes what the result has
         operands = [x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands]
         node = emit(dense.OP, *operands, leaves, formula.dumps(mask.logits), scale)
         node.meta["mask"] = mask
-        if flat:
+        if folded is not None:
+            node = emit(aten.flatten.using_ints, node, 0, 1)
+        elif flat:
             node = emit(aten.squeeze.dim, node, 0)
     output.replace_all_uses_with(node)
 
@@ -125,6 +130,8 @@ class _Lifter:
         self.attention = attention
         self.leaves: list[Node] = []
         self.memo: dict[tuple[Node, Index], sympy.Basic] = {}
+        self.alias: dict[Node, Any] = {}  # what the inputs of a function of one pair are
+        self.inside: set[Node] = set()  # the nodes of such functions
 
     def logits(self) -> sympy.Expr:
         attention = self.attention
@@ -132,8 +139,13 @@ class _Lifter:
             found = _number(self.element(attention.logits, self._position(attention.logits)))
             if found.has(sympy.nan):
                 raise NotLiftable(attention.logits)
-            return found
+            if attention.sink is None:
+                return found
+            position = (*self._position(attention.sink)[:-1], sympy.Integer(0))
+            return formula.sink(found, _number(self.element(attention.sink, position)))
         logits: sympy.Expr = score
+        if attention.score_mod is not None:
+            return self._flex(attention.score_mod)
         if attention.causal:
             logits = sympy.Piecewise((logits, q >= k), (-sympy.oo, True))
         if attention.mask is None:
@@ -146,10 +158,39 @@ class _Lifter:
             return sympy.Piecewise((logits, _boolean(value)), (-sympy.oo, True))
         return logits + _number(value)
 
+    def _flex(self, score_mod: Body) -> sympy.Expr:
+        logits = _number(self._body(score_mod, (score, b, h, q, k)))
+        if self.attention.mask_mod is not None:
+            allowed = _boolean(self._body(self.attention.mask_mod, (b, h, q, k)))
+            logits = sympy.Piecewise((logits, allowed), (-sympy.oo, True))
+        if logits.has(sympy.nan):
+            raise NotLiftable(self.attention.output)
+        return logits
+
+    def _body(self, body: Body, indices: tuple[sympy.Expr, ...]) -> sympy.Basic:
+        """The value of a function of one pair, traced on tensors of one element: 0-d ones are no indices."""
+        number = self.attention.query.meta["val"].new_empty((1,))
+        values = [number if i == score else number.new_empty((1,), dtype=torch.int32) for i in indices]
+        values += [n.meta["val"] if isinstance(n, Node) else n for n in body.buffers]
+        lowered = capture_body(body.module, values)
+        names = placeholders(lowered)
+        self.alias.update(zip(names, (*indices, *body.buffers), strict=True))
+        self.inside.update(lowered.graph.nodes)
+        (output,) = (n for n in lowered.graph.nodes if n.op == "output")
+        result = positional(output)[0]
+        dims = result.meta["val"].dim() if isinstance(result, Node) else 0
+        return self.element(result, (sympy.Integer(0),) * dims)
+
     def _position(self, node: Node) -> Index:
         """The index of element (b, h, q, k) in a tensor that broadcasts against the scores."""
-        shape = node.meta["val"].shape
+        shape, folded = node.meta["val"].shape, self.attention.folded
         full = (sympy.Integer(0), h, q, k) if self.attention.query.meta["val"].dim() == 3 else (b, h, q, k)
+        if folded is not None:
+            full = (
+                (b, h, q, k)
+                if len(shape) == 4
+                else (sympy.Integer(0), h if folded[0] == 1 else b * folded[1] + h, q, k)
+            )
         return tuple(
             sympy.Integer(0) if _is_one(size) else index
             for size, index in zip(shape, full[4 - len(shape) :], strict=True)
@@ -157,14 +198,18 @@ class _Lifter:
 
     def element(self, node: Any, index: Index) -> sympy.Basic:
         """The element of ``node`` at ``index``."""
+        if isinstance(node, sympy.Basic):
+            return node
         if not isinstance(node, Node):
             return _constant(node)
+        if node in self.alias:
+            return self.element(self.alias[node], index)
         key = (node, index)
         if key not in self.memo:
             try:
                 self.memo[key] = self._element(node, index)
             except NotLiftable:
-                if self._reaches_product(node):
+                if node in self.inside or self._reaches_product(node):
                     raise
                 self.memo[key] = self.leaf(node, index)
         return self.memo[key]
@@ -228,7 +273,7 @@ class _Lifter:
             raise NotLiftable(node)
         if name in _RULES:
             return _RULES[name](self, node, index)
-        if value.is_floating_point() and len(token_dims(node)) < 2:
+        if value.is_floating_point() and len(token_dims(node)) < 2 and node not in self.inside:
             raise NotLiftable(node)  # read the rounded value rather than compute it anew
         if name not in _POINTWISE or value.dtype in _NARROW_INTEGERS:
             raise NotLiftable(node)
@@ -473,9 +518,12 @@ def _unsqueeze(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
 
 
 def _reshape(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
-    """Carries the index through a view that only inserts, removes or keeps dimensions."""
+    """Carries the index through a view that inserts, removes or keeps dimensions, or parts the first."""
     source = positional(node)[0]
     old, new = source.meta["val"].shape, node.meta["val"].shape
+    if len(new) == len(old) + 1 and [expr_of(s) for s in old[1:]] == [expr_of(s) for s in new[2:]]:
+        if not free_symbols(new[1]) and not _is_one(new[0]) and not _is_one(new[1]):
+            return lifter.element(source, (index[0] * hint_of(new[1]) + index[1], *index[2:]))
     kept_old = [d for d, size in enumerate(old) if not _is_one(size)]
     kept_new = [d for d, size in enumerate(new) if not _is_one(size)]
     if [expr_of(old[d]) for d in kept_old] != [expr_of(new[d]) for d in kept_new]:
@@ -531,6 +579,7 @@ def _gather(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
     rank = max(indices[d].meta["val"].dim() for d in given)
     before, lead, rest = index[: given[0]], index[given[0] : given[0] + rank], index[given[0] + rank :]
     position = [_number(lifter.broadcast(indices[d], lead)) for d in given]
+    source = lifter.alias.get(source, source)
     if source.op == "call_function" and not all(x.is_nonnegative for x in position):
         return lifter.leaf(source, (*before, *position, *rest))  # a negative index counts from the end
     return lifter.element(source, (*before, *position, *rest))

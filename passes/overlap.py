@@ -133,9 +133,13 @@ def _slices(build: Builder, slices: Node, q: Node, received: bool) -> Node:
 
 
 def _splits(args: tuple[Any, ...], received: int) -> bool:
-    """Whether rows are received (argument ``received``), and each part of a softmax has a finite weight."""
+    """Whether rows are received (argument ``received``), and each part of a softmax has a finite weight (and
+    no sink, of which each part would have one)."""
     logits = args[received + 7]
-    return args[received] is not None and not (logits and normalise(formula.loads(logits))[0].soft)
+    if args[received] is None or not logits:
+        return args[received] is not None
+    expr = formula.loads(logits)
+    return formula.without_sink(expr)[1] is None and not normalise(expr)[0].soft
 
 
 def _split_forward(graph: Graph, node: Node) -> None:

@@ -175,14 +175,12 @@ class _Site:
             return self._columns(self._shared([self._rows(x) for x in operands], n), n)
         alone = build.size(self._alone_columns(), 0)
         shared = build(operator.sub, n, alone)
-        parts = [
-            [build(aten.narrow.default, x, 2, *part) for x in operands]
-            for part in ((0, alone), (alone, shared))
-        ]
-        out_alone = self._columns(self._attend_alone([self._rows(x) for x in parts[0]], alone), alone)
+        parts = [build(exchange.SPLIT, x, alone) for x in operands]
+        mine, ours = ([build(operator.getitem, x, i) for x in parts] for i in (0, 1))
+        out_alone = self._attend_alone(mine, alone)
         rows = build.size(self._group_columns(), 0)
-        out = self._shared(self._heads_in(parts[1], shared, rows), rows)
-        return build(aten.cat.default, [out_alone, self._heads_out(out, shared, rows)], 2)
+        out = self._shared(self._heads_in(ours, shared, rows), rows)
+        return build(exchange.JOIN, out_alone, self._heads_out(out, shared, rows), self.batch, n)
 
     def _shared(self, operands: list[Node], rows: Any) -> Node:
         """(B * rows, heads, Dv): the attention of the tokens that other ranks have a part in."""
@@ -237,18 +235,18 @@ class _Site:
         )
 
     def _heads_in(self, operands: list[Node], n: Any, rows: Any) -> list[Node]:
+        """(B * n, H, D) of this rank's tokens -> (B * rows, H / g, D) of the group's."""
         build, g = self.build, self.mesh.intra
         repeats = self._repeats()
         packed, widths, heads = [], [], []
         for x, repeat in zip(operands, (1, repeats, repeats), strict=True):
-            count, width = (int(s) for s in x.meta["val"].shape[1::2])
+            count, width = (int(s) for s in x.meta["val"].shape[1:])
             if repeat > 1:
                 grown = build(aten.unsqueeze.default, x, 2)
-                grown = build(aten.expand.default, grown, [self.batch, count, repeat, n, width])
+                x = build(aten.expand.default, grown, [-1, count, repeat, width])
                 count *= repeat
-                x = build(aten.reshape.default, grown, [self.batch, count, n, width])
-            split = build(aten.reshape.default, x, [self.batch, g, count // g, n, width])
-            moved = build(aten.permute.default, split, [1, 3, 0, 2, 4])
+            split = build(aten.reshape.default, x, [self.batch, n, g, count // g, width])
+            moved = build(aten.permute.default, split, [2, 1, 0, 3, 4])
             widths.append(self.batch * (count // g) * width)
             heads.append(count // g)
             packed.append(build(aten.reshape.default, moved, [build(operator.mul, n, g), widths[-1]]))
@@ -264,6 +262,7 @@ class _Site:
         return result
 
     def _heads_out(self, out: Node, n: Any, rows: Any) -> Node:
+        """(B * rows, H / g, D) of the group's tokens -> (B * n, H, D) of this rank's."""
         build, g = self.build, self.mesh.intra
         count, width = self.heads // g, self.widths[2]
         out = build(aten.reshape.default, out, [self.batch, rows, count, width])
@@ -273,8 +272,8 @@ class _Site:
             exchange.ALL_TO_ALL, out, self._head_splits(), build(operator.mul, n, g), True, self.group
         )
         back = build(aten.reshape.default, back, [g, n, self.batch, count, width])
-        back = build(aten.permute.default, back, [2, 0, 3, 1, 4])
-        return build(aten.reshape.default, back, [self.batch, self.heads, n, width])
+        back = build(aten.permute.default, back, [2, 1, 0, 3, 4])
+        return build(aten.reshape.default, back, [-1, self.heads, width])
 
     def _needed_rows(self, k: Node, v: Node) -> tuple[Node, Node]:
         build = self.build

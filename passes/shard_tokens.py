@@ -11,7 +11,7 @@ rows of its token dimension).  The old graph is read in order, and for every nod
 2. a rule for the operator's family emits the local form from local operands; a value that was whole is
    made local by ``shard``, whose transpose gathers its gradient;
 3. where no rule holds, operands are gathered and the operator runs whole on every rank: right, slow, and
-   reported with file and line (refused when strict);
+   reported with file and line (refused when strict); what follows on whole values is not reported again;
 4. a sum over tokens is a local sum and ``sum_ranks``; a mean loss is a sum over a sum.
 
 A parameter used by local operators has only this rank's share of its gradient: it is marked to be summed
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -36,13 +36,11 @@ from hsap_compile.errors import Refused, where
 from hsap_compile.graph import remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import is_random, rule_for
+from hsap_compile.passes._forms import Counts, Local, NotLocal
+from hsap_compile.passes._routing import is_count, routed, whole_counts
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis
 
 aten = torch.ops.aten
-
-
-class NotLocal(Exception):
-    """No rule computes this on local rows; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,6 @@ class Sharded:
     module: GraphModule
     fallbacks: tuple[Fallback, ...]
     local_outputs: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Local:
-    """The local form of a value: row i of its token dimension is column ``columns[i]`` of the batch.
-
-    ``start``: the column of the value's first token; rows outside [start, start + length) are not part
-    of the value (they hold other tokens' numbers) and are ignored by whatever sums or gathers.
-    """
-
-    node: Node
-    start: int = 0
 
 
 @dataclass
@@ -147,8 +133,12 @@ class Sharder:
         """The form of ``node`` that is the same on every rank."""
         if node in self.wholes:
             return self.wholes[node]
-        if node in self.home:
+        if node in self.home and not self.home[node].routed:
             self.wholes[node] = self._gathered(node)
+        elif node in self.home and is_count(node):
+            self.wholes[node] = whole_counts(self, node)
+        elif node in self.home:  # its rows have no place in the caller's order
+            self.wholes[node] = self._cut(node, self._recomputed(node))
         else:  # cheap
             self.wholes[node] = self._recomputed(node)
         return self.wholes[node]
@@ -163,7 +153,10 @@ class Sharder:
                 at=where(node),
             )
         if node.target in _SIZES and isinstance(node.meta["val"], torch.SymInt):
-            return self.size(node.meta["val"])
+            try:
+                return self.size(node.meta["val"])
+            except NotLocal:  # no sum of products of inputs' sizes: read it from the whole value
+                pass
         args = map_arg((node.args, node.kwargs), self.whole)
         made = self.emit(node.target, *args[0], **args[1])
         if node.target is dense.OP:
@@ -213,7 +206,8 @@ class Sharder:
             result = self._by_rule(node)
         except NotLocal:
             return None
-        return result.node if isinstance(result, Local) and result.start == 0 else None
+        plain = isinstance(result, Local) and result.start == 0 and not result.routed
+        return result.node if plain else None
 
     def _local_from_whole(self, node: Node, start: int) -> Node:
         axis, value = self.axis(node), self.whole(node)
@@ -283,6 +277,8 @@ class Sharder:
             return
         if not any(n in self.heavy for n in node.all_input_nodes):
             return  # cheap: emitted when asked for
+        if isinstance(node.meta["val"], torch.SymInt | int):
+            return  # so is a size, whatever it is the size of
         self.heavy.add(node)
         if self._is_whole(node):
             self.wholes[node] = self._detached(node, self._recomputed(node))
@@ -290,12 +286,12 @@ class Sharder:
         try:
             result = self._by_rule(node)
         except NotLocal as reason:
-            if _has_tokens(node):
+            if any(n in self.home for n in node.all_input_nodes):
                 self._report(node, str(reason))
             self.wholes[node] = self._detached(node, self._recomputed(node))
             return
         if isinstance(result, Local):
-            self.home[node] = Local(self._detached(node, result.node), result.start)
+            self.home[node] = replace(result, node=self._detached(node, result.node))
         else:
             self.wholes[node] = self._detached(node, result)
 
@@ -305,29 +301,33 @@ class Sharder:
             return True
         if node.target is operator.getitem:
             return node.args[0] not in self.home
+        if any(n in self.home and isinstance(self.home[n].order, Counts) for n in node.all_input_nodes):
+            return False
         return node.meta["tokens"] is None and not _has_tokens(node)
 
     def _by_rule(self, node: Node) -> Any:
         """The local form of ``node``, or a whole value.  Raises ``NotLocal``."""
         rule = rule_for(node)
-        if rule is None:
+        sorted_rows = any(n in self.home and self.home[n].routed for n in node.all_input_nodes)
+        if rule is None and not sorted_rows:
             raise NotLocal("no rule for this operator")
         try:
-            result = rule(self, node)
+            result = routed(self, node, rule) if sorted_rows else rule(self, node)
         except Refused:
             raise
         except RuntimeError as error:  # shapes that do not fit, once rows of one rank meet whole tokens
             raise NotLocal(f"its local operands do not fit: {str(error).splitlines()[0]}") from error
         made = result.node if isinstance(result, Local) else result
-        if not self._fits(node.meta["val"], made.meta["val"], isinstance(result, Local)):
+        rows = isinstance(result, Local) and not isinstance(result.order, Counts)
+        if not self._fits(node.meta["val"], made.meta["val"], rows):
             raise NotLocal("its local result does not have one row for each token")
         return result
 
     def _fits(self, old: Any, new: Any, local: bool) -> bool:
         """Whether ``new`` has the shape that this rank's rows of ``old`` have, or (not local) its shape."""
         if isinstance(old, tuple | list):
-            return len(old) == len(new) and all(
-                self._fits(a, b, local) for a, b in zip(old, new, strict=True)
+            return len(old) <= len(new) and all(
+                self._fits(a, b, local) for a, b in zip(old, new, strict=False)
             )
         if not isinstance(old, torch.Tensor):
             return True
@@ -346,8 +346,15 @@ class Sharder:
         return new
 
     def _detached(self, node: Node, new: Any) -> Any:
-        if node in self.no_grad and isinstance(new.meta["val"], torch.Tensor) and node in self.differentiable:
+        if node in self.differentiable:
+            new = self._cut(node, new)
+        if node in self.no_grad and isinstance(new.meta["val"], torch.Tensor):
             self.differentiable.discard(node)
+        return new
+
+    def _cut(self, node: Node, new: Any) -> Any:
+        """``new``, without a gradient where ``node`` has none."""
+        if node in self.no_grad and isinstance(new.meta["val"], torch.Tensor):
             return self.emit(aten.detach.default, new)
         return new
 
@@ -417,7 +424,8 @@ def shard_tokens(
 def _one_row_a_column(sharder: Sharder, node: Node) -> bool:
     """Whether row i of the local form is column ``columns[i]`` and nothing else."""
     axis = node.meta.get("tokens")
-    return node in sharder.home and isinstance(axis, TokenAxis) and axis.layout == (1, sharder.symbol, 1)
+    plain = node in sharder.home and not sharder.home[node].routed
+    return plain and isinstance(axis, TokenAxis) and axis.layout == (1, sharder.symbol, 1)
 
 
 def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:

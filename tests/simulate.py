@@ -7,6 +7,7 @@ one process running the untouched graph.  Both return a ``Step``.
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx.node import map_aggregate
 
 from hsap_compile.backend import prepare
 from hsap_compile.options import parse
@@ -66,6 +68,25 @@ def traced(model: Callable[..., Any], batch: Mapping[str, Any]) -> Traced:
     torch.compile(model, backend=backend, fullgraph=True)(**batch)
     (result,) = found
     return result
+
+
+def widened(trace: Traced) -> Traced:
+    """``trace`` with every float32 in its code replaced by float64.
+
+    Models take norms, softmax and losses to float32; in float64 both sides of a comparison can be exact.
+    """
+    module = copy.deepcopy(trace.module)
+    for graph in (m.graph for m in module.modules() if isinstance(m, torch.fx.GraphModule)):
+        for node in graph.nodes:
+            if node.op == "call_method" and node.target == "float":
+                node.target = "double"
+            node.args, node.kwargs = map_aggregate(
+                (node.args, node.kwargs), lambda x: torch.float64 if x is torch.float32 else x
+            )
+    for part in module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            part.recompile()
+    return Traced(module, trace.symbol, trace.args)
 
 
 def rebatched(trace: Traced, old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -156,6 +156,13 @@ def pieces_are_read_after_a_write(x: Tensor) -> Any:
 
 
 @case
+def parts_that_are_no_views(x: Tensor) -> Any:
+    values, indices = x.topk(2, -1)
+    values /= values.sum(-1, keepdim=True)
+    return values, indices, x
+
+
+@case
 def idle_dropout_in_place(x: Tensor) -> Any:
     y = F.dropout(x, 0.5, False, inplace=True)
     y.add_(1)

@@ -175,13 +175,17 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_against_brute_force(name, shape, kind):
     mesh = mesh_of(*shape)
-    check([MASKS[name]], mesh, make([MASKS[name]], mesh, kind))
+    plan = make([MASKS[name]], mesh, kind)
+    plan.verify()
+    check([MASKS[name]], mesh, plan)
 
 
 def test_several_masks_and_a_permuted_mesh():
     masks = [packed(7, 13, 20), packed(7, 13, 20, hi=3), packed(40, lo=None)]
     mesh = MeshShape(((5, 0), (1, 4), (2, 3)))
-    check(masks, mesh, make(masks, mesh))
+    plan = make(masks, mesh)
+    plan.verify()
+    check(masks, mesh, plan)
 
 
 @pytest.mark.parametrize("lo", [0, None])
@@ -292,63 +296,12 @@ def test_packs_are_balanced():
 
 def test_deterministic():
     masks = [MASKS["mixed"], MASKS["mixed"]]
-    one, two = (make(masks, mesh_of(4, 2)).tables(5) for _ in range(2))
+    plans = [make(masks, mesh_of(4, 2)) for _ in range(2)]
+    assert plans[0].digest() == plans[1].digest()
+    one, two = (plan.tables(5) for plan in plans)
     for a, b in zip(one.masks, two.masks, strict=True):
         assert all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     assert np.array_equal(one.order, two.order)
-
-
-def break_send_order(t):
-    return dataclasses.replace(t, send_rows=t.send_rows[::-1])
-
-
-def break_a_slice(t):
-    slices = t.slices.copy()
-    slices[0, 1] -= 1
-    return dataclasses.replace(t, slices=slices)
-
-
-def break_by_doubling(t):
-    return dataclasses.replace(t, slices=np.sort(np.concatenate((t.slices, t.slices[:1])), axis=0))
-
-
-def break_a_kind(t):
-    slices = t.slices.copy()
-    slices[slices[:, 4] == CAUSAL, 4] = FULL
-    return dataclasses.replace(t, slices=slices)
-
-
-def break_an_alone_slice(t):
-    slices = t.alone_slices.copy()
-    slices[0, 1] += 1
-    return dataclasses.replace(t, alone_slices=slices)
-
-
-def break_a_received_row(t):
-    remote = t.remote.copy()
-    remote[0, 1] += 1
-    return dataclasses.replace(t, remote=remote)
-
-
-BREAKS = [
-    break_send_order,
-    break_a_slice,
-    break_by_doubling,
-    break_a_kind,
-    break_a_received_row,
-    break_an_alone_slice,
-]
-
-
-@pytest.mark.parametrize("mutate", BREAKS)
-def test_the_checker_finds_a_broken_plan(mutate):
-    masks, mesh = [packed(40, 4, 4, 4, 4)], mesh_of(2, 2)
-    plan = make(masks, mesh)
-    tables = [plan.tables(r) for r in range(mesh.size)]
-    check(masks, mesh, plan, tables)
-    tables[1] = dataclasses.replace(tables[1], masks=(mutate(tables[1].masks[0]),))
-    with pytest.raises(AssertionError):
-        check(masks, mesh, plan, tables)
 
 
 def test_errors_say_what_to_do():

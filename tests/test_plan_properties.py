@@ -72,7 +72,9 @@ def problem(draw: st.DrawFn) -> tuple:
 @given(problem())
 def test_against_brute_force(drawn):
     masks, mesh, kind = drawn
-    check(masks, mesh, make(masks, mesh, kind))
+    plan = make(masks, mesh, kind)
+    plan.verify()
+    check(masks, mesh, plan)
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,6 +85,8 @@ def test_small_blocks_and_few_exact_slices(drawn, block):
     old = slices.MIN_BLOCK, slices.MAX_EXACT, slices.MAX_EXACT_PER_PIECE
     try:
         slices.MIN_BLOCK, slices.MAX_EXACT, slices.MAX_EXACT_PER_PIECE = block, 4 * block, 0
-        check(masks, mesh, make(masks, mesh, kind))
+        plan = make(masks, mesh, kind)
+        plan.verify()
+        check(masks, mesh, plan)
     finally:
         slices.MIN_BLOCK, slices.MAX_EXACT, slices.MAX_EXACT_PER_PIECE = old

@@ -114,9 +114,21 @@ LOCAL: dict[str, Pattern] = {
     "spread": lambda p, x, i: x + p.vector.expand(x.shape[0], x.shape[1], WIDTH),
     "filled": _filled,
     "zeros": lambda p, x, i: x + x.new_full(x.shape, 0.5) + torch.ones_like(x) + x.new_zeros(3).sum(),
+    "all twice": lambda p, x, i: x + torch.cat([x, -x * p.scalar], 1).mean((0, 1)),
+    "repeated": lambda p, x, i: x * x.flatten(0, 1).repeat(3, 1).view(3, -1, WIDTH).sin().mean((0, 1)),
+    "each repeated": lambda p, x, i: (
+        x.repeat_interleave(2, 1).mul(p.vector).unflatten(1, (-1, 2)).mul(p.square[:2]).sum(2)
+    ),
+    "features picked": lambda p, x, i: x + x[..., [3]] * p.scalar + x[:, :, torch.arange(WIDTH).flip(0)],
+    "complex": lambda p, x, i: (
+        x
+        + torch.view_as_real(
+            torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(p.vector[:3].detach(), p.vector[3:])
+        ).flatten(2)
+    ),
     "length": lambda p, x, i: x / x.shape[1] + x.shape[0],
-    "token mean": lambda p, x, i: x - x.mean(1, keepdim=True),
-    "token sum": lambda p, x, i: x * x.sum().tanh() + x.sum((0, 1)) / x.shape[1],
+    "token mean": lambda p, x, i: x - x.mean(1, keepdim=True) / 2,
+    "token sum": lambda p, x, i: x * (x * x).sum().tanh() + x.sum((0, 1)) / x.shape[1],
     "tail mean": lambda p, x, i: x + x[:, 1:].mean((0, 1)),
     "middle sum": lambda p, x, i: x + (x[:, 2:-1] * p.square[0]).sum(1, keepdim=True) / x.shape[1],
     "tail labels": lambda p, x, i: x * F.cross_entropy(x[:, :-1].flatten(0, 1), i[:, 1:].flatten() % WIDTH),
@@ -137,7 +149,7 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     "rolled": (lambda p, x, i: x.roll(1, 1), 1),
     "difference": (lambda p, x, i: F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 1)), 2),
     "prefixed": (lambda p, x, i: torch.cat([p.vector.expand(x.shape[0], 1, WIDTH), x], 1)[:, :-1], 2),
-    "doubled": (lambda p, x, i: torch.cat([x, x], 1)[:, : x.shape[1]], 2),
+    "doubled": (lambda p, x, i: torch.cat([x, x], 1)[:, : x.shape[1]], 1),
     "last": (lambda p, x, i: x + x[:, -1:], 1),
     "largest": (lambda p, x, i: x - x.amax(1, keepdim=True), 1),
     "reordered": (lambda p, x, i: x[:, torch.arange(x.shape[1]).flip(0)], 1),
@@ -274,7 +286,7 @@ MUTATIONS = {
     "no share": (exchange, "SHARE", _unsummed, LOCAL["regularised"]),
     "gradients not summed": (sharding, "_settle_parameters", lambda sharder: None, LOCAL["linear"]),
     "local positions": (sharding.Sharder, "_local_from_whole", _first_rows, LOCAL["positions"]),
-    "wrong start": (_families, "_made", lambda node, start=0: sharding.Local(node), LOCAL["head labels"]),
+    "wrong start": (_families, "Local", lambda node, start=0: sharding.Local(node), LOCAL["head labels"]),
     "rows outside counted": (sharding.Sharder, "valid_rows", lambda *_: None, LOCAL["tail mean"]),
     "rows in front ignored": (_families, "rows_in_front", lambda *_: 1, GATHERED["token axis first"][0]),
     "no_grad forgotten": (sharding.Sharder, "_detached", lambda self, node, new: new, LOCAL["no grad"]),

@@ -1,6 +1,7 @@
 """The plan of one batch: masks to placement, transfers, slices and tables. Integers only, no torch."""
 
 from hsap_compile.plan.attended import Attended as Attended
+from hsap_compile.plan.check import BrokenPlan as BrokenPlan
 from hsap_compile.plan.placement import Kind as Kind
 from hsap_compile.plan.placement import MeshShape as MeshShape
 from hsap_compile.plan.placement import Placement as Placement

@@ -272,12 +272,17 @@ def _pairs(s: Structure, columns: Ints) -> Ints:
             at - s.queries.row[q] * s.stride < s.queries.stop[q]
         )
         label = s.queries.label[q]
-        count = (_keys_before(s, label, column - lo + 1) - _keys_before(s, label, column - hi)) * inside
+        count = keys_between(s, label, column - hi, column - lo + 1) * inside
     else:
         count = np.zeros_like(at)
     if s.mask.soft:
         count = np.where(count == 0, s.mask.tokens, count)
     return count.reshape(s.mask.batch, -1).sum(axis=0)
+
+
+def keys_between(s: Structure, label: Ints, start: Ints, stop: Ints) -> Ints:
+    """(n,) keys of each label in columns [start, stop)."""
+    return _keys_before(s, label, stop) - _keys_before(s, label, start)
 
 
 def _keys_before(s: Structure, label: Ints, column: Ints) -> Ints:

@@ -7,7 +7,6 @@ head exchange, so that only groups are balanced, and members are contiguous cuts
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from hsap_compile.plan.alone import Group, choose, share
 from hsap_compile.plan.attended import (
     Area,
     Attended,
@@ -26,16 +26,15 @@ from hsap_compile.plan.attended import (
     unanswered,
     union,
 )
+from hsap_compile.plan.balance import balance
+from hsap_compile.plan.cost import H100, CostModel
+from hsap_compile.plan.fill import LIMIT, NOBODY
+from hsap_compile.plan.swap import Reach, Spread
 
 Kind = Literal["balanced", "contiguous"]
 
-# A group may pass the mean area by this factor. On lognormal packs (12 to 600 documents, 4 to 64 groups) 1.02
-# sends a tenth more KV rows than 1.05 and plans slower: every swap that cuts a document costs traffic.
-SLACK = 1.05
-CANDIDATES = 12  # longest pieces of a group that a swap considers
-SWAPS_PER_GROUP = 4
-BISECTIONS = 8  # a window's length to 1/256 of the shorter piece
-MAX_ATOMS = 2048  # more, shorter documents than this are placed with their neighbours
+INSIDE = 1.005  # of its group's mean area: a rank may have it even where the group is at LIMIT
+MAX_ATOMS = 1 << 14  # more, shorter documents than this are placed with their neighbours
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,9 @@ def _laid(placement: Placement, group: Ints, start: Ints, stop: Ints, batch: int
     return Owned(group, line + start, line + stop, row * total[group] + index - line - start)
 
 
-def place(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced") -> Placement:
+def place(
+    masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced", cost: CostModel = H100
+) -> Placement:
     """Assign columns to ranks.
 
     `contiguous` cuts [0, S) in the order of (group, position). `balanced`:
@@ -206,10 +207,12 @@ def place(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced") -
     Raises:
         ValueError: masks differ in batch or tokens, S < 2 P, or an unknown kind.
     """
-    return place_structures([structure(m) for m in masks], mesh, kind)
+    return place_structures([structure(m) for m in masks], mesh, kind, cost)
 
 
-def place_structures(structures: Sequence[Structure], mesh: MeshShape, kind: Kind) -> Placement:
+def place_structures(
+    structures: Sequence[Structure], mesh: MeshShape, kind: Kind, cost: CostModel
+) -> Placement:
     """`place` for masks that were read before."""
     sizes = {(s.mask.batch, s.mask.tokens) for s in structures}
     if len(sizes) != 1:
@@ -226,76 +229,83 @@ def place_structures(structures: Sequence[Structure], mesh: MeshShape, kind: Kin
             "use fewer ranks or a longer batch"
         )
     counts = tokens // ranks + (np.arange(ranks) < tokens % ranks)
-    members = np.array(mesh.groups)
-    shares = counts[members].sum(axis=1)
-    ends = np.cumsum(shares)
-    before = area(structures)
+    shares = counts[np.array(mesh.groups)].sum(axis=1)
+    before, units = area(structures), _units(structures)
     if kind == "contiguous" or mesh.inter == 1:
-        runs = tuple(np.array([[stop - n, stop]]) for n, stop in zip(shares, ends, strict=True))
+        ends = np.cumsum(shares)
+        spread = Spread(np.arange(mesh.inter), ends - shares, ends)
     else:
-        runs = _balance(before, _cuts(structures), shares)
-    units = _units(structures)
+        reach = Reach(units, *_widest(structures))
+        spread = balance(before, _cuts(structures), reach, shares, _pairs_per_row(cost))
     pieces = []
-    for group, run in zip(mesh.groups, runs, strict=True):
-        quota = counts[list(group)]
-        member = _whole(units, run, quota) if kind == "contiguous" else _apart(before, units, run, quota)
-        pieces.append(_members(np.array(group), quota, run, units, member))
+    for g, group in enumerate(mesh.groups):
+        run = np.stack(union(spread.start[spread.group == g], spread.stop[spread.group == g]))
+        pieces.append(_within(before, units, run, counts[list(group)], kind, cost, mesh))
+        pieces[-1][0] = np.array(group)[pieces[-1][0]]
     rank, shared, start, stop = np.concatenate(pieces, axis=1)
     return Placement(mesh, tokens, rank, shared.astype(np.bool_), start, stop)
 
 
-def _whole(units: Ints, run: Ints, quota: Ints) -> Ints:
-    """(K,) the member on whose contiguous part of `run` each unit lies whole, or -1."""
-    if len(quota) == 1:
-        return np.full(len(units) - 1, -1)
-    (begin, end), ends = run[0], run[0, 0] + np.cumsum(quota)
-    first = np.searchsorted(ends, units[:-1], side="right")
-    last = np.searchsorted(ends, units[1:], side="left")
-    return np.where((first == last) & (units[:-1] >= begin) & (units[1:] <= end), first, -1)
+def _pairs_per_row(cost: CostModel) -> float:
+    """Pairs attended in the time in which a key/value row, and later its gradient, passes between groups."""
+    seconds = 2 * cost.shape.kv_row_bytes / cost.inter.bandwidth_bytes_per_s
+    return seconds / cost.attention_seconds(1.0)
 
 
-def _apart(before: Area, units: Ints, run: Ints, quota: Ints) -> Ints:
-    """(K,) the member that holds each unit alone, or -1: the largest first, while none gets too much area."""
-    member = np.full(len(units) - 1, -1)
-    if len(quota) == 1:
-        return member
-    i = np.maximum(np.searchsorted(run[:, 0], units[:-1], side="right") - 1, 0)
-    inside = np.flatnonzero((units[:-1] >= run[i, 0]) & (units[1:] <= run[i, 1]))
-    sizes, areas = np.diff(units), np.diff(before.before(units))
-    mean = np.sum(before.before(run[:, 1]) - before.before(run[:, 0])) / len(quota)
-    room, load = quota.tolist(), [0] * len(quota)
-    for u in inside[np.lexsort((-sizes[inside], -areas[inside]))].tolist():
-        n, pairs = int(sizes[u]), int(areas[u])
-        fits = [m for m in range(len(room)) if room[m] >= n and load[m] + pairs <= SLACK * mean]
-        if fits:
-            m = min(fits, key=load.__getitem__)
-            member[u], room[m], load[m] = m, room[m] - n, load[m] + pairs
-    for u in inside[np.argsort(-areas[inside], kind="stable")].tolist():
-        m = load.index(max(load))  # an uneven rest is shared again
-        if load[m] - sum(load) / len(load) <= (SLACK - 1) * mean:
-            break
-        if member[u] == m:
-            member[u], load[m] = -1, load[m] - int(areas[u])
-    return member
+def _pairs_per_column(cost: CostModel, ranks: int) -> float:
+    """The same for a column's queries, keys, values and outputs, exchanged in a group."""
+    row_bytes = 2 * cost.shape.query_row_bytes + cost.shape.kv_row_bytes
+    seconds = 2 * row_bytes * (ranks - 1) / ranks / cost.intra.bandwidth_bytes_per_s
+    return seconds / cost.attention_seconds(1.0)
 
 
-def _members(group: Ints, quota: Ints, run: Ints, units: Ints, member: Ints) -> Ints:
-    """(4, n) rank, shared, start, stop of one group's pieces; what no member has alone is cut in order."""
-    alone = np.flatnonzero(member >= 0)
-    at, begin, end = member[alone], units[alone], units[alone + 1]
+def _within(
+    area: Area, units: Ints, run: Ints, quota: Ints, kind: Kind, cost: CostModel, mesh: MeshShape
+) -> Ints:
+    """(4, n) member, shared, start, stop of one group's pieces; `run` (2, m) is what the group holds."""
+    if mesh.intra == 1:
+        return np.stack((np.zeros_like(run[0]), np.ones_like(run[0]), *run))
+    i = np.maximum(np.searchsorted(run[0], units[:-1], side="right") - 1, 0)
+    inside = np.flatnonzero((units[:-1] >= run[0, i]) & (units[1:] <= run[1, i]))
+    start, stop = units[inside], units[inside + 1]
+    total = float(np.sum(area.before(run[1]) - area.before(run[0])))
+    group = Group(
+        quota,
+        stop - start,
+        area.before(stop) - area.before(start),
+        total,
+        max(LIMIT * float(area.total[-1]) / mesh.size, INSIDE * total / mesh.intra),
+        _pairs_per_column(cost, mesh.intra),
+    )
+    if kind == "contiguous":
+        ends = run[0, 0] + np.cumsum(quota)
+        first = np.searchsorted(ends, start, side="right")
+        last = np.searchsorted(ends, stop, side="left")
+        member = share(group, np.where(first == last, first, NOBODY))
+    else:
+        member = choose(group)
+    return _members(quota, run, start, stop, member)
+
+
+def _members(quota: Ints, run: Ints, start: Ints, stop: Ints, member: Ints) -> Ints:
+    """What of `run` (2, m) is in no unit [start, stop) with a member of its own is cut in order."""
+    alone = member != NOBODY
+    at, begin, end = member[alone], start[alone], stop[alone]
     left = quota - np.bincount(at, weights=end - begin, minlength=len(quota)).astype(np.int64)
     # what is left of the runs lies between the alone units
-    start, stop = np.sort(np.append(run[:, 0], end)), np.sort(np.append(run[:, 1], begin))
-    start, stop = start[start < stop], stop[start < stop]
-    before, ends = np.cumsum(stop - start) - (stop - start), np.cumsum(left)
+    first, last = np.sort(np.append(run[0], end)), np.sort(np.append(run[1], begin))
+    first, last = first[first < last], last[first < last]
+    before, ends = np.cumsum(last - first) - (last - first), np.cumsum(left)
     edges = np.unique(np.concatenate((before, [0], ends)))
-    i = np.searchsorted(before, edges[:-1], side="right") - 1
-    first = start[i] + edges[:-1] - before[i] if len(start) else edges[:0]
     mine = np.searchsorted(ends, edges[:-1], side="right")
-    at, shared = np.append(at, mine), np.repeat([0, 1], [len(alone), len(mine)])
-    begin, end = np.append(begin, first), np.append(end, first + np.diff(edges))
+    if len(mine):
+        i = np.searchsorted(before, edges[:-1], side="right") - 1
+        begin = np.append(begin, first[i] + edges[:-1] - before[i])
+        end = np.append(end, begin[len(at) :] + np.diff(edges))
+    shared = np.repeat([0, 1], [len(at), len(mine)])
+    at = np.append(at, mine)
     order = np.lexsort((begin, shared, at))
-    return np.stack((group[at], shared, begin, end))[:, order]
+    return np.stack((at, shared, begin, end))[:, order]
 
 
 def expand(start: Ints, stop: Ints) -> Ints:
@@ -340,6 +350,12 @@ def _hulls(s: Structure) -> tuple[Ints, Ints, Ints]:
     return rows[some], first[some], last[some]
 
 
+def _widest(structures: Sequence[Structure]) -> tuple[int, int]:
+    """(lo, hi) of a band that holds those of all masks."""
+    bands = [s.mask.band for s in structures]
+    return min(lo for lo, _ in bands), max(hi for _, hi in bands)
+
+
 def _units(structures: Sequence[Structure]) -> Ints:
     """Columns from 0 to S between which no pair is attended: in no row, by no mask."""
     tokens = structures[0].mask.tokens
@@ -349,138 +365,3 @@ def _units(structures: Sequence[Structure]) -> Ints:
     _, first, last = np.concatenate([_hulls(s) for s in structures], axis=1)
     start, stop = union(2 * first, 2 * last - 1)
     return np.unique(np.concatenate((ends, start // 2, (stop + 1) // 2)))
-
-
-class _Fill:
-    """Groups while they are being filled."""
-
-    def __init__(self, area: Area, shares: Ints) -> None:
-        self.area = area
-        self.room: list[int] = shares.tolist()  # tokens still free
-        self.load = [0] * len(shares)  # attended pairs
-        self.mean = max(1.0, int(area.total[-1]) / len(shares))
-        self.pieces: list[list[tuple[int, int]]] = [[] for _ in shares]
-
-    def put(self, group: int, start: int, stop: int, pairs: int) -> None:
-        if start < stop:
-            self.pieces[group].append((start, stop))
-            self.room[group] -= stop - start
-            self.load[group] += pairs
-
-    def put_cuts(self, groups: Sequence[int], edges: Ints) -> None:
-        """The interval between each two edges on each group."""
-        at, pairs = edges.tolist(), np.diff(self.area.before(edges)).tolist()
-        for group, start, stop, n in zip(groups, at[:-1], at[1:], pairs, strict=True):
-            self.put(group, start, stop, n)
-
-
-def _balance(area: Area, cuts: Ints, shares: Ints) -> tuple[Ints, ...]:
-    fill = _Fill(area, shares)
-    room, load = fill.room, fill.load
-    groups, most, limit = range(len(shares)), max(room), fill.mean * SLACK
-    sizes, areas = np.diff(cuts), np.diff(area.before(cuts))
-    order = np.lexsort((-sizes, -areas))
-    for start, n, pairs in zip(
-        cuts[order].tolist(), sizes[order].tolist(), areas[order].tolist(), strict=True
-    ):
-        ways = max(-(-n // most), math.ceil(pairs / limit))
-        if ways > 1:
-            _split(fill, start, n, pairs, min(ways, len(groups)))
-            continue
-        fits = [g for g in groups if room[g] >= n]
-        light = [g for g in fits if load[g] + pairs <= limit]
-        if light:
-            fill.put(max(light, key=lambda g: (fill.mean - load[g]) / room[g]), start, start + n, pairs)
-        elif fits:
-            fill.put(min(fits, key=load.__getitem__), start, start + n, pairs)
-        else:
-            _spill(fill, start, n)
-    _swap(fill)
-    return tuple(np.stack(union(*np.array(p).T), axis=1) for p in fill.pieces)
-
-
-def _spill(fill: _Fill, start: int, n: int) -> None:
-    """Cut an interval that fits nowhere at the free space, the largest first."""
-    room = np.array(fill.room)
-    groups = np.argsort(-room, kind="stable")
-    edges = start + np.minimum(n, np.concatenate(([0], np.cumsum(room[groups]))))
-    fill.put_cuts(groups.tolist(), edges)
-
-
-def _split(fill: _Fill, start: int, n: int, pairs: int, ways: int) -> None:
-    """Spread a long document over at least `ways` groups, evenly as far as there is room."""
-    room, load = np.array(fill.room), np.array(fill.load)
-    while True:
-        share = max(pairs / ways, 1.0)
-        score = np.minimum((fill.mean - load) / share, 1.0) + np.minimum(room / (n / ways), 1.0)
-        chosen = np.argsort(-score, kind="stable")[:ways]
-        if ways == len(room) or np.all(room[chosen] >= -(-n // ways)):
-            break
-        ways += 1
-    room = room[chosen]
-    part = np.minimum(n // ways + (np.arange(ways) < n % ways), room)
-    for i in np.argsort(part - room, kind="stable"):  # what was over goes where most room is left
-        part[i] += min(n - part.sum(), room[i] - part[i])
-    edges = start + np.concatenate(([0], np.cumsum(part)))
-    plain = np.diff(fill.area.before(edges))
-    if plain.max() > SLACK * plain.mean():  # zigzag: a group takes one half from each end
-        half = part // 2
-        edges = start + np.concatenate(([0], np.cumsum(np.concatenate((half, (part - half)[::-1])))))
-        chosen = np.concatenate((chosen, chosen[::-1]))
-    fill.put_cuts(chosen.tolist(), edges)
-
-
-def _swap(fill: _Fill) -> None:
-    """Swap equally long windows of the most and the least loaded group until none is far over the mean."""
-    for _ in range(SWAPS_PER_GROUP * len(fill.room)):
-        heavy, light = (fill.load.index(f(fill.load)) for f in (max, min))
-        if fill.load[heavy] <= SLACK * fill.mean:
-            return
-        best = _best_swap(fill, heavy, light)
-        if best is None:
-            return
-        (start, stop), (start_, stop_), n, gain = best
-        fill.pieces[heavy].remove((start, stop))
-        fill.pieces[light].remove((start_, stop_))
-        fill.pieces[heavy] += [p for p in ((start, stop - n), (start_, start_ + n)) if p[0] < p[1]]
-        fill.pieces[light] += [p for p in ((stop - n, stop), (start_ + n, stop_)) if p[0] < p[1]]
-        fill.load[heavy] -= gain
-        fill.load[light] += gain
-
-
-def _best_swap(
-    fill: _Fill, heavy: int, light: int
-) -> tuple[tuple[int, int], tuple[int, int], int, int] | None:
-    """(piece that gives its tail, piece that gives its head, window length, pairs moved), or None.
-
-    A window is the whole of the shorter piece; where that would move too much, one that moves half the gap.
-    """
-    gap = fill.load[heavy] - fill.load[light]
-    tails, heads = (
-        sorted(fill.pieces[g], key=lambda p: (p[0] - p[1], p[0]))[:CANDIDATES] for g in (heavy, light)
-    )
-    i, j = np.divmod(np.arange(len(tails) * len(heads)), len(heads))
-    (begin, stop), (start, end) = np.array(tails)[i].T, np.array(heads)[j].T
-    size = np.minimum(stop - begin, end - start)
-    fixed = fill.area.before(stop) + fill.area.before(start)
-
-    def moved(n: Ints, at: Ints) -> Ints:
-        tail, head = fill.area.before(np.stack((stop[at] - n, start[at] + n)))
-        return fixed[at] - tail - head
-
-    gain = moved(size, np.arange(len(size)))
-    much = np.flatnonzero(gain >= gap)
-    if len(much):
-        low, high = np.zeros_like(much), size[much]
-        for _ in range(BISECTIONS):
-            middle = (low + high) // 2
-            over = moved(middle, much) * 2 > gap
-            low, high = np.where(over, low, middle), np.where(over, middle, high)
-        size[much], gain[much] = low, moved(low, much)
-    cuts = (size < stop - begin).astype(np.int64) + (size < end - start)
-    cost = np.abs(gap / 2 - gain) + (SLACK - 1) * fill.mean * cuts
-    cost[(gain <= 0) | (gain >= gap)] = np.inf
-    best = int(np.argmin(cost))
-    if not np.isfinite(cost[best]):
-        return None
-    return tails[i[best]], heads[j[best]], int(size[best]), int(gain[best])

@@ -6,6 +6,7 @@ B rows, N shared columns of a group, n_a alone columns of a rank, T = ceil(S / P
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ from functools import cached_property
 import numpy as np
 
 from hsap_compile.plan.attended import Attended, Floats, Ints, Structure, area, structure
+from hsap_compile.plan.check import check
+from hsap_compile.plan.cost import H100, CostModel
 from hsap_compile.plan.placement import (
     Kind,
     MeshShape,
@@ -112,6 +115,11 @@ class MaskPlan:
         """Largest area over mean area; 1 is perfect."""
         return _balance(self.area)
 
+    @cached_property
+    def capacity(self) -> int:
+        """Rows that a receive buffer must hold on every rank."""
+        return int(self.rows_sent.sum(axis=0).max())
+
     def tables(self, rank: int) -> MaskTables:
         """This rank's part."""
         placement, batch = self.placement, self.structure.mask.batch
@@ -188,6 +196,31 @@ class Plan:
             tuple(m.tables(rank) for m in self.masks),
         )
 
+    def verify(self, tables: Sequence[RankTables] | None = None) -> None:
+        """Prove that every attended pair is computed exactly once, and that sends match receives.
+
+        Args:
+            tables: those of all ranks, if not as planned.
+
+        Raises:
+            BrokenPlan: what is wrong, and where.
+        """
+        check(self, [self.tables(r) for r in range(self.placement.mesh.size)] if tables is None else tables)
+
+    def digest(self) -> int:
+        """A 32-bit number of all that the tables follow from: equal on ranks that were given the same."""
+        placement, result = self.placement, zlib.crc32(repr(self.placement.mesh.groups).encode())
+        arrays = [placement.rank, placement.shared, placement.start, placement.stop]
+        for m in self.masks:
+            mask, runs, t = m.structure.mask, (m.structure.queries, m.structure.keys), m.transfers
+            said = (mask.batch, mask.tokens, mask.lo, mask.hi, mask.residual, mask.soft)
+            result = zlib.crc32(repr(said).encode(), result)
+            arrays += [x for r in runs for x in (r.row, r.start, r.stop, r.label)]
+            arrays += [t.to, t.source, t.start, t.stop]
+        for array in arrays:
+            result = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(b",", result))
+        return result
+
     @cached_property
     def _order(self) -> Ints:
         placement = self.placement
@@ -198,14 +231,14 @@ class Plan:
         return order
 
 
-def make(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced") -> Plan:
-    """Plan one batch whose attentions have these masks.
+def make(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced", cost: CostModel = H100) -> Plan:
+    """Plan one batch whose attentions have these masks; `cost` decides what to trade for what.
 
     Raises:
         ValueError: as `place`.
     """
     structures = [structure(m) for m in masks]
-    placement = place_structures(structures, mesh, kind)
+    placement = place_structures(structures, mesh, kind, cost)
     own = owned(placement, structures[0].mask.batch)
     return Plan(placement, tuple(MaskPlan(s, placement, own, transfers(s, own)) for s in structures))
 

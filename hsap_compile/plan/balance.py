@@ -1,0 +1,125 @@
+"""Which group holds which columns: equal token counts, even area, few key/value rows.
+
+Token counts are a hard rule and LIMIT a promise; under both, rows between groups are kept few:
+
+  1. documents are placed (`fill`); one with much area is split over just enough groups, in zigzag halves
+     where plain parts are uneven;
+  2. token counts are made equal by moving short documents and heads of documents: a causal document without
+     its first n tokens needs n rows;
+  3. groups above LIMIT swap windows of equal length with light ones, those that need fewest rows (`swap`).
+
+Shapes: G groups, D documents (or atoms: what lies between two cuts).
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+import numpy as np
+
+from hsap_compile.plan.attended import Area, Ints
+from hsap_compile.plan.fill import LIMIT, PATIENCE, Fill
+from hsap_compile.plan.swap import Reach, Spread, swap
+
+OVERFILL = 32  # a group's tokens over this: so much too much it may hold until counts are made equal
+
+
+def balance(area: Area, cuts: Ints, reach: Reach, shares: Ints, price: float) -> Spread:
+    """Spread the atoms between `cuts` (D + 1,) over groups that hold `shares` (G,) tokens each.
+
+    `price`: pairs that one group could attend in the time in which it receives a row.
+    """
+    fill = _Groups(area, cuts, reach, shares, price)
+    fill.place()
+    return swap(_even(fill), area, reach, len(shares), price)
+
+
+class _Groups(Fill):
+    """`parts`: (group, start, stop) of the atoms that are split."""
+
+    def __init__(self, area: Area, cuts: Ints, reach: Reach, shares: Ints, price: float) -> None:
+        sizes, pairs = np.diff(cuts), np.diff(area.before(cuts))
+        limit = LIMIT * max(1.0, int(area.total[-1]) / len(shares))
+        room, load = shares.astype(np.float64), np.zeros(len(shares))
+        super().__init__(sizes, pairs, room, load, limit, int(shares.max()) // OVERFILL)
+        self.area, self.cuts, self.reach, self.price, self.most = area, cuts, reach, price, int(shares.max())
+        self.parts: list[tuple[Ints, Ints, Ints]] = []
+
+    def divide(self, document: int, light: Ints, even: bool) -> None:
+        """Over as few groups as fit, or those that fit best."""
+        n, area = int(self.sizes[document]), int(self.pairs[document])
+        chosen, fewest = np.arange(len(self.room)), math.inf
+        ways = max(1, -(-n // self.most), math.ceil(area / self.limit)) if even else 2
+        while ways < len(self.room):
+            part = -(-n // ways)
+            some = light[self.room[light] >= part][:ways]
+            if len(some) == ways:
+                excess = self.excess_with(some, part, area / ways) if even else 0.0
+                if excess < fewest - 1e-3 * self.limit:
+                    chosen, fewest = some, excess
+                if excess <= 0:
+                    break
+            ways += max(1, ways // 8)
+        if len(chosen) == 1 and self.room[chosen[0]] >= n:
+            self.put(document, int(chosen[0]))
+        else:
+            self._split(document, chosen)
+
+    def _split(self, atom: int, groups: Ints) -> None:
+        """Spread an atom over `groups`, evenly as far as there is room."""
+        n, ways = int(self.sizes[atom]), len(groups)
+        room = np.maximum(self.room[groups], 0).astype(np.int64)
+        part = np.minimum(n // ways + (np.arange(ways) < n % ways), room)
+        for i in np.argsort(part - room, kind="stable"):  # what was over goes where most room is left
+            part[i] += min(n - part.sum(), room[i] - part[i])
+        start, half = self.cuts[atom], part // 2
+        edges = start + np.append(0, np.cumsum(part))
+        zigzag = start + np.append(0, np.cumsum(np.append(half, (part - half)[::-1])))
+        pairs = np.diff(self.area.before(edges))
+        uneven = pairs.max() - LIMIT * pairs.mean()
+        if uneven > 0:
+            plain, more = (self.reach.rows(e[:-1], e[1:]).sum() for e in (edges, zigzag))
+            if PATIENCE * uneven * ways > self.price * (more - plain):  # one half from each end
+                edges, groups = zigzag, np.append(groups, groups[::-1])
+                pairs = np.diff(self.area.before(edges))
+        np.subtract.at(self.room, groups, np.diff(edges))
+        np.add.at(self.load, groups, pairs)
+        some = np.diff(edges) > 0
+        self.parts.append((groups[some], edges[:-1][some], edges[1:][some]))
+
+
+def _even(fill: _Groups) -> Spread:
+    """All pieces; groups that hold too many tokens give short documents and heads to those with room."""
+    whole = np.flatnonzero(fill.owner >= 0)
+    pieces = Spread(fill.owner[whole], fill.cuts[whole], fill.cuts[whole + 1])
+    for part in fill.parts:
+        pieces = pieces.append(*part)
+    room = fill.room.astype(np.int64).tolist()
+    split = np.arange(len(pieces.group)) >= len(whole)
+    order = np.lexsort((pieces.stop - pieces.start, ~split, pieces.group))
+    first = np.searchsorted(pieces.group[order], np.arange(len(room) + 1))
+    takers = sorted((g for g in range(len(room)) if room[g] > 0), key=lambda g: -room[g])
+    heads: list[tuple[int, int, int]] = []
+    for giver in np.flatnonzero(fill.room < 0).tolist():
+        held = order[first[giver] : first[giver + 1]]  # parts of documents, then whole ones, by length
+        at, sizes = held.tolist(), (pieces.stop[held] - pieces.start[held]).tolist()
+        least = int(split[held].sum())  # the shortest whole document
+        while room[giver] < 0:
+            taker = takers[0]
+            n = min(-room[giver], room[taker])
+            least = min(least, len(at) - 1)
+            i = max(least, bisect.bisect_right(sizes, n, least) - 1)
+            start = int(pieces.start[at[i]])
+            if sizes[i] <= n:
+                n = sizes.pop(i)
+                pieces.group[at.pop(i)] = taker
+            else:
+                heads.append((taker, start, start + n))
+                pieces.start[at[i]] += n
+                sizes[i] -= n
+            room[giver] += n
+            room[taker] -= n
+            if room[taker] == 0:
+                takers.pop(0)
+    return pieces.append(*np.array(heads).T) if heads else pieces

@@ -1,0 +1,254 @@
+"""Parts of dynamo's graph that are not plain calls, made so that ``capture`` can trace the rest.
+
+* the body of an activation checkpoint is inlined; its nodes carry the tags by which AOTAutograd's partitioner
+  recomputes them in the backward (``recompute``, ``ac_graph_id``);
+* a vmap is traced below its batching, on its own;
+* an operator that has a gradient or a meaning of its own (a custom ``autograd.Function``, flex attention) is
+  set aside: while the rest is traced, its operands are outputs and its results are inputs.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from hsap_compile._torch import (
+    CHECKPOINT,
+    CUSTOM_FUNCTION,
+    FLEX_ATTENTION,
+    VMAP_BORDERS,
+    VMAP_PREAMBLE,
+    checkpoint_tags,
+    trace_below_autograd,
+)
+from hsap_compile.graph import positional
+
+SET_ASIDE = (CUSTOM_FUNCTION, FLEX_ATTENTION)
+
+
+def expanded(module: GraphModule) -> GraphModule:
+    """A copy of ``module`` without checkpoints and vmaps."""
+    graph, attributes = Graph(), _Attributes(module)
+    copies: dict[Node, Any] = {}
+    output = _copy_into(graph, module, copies, attributes, {})
+    graph.output(output)
+    result = GraphModule(attributes.found, graph)
+    _lower_vmaps(result)
+    return result
+
+
+class _Attributes:
+    """Attributes of the copy, under names that no two bodies share."""
+
+    def __init__(self, module: GraphModule) -> None:
+        self.found: dict[str, Any] = {}
+
+    def add(self, name: str, value: Any) -> str:
+        flat = name.replace(".", "_")
+        number = 0
+        while flat in self.found and self.found[flat] is not value:
+            number += 1
+            flat = f"{name.replace('.', '_')}_{number}"
+        self.found[flat] = value
+        return flat
+
+
+def _attribute(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _copy_into(
+    graph: Graph, module: GraphModule, copies: dict[Node, Any], attributes: _Attributes, tags: dict[str, Any]
+) -> Any:
+    """Append ``module`` to ``graph``; placeholders that are in ``copies`` already are not made anew.
+    Returns the copy of its output."""
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return map_arg(positional(node)[0], lambda n: copies[n])
+        if node.op == "placeholder" and node in copies:
+            continue
+        if node.target is CHECKPOINT:
+            copies[node] = _inlined(graph, module, node, copies, attributes, tags)
+        elif node.target is operator.getitem and isinstance(copies[positional(node)[0]], tuple | list):
+            copies[node] = copies[positional(node)[0]][positional(node)[1]]
+        else:
+            copies[node] = new = graph.node_copy(node, lambda n: copies[n])
+            new.meta = {**node.meta, **tags}
+            if node.op == "get_attr":
+                value = _attribute(module, str(node.target))
+                new.target = attributes.add(str(node.target), value)
+    raise AssertionError("a graph without output")
+
+
+def _inlined(
+    graph: Graph,
+    module: GraphModule,
+    node: Node,
+    copies: dict[Node, Any],
+    attributes: _Attributes,
+    tags: dict[str, Any],
+) -> Any:
+    body_node, *operands = positional(node)
+    body = _attribute(module, str(body_node.target))
+    inside: dict[Node, Any] = {}
+    names = [n for n in body.graph.nodes if n.op == "placeholder"]
+    for placeholder, operand in zip(names, operands, strict=True):
+        inside[placeholder] = copies[operand] if isinstance(operand, Node) else operand
+    return _copy_into(graph, body, inside, attributes, tags or checkpoint_tags())
+
+
+# --- vmap ---------------------------------------------------------------------------------------------
+
+
+def _lower_vmaps(module: GraphModule) -> None:
+    enter, leave = VMAP_BORDERS
+    depth, region = 0, list[Node]()
+    for node in list(module.graph.nodes):
+        if node.target in VMAP_PREAMBLE:
+            module.graph.erase_node(node)
+            continue
+        depth += node.target is enter
+        if depth:
+            region.append(node)
+        if node.target is leave:
+            depth -= 1
+            if not depth:
+                _lower_vmap(module, region)
+                for dead in reversed(region):
+                    module.graph.erase_node(dead)
+                region = []
+    module.recompile()
+
+
+def _lower_vmap(module: GraphModule, region: list[Node]) -> None:
+    inside = set(region)
+    inputs = list(dict.fromkeys(n for r in region for n in r.all_input_nodes if n not in inside))
+    results = [r for r in region if any(u not in inside for u in r.users)]
+    if not results:
+        return
+    graph, copies = Graph(), dict[Node, Node]()
+    for number, node in enumerate(inputs):
+        if node.op == "get_attr":
+            copies[node] = graph.get_attr(str(node.target))
+        else:
+            copies[node] = graph.placeholder(f"input_{number}")
+    for node in region:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output([copies[n] for n in results])
+    operands = [n for n in inputs if n.op != "get_attr"]
+    lowered = trace_below_autograd(GraphModule(module, graph), [n.meta["example_value"] for n in operands])
+    names = [n for n in lowered.graph.nodes if n.op == "placeholder"]
+    made: dict[Node, Any] = dict(zip(names, operands, strict=True))
+    origin = {k: v for k, v in results[0].meta.items() if k != "example_value"}
+    with module.graph.inserting_before(region[0]):
+        for node in lowered.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                for old, new in zip(results, positional(node)[0], strict=True):
+                    old.replace_all_uses_with(made[new], delete_user_cb=lambda u: u not in inside)
+                continue
+            made[node] = new = module.graph.node_copy(node, lambda n: made[n])
+            new.meta = {**origin, "example_value": node.meta.get("val")}
+            if node.op == "get_attr":
+                new.target = f"{region[0].name}_{node.target}"
+                setattr(module, new.target, _attribute(lowered, str(node.target)))
+
+
+# --- set aside ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aside:
+    """One call that is not traced.  ``args`` and ``kwargs`` as they were; ``operands``: which output of the
+    traced graph every node among them is; ``bodies``: the modules among them; ``inputs``: which input of
+    the traced graph is which of its results."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    meta: dict[str, Any]
+    operands: dict[Node, int]
+    bodies: dict[Node, GraphModule]
+    inputs: dict[int, int]
+
+
+def set_aside(module: GraphModule) -> tuple[Aside, ...]:
+    """Take the calls that stay whole out of ``module`` (a copy of ours)."""
+    graph = module.graph
+    found: list[Aside] = []
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    names = [n for n in graph.nodes if n.op == "placeholder"]
+    for call in [n for n in graph.nodes if n.op == "call_function" and n.target in SET_ASIDE]:
+        outputs = positional(output)[0]
+        operands = [n for n in call.all_input_nodes if n.op != "get_attr"]
+        bodies = {n: _attribute(module, str(n.target)) for n in call.all_input_nodes if n.op == "get_attr"}
+        inputs: dict[int, int] = {}
+        for part in list(call.users):
+            assert part.target is operator.getitem, f"{call} returns several values"
+            with graph.inserting_after(names[-1]):
+                made = graph.placeholder(f"{call.name}_{positional(part)[1]}")
+            made.meta.update(part.meta)
+            inputs[len(names)] = positional(part)[1]
+            names.append(made)
+            part.replace_all_uses_with(made)
+            graph.erase_node(part)
+        numbers = {n: len(outputs) + i for i, n in enumerate(operands)}
+        found.append(
+            Aside(
+                call.target,
+                positional(call),
+                dict(call.kwargs),
+                {**call.meta, "aside": call.name},
+                numbers,
+                bodies,
+                inputs,
+            )
+        )
+        output.args = ((*positional(output)[0], *operands),)
+        graph.erase_node(call)
+    module.recompile()
+    return tuple(found)
+
+
+def put_back(module: GraphModule, asides: tuple[Aside, ...]) -> None:
+    """Write the calls into ``module``, which was traced without them."""
+    if not asides:
+        return
+    graph = module.graph
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    kept = min(number for aside in asides for number in aside.operands.values())
+    for aside in asides:
+        operands = {n: positional(output)[0][number] for n, number in aside.operands.items()}
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        last = max((n for n in operands.values() if isinstance(n, Node)), key=lambda n: order[n])
+        last = inputs[-1] if last.op == "placeholder" else last
+        for node, body in aside.bodies.items():
+            setattr(module, name := f"{aside.meta['aside']}_{node.name}", body)
+            with graph.inserting_after(last):
+                operands[node] = last = graph.get_attr(name)
+            last.meta["val"] = body
+        with graph.inserting_after(last):
+            args, kwargs = map_arg((aside.args, aside.kwargs), operands.__getitem__)
+            call = graph.call_function(aside.target, args, kwargs)
+        call.meta.update({k: v for k, v in aside.meta.items() if k != "example_value"})
+        results = {part: inputs[number] for number, part in aside.inputs.items()}
+        values = {part: node.meta["val"] for part, node in results.items()}
+        call.meta["val"] = tuple(values.get(i) for i in range(max(values, default=-1) + 1))
+        for part, node in results.items():
+            with graph.inserting_after(call):
+                made = graph.call_function(operator.getitem, (call, part))
+            made.meta.update(node.meta)
+            node.replace_all_uses_with(made)
+    output.args = (positional(output)[0][:kept],)
+    for aside in asides:
+        for number in aside.inputs:
+            graph.erase_node(inputs[number])
+    module.recompile()

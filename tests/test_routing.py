@@ -1,0 +1,181 @@
+"""Mixture of experts: every rank sorts its own tokens by their expert; what else is gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401 (registers a grouped product for any type)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hsap_compile.passes import _routing
+from test_shard_tokens import MESHES, UNSHRUNK, WIDTH, Program, check, trace
+
+EXPERTS, SLOTS = 3, 2
+_grouped_mm = torch.ops.transformers.grouped_mm_fallback
+
+
+def _routes(p: Program, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens (T, F), weights (T, K), experts (T, K))"""
+    tokens = x.flatten(0, 1)
+    weights, experts = (tokens @ p.square[:, :EXPERTS]).softmax(-1).topk(SLOTS, -1)
+    return tokens, weights, experts
+
+
+def _experts(p: Program) -> Tensor:
+    return p.kernel.permute(2, 0, 1) + p.vector[:EXPERTS, None, None]
+
+
+def _ends(counts: Tensor) -> Tensor:
+    return counts.cumsum(0, dtype=torch.int32)
+
+
+def inverse_by_writing(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    tokens, weights, experts = _routes(p, x)
+    sorted_ids, perm = torch.sort(experts.reshape(-1))
+    counts = torch.histc(sorted_ids.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
+    y = _grouped_mm(tokens[perm // SLOTS], _experts(p), _ends(counts))
+    y = y.add_(p.square[sorted_ids]) * weights.reshape(-1)[perm][:, None]
+    inverse = torch.empty_like(perm)
+    inverse[perm] = torch.arange(perm.shape[0])
+    return y[inverse].view(-1, SLOTS, WIDTH).sum(1).view_as(x)
+
+
+def inverse_by_sorting(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    tokens, weights, experts = _routes(p, x)
+    perm = experts.flatten().argsort(stable=True)
+    counts = torch.histc(experts.flatten().double(), bins=EXPERTS, min=0, max=EXPERTS)
+    y = _grouped_mm(tokens.index_select(0, perm // SLOTS), _experts(p), _ends(counts.int()))
+    return (y[perm.argsort()].view(-1, SLOTS, WIDTH) * weights[..., None]).sum(1).view(x.shape)
+
+
+def rows_added(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    tokens, weights, experts = _routes(p, x)
+    ids, perm = experts.view(-1).sort(stable=True)
+    where = (perm // SLOTS)[:, None].expand(-1, WIDTH)
+    counts = torch.histc(ids.float(), bins=EXPERTS, min=0, max=EXPERTS)
+    y = _grouped_mm(tokens.gather(0, where), _experts(p), _ends(counts)).tanh()
+    y = y * weights.view(-1)[perm].unsqueeze(-1)
+    # the load of every expert is a sum over all ranks
+    return x.add(torch.zeros_like(tokens).scatter_add(0, where, y).view_as(x) * counts[0] / x.shape[1])
+
+
+def rows_of_slots(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    tokens, weights, experts = _routes(p, x)
+    perm = experts.flatten().argsort()
+    y = tokens[perm // SLOTS] * p.square[perm % SLOTS] * experts.flatten()[perm][:, None]
+    y = y - y.mean(0) + F.layer_norm(y, (WIDTH,)).cumsum(-1)
+    out = torch.zeros_like(tokens).index_add(0, perm // SLOTS, y @ p.square)
+    twice = torch.empty_like(y)
+    twice[perm] = y
+    return (out + twice.view(-1, SLOTS, WIDTH)[:, 1]).view_as(x)
+
+
+def every_expert(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    tokens, weights, experts = _routes(p, x)
+    scores = torch.full((tokens.shape[0], EXPERTS), -torch.inf, dtype=x.dtype).scatter(1, experts, weights)
+    inputs = tokens.repeat(EXPERTS, 1) * scores.sigmoid().transpose(0, 1).reshape(-1, 1)
+    outputs = torch.bmm(inputs.view(EXPERTS, -1, WIDTH), _experts(p)).view(-1, WIDTH)
+    return outputs.reshape(EXPERTS, -1, WIDTH).sum(0).view_as(x)
+
+
+def a_weight_for_every_row(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    tokens, weights, experts = _routes(p, x)
+    each = tokens.repeat_interleave(SLOTS, 0)
+    y = torch.bmm(_experts(p)[experts.reshape(-1)], each.unsqueeze(-1)).squeeze(-1)
+    return (y.view(-1, SLOTS, WIDTH) * weights[..., None]).sum(1).view_as(x)
+
+
+def router_loss(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    tokens, _, experts = _routes(p, x)
+    gates = torch.cat([tokens @ p.square, tokens @ p.square.mT], 0).softmax(-1)
+    chosen = F.one_hot(gates.topk(SLOTS, -1).indices, WIDTH).double().mean(0)
+    return x * (chosen * gates.mean(0)[None]).sum() * WIDTH
+
+
+LOCAL: dict[str, Callable[[Program, Tensor, Tensor], Tensor]] = {
+    f.__name__: f
+    for f in (
+        inverse_by_writing, inverse_by_sorting, rows_added, rows_of_slots, every_expert,
+        a_weight_for_every_row, router_loss,
+    )
+}  # fmt: skip
+
+
+def _sorted(p: Program, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, _, experts = _routes(p, x)
+    ids, perm = experts[:, 0].sort(stable=True)
+    return tokens, ids, perm
+
+
+def other_counts(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    tokens, ids, perm = _sorted(p, x)
+    counts = torch.histc((i.flatten() % EXPERTS).float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
+    return x + _grouped_mm(tokens[perm], _experts(p), _ends(counts))[perm.argsort()].view_as(x)
+
+
+def unsorted_rows(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    tokens, ids, perm = _sorted(p, x)
+    counts = torch.histc(ids.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
+    return x + _grouped_mm(tokens, _experts(p), _ends(counts)).view_as(x)
+
+
+#: What must not stay local, and how many operators are reported.
+GATHERED: dict[str, tuple[Callable[[Program, Tensor, Tensor], Tensor], int]] = {
+    "sorted beside unsorted": (lambda p, x, i: x + (_sorted(p, x)[1].view(x.shape[:2])[..., None] * x), 1),
+    "along the sorted": (lambda p, x, i: x * _sorted(p, x)[0][_sorted(p, x)[2]].cumsum(0).mean(), 1),
+    "row numbers as numbers": (lambda p, x, i: x + _sorted(p, x)[2].double().mean() / 99, 1),
+    "the next row": (
+        lambda p, x, i: x + x.flatten(0, 1)[(_sorted(p, x)[2] + 1) % x[..., 0].numel()].sin().mean(0), 2
+    ),
+    "half of the rows": (lambda p, x, i: x + x.flatten(0, 1)[_sorted(p, x)[2] // 2].view_as(x), 2),
+    "one of the sorted": (lambda p, x, i: x * _sorted(p, x)[1][-1], 1),
+    "rows of other rows": (
+        lambda p, x, i: x + torch.cat([x, x], 1).flatten(0, 1)[_sorted(p, x)[2]].view_as(x) * p.scalar, 1
+    ),
+    "pairs of sorted rows": (
+        lambda p, x, i: x + x.flatten(0, 1).repeat_interleave(2, 0)[
+            _routes(p, x)[2].flatten().argsort()].view(-1, 2, WIDTH)[:, 0].sin().mean(0), 1
+    ),
+    "other counts": (other_counts, 2),
+    "unsorted rows": (unsorted_rows, 1),
+    "best tokens": (lambda p, x, i: x + x.flatten(0, 1)[(x @ p.vector).flatten().topk(3).indices].mean(0), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_stays_local(name: str) -> None:
+    of = trace(Program((LOCAL[name],)), rows=2)
+    assert check(of, 3, 1) == [] and check(of, 2, 2) == []
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_falls_back(name: str) -> None:
+    pattern, count = GATHERED[name]
+    found = check(trace(Program((pattern,)), rows=2), 3, 1)
+    assert len(found) == count, found
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=UNSHRUNK)
+@given(
+    names=st.lists(st.sampled_from(sorted(LOCAL)), min_size=2, max_size=3),
+    tokens=st.integers(8, 23),
+    mesh=st.sampled_from(MESHES),
+    grad=st.booleans(),
+)
+def test_layers_of_experts(names: list[str], tokens: int, mesh: tuple[int, int], grad: bool) -> None:
+    of = trace(Program(tuple(LOCAL[name] for name in names)), 2, tokens, grad)
+    assert check(of, *mesh, tolerance=1e-9) == []
+
+
+def test_broken_rules_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = trace(Program((LOCAL["rows_added"],)), rows=2)
+    check(of, 3, 1)
+    monkeypatch.setattr(_routing, "whole_counts", lambda sharder, node: sharder.home[node].node)
+    monkeypatch.setattr("hsap_compile.passes.shard_tokens.whole_counts", _routing.whole_counts)
+    with pytest.raises(AssertionError):
+        check(of, 3, 1)
