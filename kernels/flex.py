@@ -32,7 +32,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from hsap_compile import formula
-from hsap_compile._torch import flex_attention, flex_block_mask, flex_kernel_options, trace_aten
+from hsap_compile._torch import FLEX_ATTENTION, flex_block_mask, flex_kernel_options, trace_aten
 from hsap_compile.graph import Builder
 from hsap_compile.kernels.blocks import AT_LEAST, BLOCK, BLOCK_TABLES
 from hsap_compile.masks import MASKED, Mask
@@ -143,7 +143,7 @@ class FlexAttention:
         mods = self._written[key]
         score_mod, mask_mod = (_module(build, name) for name in (mods.score, mods.mask))
         result = build(
-            flex_attention,
+            FLEX_ATTENTION,
             queries,
             _heads_first(build, keys.k, padded_k),
             _heads_first(build, keys.v, padded_k),

@@ -233,6 +233,21 @@ def _not_a_number(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
     return made.fill_(float("nan")) if dtype.is_floating_point else made
 
 
+#: What the interpreter lacks of CUDA's own library and of tl.math.
+_NOT_FINITE = """
+@triton.jit
+def _isnan(x):
+    return x != x
+
+
+@triton.jit
+def _isinf(x):
+    return (x == float("inf")) | (x == float("-inf"))
+
+
+"""
+
+
 class _Interpreted:
     """Stands for a kernel that ``async_compile.triton`` would have compiled."""
 
@@ -242,7 +257,8 @@ class _Interpreted:
         decorator = source.index("@triton_heuristics")
         jit = source.index("@triton.jit", decorator)
         # the interpreter reads a function's source file, hence a module and not exec
-        text = (source[:decorator] + source[jit:]).replace("libdevice.", "tl.math.")  # CUDA's own library
+        text = source[:decorator] + _NOT_FINITE + source[jit:]
+        text = re.sub(r"libdevice\.(isnan|isinf)", r"_\1", text).replace("libdevice.", "tl.math.")
         self.function = getattr(PyCodeCache.load(text), name)
         found = re.search(r"'grid_type': '(\w+)'", source)
         self.grid = found.group(1) if found else ""
