@@ -249,7 +249,7 @@ def dense_graph(mode: FakeTensorMode, values: Sequence[torch.Tensor]) -> torch.f
     scale = values[0].shape[-1] ** -0.5
     rest = (formula.dumps(logits), scale)
     site = graph.call_function(dense.OP, (*nodes[:3], [nodes[3]], *rest))
-    site.meta["mask"] = masks.normalise(logits)[0]
+    site.meta.update(mask=masks.normalise(logits)[0], reads=())
     site.meta["val"] = run_fake(mode, dense.OP, (*values[:3], [values[3]], *rest), {})
     graph.output((site,))
     return torch.fx.GraphModule(torch.nn.Module(), graph)
