@@ -126,7 +126,7 @@ def rows_to_others(patch: pytest.MonkeyPatch, rows: list[list[int]], mesh: tuple
 
 
 def test_only_documents_of_several_ranks_exchange_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents that fit on a rank send nothing; one of 24 on ranks of 16 sends its own tokens' heads."""
+    """Four ranks of eight tokens: documents of eight send nothing, a longer one its own tokens' heads."""
     assert rows_to_others(monkeypatch, [[8, 8, 8, 8]], (1, 4)) == [0, 0] * 2
     assert rows_to_others(monkeypatch, [[32]], (1, 4)) == [32 * 3, 32 * 3] * 2
     assert rows_to_others(monkeypatch, [[4, 24, 4]], (1, 2)) == [24, 24] * 2
