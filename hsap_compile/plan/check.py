@@ -110,7 +110,7 @@ def _check_rows(plan: Plan, tables: Sequence[RankTables], i: int) -> None:
         _require(not foreign.any(), f"mask {i}: rank {r} sends to ranks that are no peers", foreign, 0)
         for name in ("send_rows", "remote"):
             length = len(getattr(t.masks[i], name))
-            total = max(2, int(t.masks[i].splits[int(name == "remote")].sum()))
+            total = int(t.masks[i].splits[int(name == "remote")].sum())
             _require(
                 length == total, f"mask {i}, rank {r}: {name} has another length than splits", length, total
             )
