@@ -28,3 +28,10 @@ def where(node: Node) -> str:
         return str(node.target)
     file, line, code = ([f for f in frames if not f[0].startswith(_TORCH)] or frames)[-1]
     return f"{file}:{line}, `{code.strip()}`"
+
+
+def module_of(node: Node) -> str:
+    """The name in the model of the module whose forward ``node`` comes from; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = [name for name, _ in stack.values()][-1:]
+    return path[0].partition(".")[2] if path else ""

@@ -1,257 +1,49 @@
 """Partial attention on CPU: slices of queries against slices of keys, one softmax per query row.
 
 Shapes: R own rows, C remote rows, Hq query heads, Hkv key/value heads (query head i reads key head
-i // (Hq // Hkv)), D / Dv head sizes, M slices, N blocks of one run, G = Hq // Hkv.
+i // (Hq // Hkv)), D / Dv head sizes, M slices, N blocks of one run.
 
-``hsap::attend`` runs ATen's flash kernel on views of the rows, batching slices that are equally long
-and equally spaced; slices whose logits are an index formula take a chunked dense path.  What slices
-say about the same query row is merged by log-sum-exp.  float16 and bfloat16 are computed in float32:
-one rounding at the end is more exact than one per slice, and ATen's own half precision is slower or equal
-(float16: forward 1.7, backward 10 times; bfloat16: equal, 2.8 times slower backward at 64 tokens).  The
-exception is bfloat16 backward over thousands of tokens on a CPU that multiplies bfloat16, which is 1.6
-times faster than this (torch 2.13, AVX512-BF16, one thread).
+``hsap::attend`` runs ATen's flash kernel on views of the rows: one call for slices that are equally long and
+equally spaced, several for a causal slice whose hidden half is worth leaving out (see slices.py).  Slices
+whose logits are an index formula take a dense path in blocks.  What slices say about the same query row is
+merged by log-sum-exp.
+
+float16 and bfloat16 are computed in float32, converted run by run: one rounding at the end is more exact than
+one per slice, and ATen's own half precision is slower or equal (float16: forward 2 to 4, backward 11 to 40
+times; bfloat16: equal, 3 times slower backward at 64 tokens).  The exception is bfloat16 backward over 1024
+and more tokens on a CPU that multiplies bfloat16, which is 1.25 times faster than this (torch 2.13,
+AVX512-BF16, one thread).
+
+Memory beside the results: one run's operands where they are converted, one call's results, a mask of
+64 x 1024 for causal slices, and for other bands masks of at most 2**22 elements each, one of each distinct
+shape.  Nothing grows with the square of the rows.  Half-precision results that several slices share are first
+summed up in float32.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import sympy
 import torch
 from torch import Tensor
 
-from hsap_compile import formula
+from hsap_compile.kernels import formula_blocks
+from hsap_compile.kernels.formula_blocks import Formula
+from hsap_compile.kernels.slices import BAND as BAND
+from hsap_compile.kernels.slices import CAUSAL as CAUSAL
+from hsap_compile.kernels.slices import FULL as FULL
+from hsap_compile.kernels.slices import MOD as MOD
+from hsap_compile.kernels.slices import STAIR_TOKENS, STEP, Cover, Plan, Run, Span, plan
 
-FULL, CAUSAL, BAND, MOD = range(4)
-
-_SLICE_COLUMNS = 7  # q_start, q_stop, k_start, k_stop, kind, lo, hi
-_MOD_LOGITS = 2**20  # logits of one dense block: 4 MiB of float32, near the caches
-_MOD_MIN_QUERIES = 64  # a dense block is cut along its keys before it has fewer queries than this
-_MASK_LOGITS = 2**22  # elements of one band mask
-_BAND_MIN_QUERIES = 64  # queries of one masked block, at least
 _FAR = 256.0  # |lse| from which float32 cannot tell exp(logit - lse) to 1e-5: see _log_mass
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # ---------------------------------------------------------------------------------------------------
-# From slices to runs: pure integers
-# ---------------------------------------------------------------------------------------------------
-
-
-class _Slice(NamedTuple):
-    """One rectangle of logits; keys count from the start of their own buffer."""
-
-    q_start: int
-    nq: int
-    k_start: int
-    nk: int
-    kind: int
-    remote: bool
-    lo: int
-    hi: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """``count`` blocks of ``length`` rows, ``step`` rows apart; alone: no other run touches them."""
-
-    start: int
-    length: int
-    step: int
-    count: int
-    alone: bool
-
-    def of(self, x: Tensor) -> Tensor:
-        """The blocks of ``x`` (rows, heads, ...) as a view (count, heads, length, ...)."""
-        row, head, *rest = x.stride()
-        size = (self.count, x.shape[1], self.length, *x.shape[2:])
-        return x.as_strided(size, (self.step * row, head, row, *rest), x.storage_offset() + self.start * row)
-
-    def disjoint(self) -> Iterator[tuple[slice, _Span]]:
-        """The blocks in groups that do not overlap among themselves, and which blocks those are."""
-        groups = 1 if self.count == 1 else -(-self.length // self.step)
-        for i in range(min(groups, self.count)):
-            blocks = slice(i, None, groups)
-            count = len(range(i, self.count, groups))
-            yield blocks, _Span(self.start + i * self.step, self.length, groups * self.step, count, False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Slices of one kind and size, equally spaced: one call of the kernel."""
-
-    kind: int
-    remote: bool
-    lo: int
-    hi: int
-    q: _Span
-    k: _Span
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Runs, and the (start, stop) rows that no run writes alone: these start at zero."""
-
-    runs: tuple[_Run, ...]
-    q_holes: tuple[tuple[int, int], ...]
-    k_holes: tuple[tuple[int, int], ...]
-    remote_holes: tuple[tuple[int, int], ...]
-    merges: bool
-
-
-def _plan(slices: Tensor, own: int, remote: int, heads: int) -> _Plan:
-    if slices.device.type != "cpu" or slices.dtype != torch.int64 or slices.shape[1:] != (_SLICE_COLUMNS,):
-        raise ValueError(
-            f"hsap::attend: slices are {tuple(slices.shape)} {slices.dtype} on {slices.device}, "
-            f"expected (M, {_SLICE_COLUMNS}) torch.int64 on cpu"
-        )
-    cuts = [cut for row in slices.tolist() for cut in _cut(row, own, heads)]
-    q_intervals = [(c.q_start, c.q_start + c.nq) for c in cuts]
-    k_intervals = [(c.k_start, c.k_start + c.nk) for c in cuts]
-    q_alone = _alone(q_intervals, range(len(cuts)))
-    mine = [i for i, c in enumerate(cuts) if not c.remote]
-    theirs = [i for i, c in enumerate(cuts) if c.remote]
-    k_alone = _alone(k_intervals, mine) | _alone(k_intervals, theirs)
-    return _Plan(
-        runs=tuple(_runs(cuts, q_alone, k_alone)),
-        q_holes=_holes([q_intervals[i] for i in q_alone], own),
-        k_holes=_holes([k_intervals[i] for i in mine if i in k_alone], own),
-        remote_holes=_holes([k_intervals[i] for i in theirs if i in k_alone], remote),
-        merges=len(q_alone) < len(cuts),
-    )
-
-
-def _cut(row: Sequence[int], own: int, heads: int) -> Iterator[_Slice]:
-    """The blocks that one slice is computed in."""
-    q_start, q_stop, k_start, k_stop, kind, lo, hi = row
-    nq, nk = q_stop - q_start, k_stop - k_start
-    if nq <= 0 or nk <= 0:  # the kernel kills the process on an empty side
-        return
-    remote = k_start >= own
-    cut = _Slice(q_start, nq, k_start - own if remote else k_start, nk, kind, remote, lo, hi)
-    if kind == BAND:
-        yield from _cut_band(cut)
-    elif kind == MOD:
-        yield from _cut_mod(cut, heads)
-    else:
-        yield cut._replace(lo=0, hi=0)
-
-
-def _cut_mod(cut: _Slice, heads: int) -> Iterator[_Slice]:
-    keys = min(cut.nk, max(1, _MOD_LOGITS // (heads * _MOD_MIN_QUERIES)))
-    queries = max(1, _MOD_LOGITS // (heads * keys))
-    for q, k in itertools.product(range(0, cut.nq, queries), range(0, cut.nk, keys)):
-        yield cut._replace(
-            q_start=cut.q_start + q,
-            nq=min(queries, cut.nq - q),
-            k_start=cut.k_start + k,
-            nk=min(keys, cut.nk - k),
-            lo=0,
-            hi=0,
-        )
-
-
-def _cut_band(cut: _Slice) -> Iterator[_Slice]:
-    """A band in blocks of queries, so that a narrow band of a long document costs its width."""
-    band = _trim_band(cut)
-    if band is None or band.kind != BAND:
-        yield from () if band is None else (band,)
-        return
-    width = band.hi - band.lo + 1
-    queries = max(_BAND_MIN_QUERIES, width // 4)
-    queries = min(queries, max(1, _MASK_LOGITS // min(band.nk, queries + width)))
-    for start in range(0, band.nq, queries):
-        block = band._replace(
-            q_start=band.q_start + start,
-            nq=min(queries, band.nq - start),
-            lo=band.lo - start,
-            hi=band.hi - start,
-        )
-        trimmed = _trim_band(block)
-        if trimmed is not None:
-            yield trimmed
-
-
-def _trim_band(cut: _Slice) -> _Slice | None:
-    """The same band without rows and keys that see nothing; FULL or CAUSAL where it is that.
-
-    Every row that is left sees a key, which the kernel needs: it gives an empty row lse 0, not -inf.
-    """
-    q_start, nq, k_start, nk, _, remote, lo, hi = cut
-    lo, hi = max(lo, 1 - nk), min(hi, nq - 1)
-    if lo > hi:
-        return None
-    q0, q1 = max(0, lo), min(nq, nk + hi)
-    k0, k1 = max(0, -hi), min(nk, nq - lo)
-    nq, nk, lo, hi = q1 - q0, k1 - k0, lo - q0 + k0, hi - q0 + k0
-    kind = BAND
-    if hi >= nq - 1 and lo <= 1 - nk:
-        kind, lo, hi = FULL, 0, 0
-    elif hi >= nq - 1 and lo == 0:
-        kind, lo, hi = CAUSAL, 0, 0
-    return _Slice(q_start + q0, nq, k_start + k0, nk, kind, remote, lo, hi)
-
-
-def _alone(intervals: Sequence[tuple[int, int]], among: Iterable[int]) -> set[int]:
-    """Which of the intervals ``among`` overlap no other of them."""
-    alone, reach, furthest = set(among), -1, -1
-    for i in sorted(alone, key=lambda i: intervals[i]):
-        start, stop = intervals[i]
-        if start < reach:  # then it overlaps the furthest so far, and so does all else it overlaps
-            alone.discard(i)
-            alone.discard(furthest)
-        if stop > reach:
-            reach, furthest = stop, i
-    return alone
-
-
-def _holes(intervals: Iterable[tuple[int, int]], size: int) -> tuple[tuple[int, int], ...]:
-    """What disjoint intervals leave of [0, size)."""
-    holes, reach = [], 0
-    for start, stop in [*sorted(intervals), (size, size)]:
-        if start > reach:
-            holes.append((reach, start))
-        reach = stop
-    return tuple(holes)
-
-
-def _runs(cuts: Sequence[_Slice], q_alone: set[int], k_alone: set[int]) -> Iterator[_Run]:
-    """Slices that differ only in where they start, grouped while their starts are equally spaced."""
-    alike: dict[tuple[int | bool, ...], list[tuple[int, int]]] = {}
-    for i, c in enumerate(cuts):
-        key = (c.kind, c.remote, c.nq, c.nk, c.lo, c.hi, i in q_alone, i in k_alone)
-        alike.setdefault(key, []).append((c.q_start, c.k_start))
-    for (kind, remote, nq, nk, lo, hi, q_single, k_single), starts in alike.items():
-        for q, q_step, k, k_step, count in _spaced(starts, nq, batch=kind != MOD):
-            q_span = _Span(q, nq, q_step, count, bool(q_single))
-            yield _Run(kind, bool(remote), lo, hi, q_span, _Span(k, nk, k_step, count, bool(k_single)))
-
-
-def _spaced(
-    starts: Sequence[tuple[int, int]], nq: int, batch: bool
-) -> Iterator[tuple[int, int, int, int, int]]:
-    """(q_start, q_step, k_start, k_step, count) of maximal equally spaced stretches, greedily."""
-    i = 0
-    while i < len(starts):
-        q, k = starts[i]
-        q_step, k_step, count = nq, 1, 1  # of one block the steps do not matter, but must be positive
-        if batch and i + 1 < len(starts):
-            q_gap, k_gap = starts[i + 1][0] - q, starts[i + 1][1] - k
-            if q_gap >= nq and k_gap > 0:  # blocks of queries must not overlap: they are written to
-                q_step, k_step, count = q_gap, k_gap, 2
-        while count > 1 and starts[i + count : i + count + 1] == [(q + count * q_step, k + count * k_step)]:
-            count += 1
-        yield q, q_step, k, k_step, count
-        i += count
-
-
-# ---------------------------------------------------------------------------------------------------
-# Operands and results
+# Operands
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -259,17 +51,15 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _ready(x: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-    """``x`` as the kernel takes it: computed dtype, last dimension of ``size`` and stride 1."""
-    x = x.detach().to(dtype)
-    if x.shape[-1] < size:  # zeros change neither the products nor what they weigh
-        return torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+def _dense(x: Tensor) -> Tensor:
+    """With last stride 1: the kernel reads any other silently wrong."""
+    x = x.detach()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass(frozen=True, slots=True)
 class _Operands:
-    """Rows as the kernel takes them, q, k and v of one head size."""
+    """Rows, and their blocks as the kernel takes them: in the computed dtype and of one head size."""
 
     q: Tensor
     k: Tensor
@@ -279,66 +69,72 @@ class _Operands:
     scale: float
 
     @classmethod
-    def ready(
+    def of(
         cls, q: Tensor, k: Tensor, v: Tensor, k_remote: Tensor | None, v_remote: Tensor | None, scale: float
     ) -> _Operands:
-        dtype, size = _compute_dtype(q.dtype), max(q.shape[2], v.shape[2])
         k_far = k[:0] if k_remote is None else k_remote
         v_far = v[:0] if v_remote is None else v_remote
-        ready = [_ready(x, dtype, size) for x in (q, k, v, k_far, v_far)]
-        return cls(ready[0], ready[1], ready[2], ready[3], ready[4], scale)
+        return cls(_dense(q), _dense(k), _dense(v), _dense(k_far), _dense(v_far), scale)
 
-    def keys(self, run: _Run) -> tuple[Tensor, Tensor]:
-        """Keys and values of a run (N, Hkv, nk, D)."""
+    @property
+    def dtype(self) -> torch.dtype:
+        return _compute_dtype(self.q.dtype)
+
+    @property
+    def size(self) -> int:
+        """The larger of the two head sizes: the kernel wants one."""
+        return max(self.q.shape[2], self.v.shape[2])
+
+    def plan(self, slices: Tensor) -> Plan:
+        rows, heads, _ = self.q.shape
+        return plan(slices, rows, self.k_remote.shape[0], heads, heads * self.size)
+
+    def read(self, x: Tensor, span: Span) -> Tensor:
+        """Blocks (N, heads, length, size) of rows ``x``: a view, unless they have to be converted."""
+        blocks = span.of(x)
+        if blocks.dtype != self.dtype:
+            blocks = blocks.to(self.dtype)
+        missing = self.size - blocks.shape[-1]  # zeros change neither the products nor what they weigh
+        return torch.nn.functional.pad(blocks, (0, missing)) if missing else blocks
+
+    def run(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, Hq, nq, size), k and v (N, Hkv, nk, size)."""
         k, v = (self.k_remote, self.v_remote) if run.remote else (self.k, self.v)
-        return run.k.of(k), run.k.of(v)
+        return self.read(self.q, run.q), self.read(k, run.k), self.read(v, run.k)
+
+
+def _part(x: Tensor, first: int, length: int) -> Tensor:
+    """Rows of blocks (N, heads, rows, ...)."""
+    return x if length == x.shape[2] else x.narrow(2, first, length)
 
 
 class _Masks:
     """The additive masks of bands, each distinct one built once."""
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._built: dict[tuple[int, ...], Tensor] = {}
 
-    def of(self, run: _Run) -> Tensor | None:
-        if run.kind != BAND:
+    def of(self, run: Run, first: int, queries: int, keys: int) -> Tensor | None:
+        """What hides keys in this call of a run, unless the kernel does by itself."""
+        if run.kind == BAND:
+            return self._band(queries, keys, run.lo, run.hi)
+        if run.kind != CAUSAL or first == 0:
             return None
-        key = (run.q.length, run.k.length, run.lo, run.hi)
+        # of [0 | causal], as many columns left of the diagonal as there are keys before the first query
+        longest = STAIR_TOKENS[1]
+        stairs = self._band(STEP, longest, STEP - longest, STEP)
+        return stairs[:queries, longest - STEP - first :][:, :keys]
+
+    def _band(self, queries: int, keys: int, lo: int, hi: int) -> Tensor:
+        """0 where lo <= i - j <= hi, else -inf."""
+        key = (queries, keys, lo, hi)
         if key not in self._built:
-            distance = torch.arange(run.q.length)[:, None] - torch.arange(run.k.length)
-            outside = (distance < run.lo) | (distance > run.hi)
-            self._built[key] = self._like.new_zeros(outside.shape).masked_fill_(outside, -torch.inf)
+            distance = torch.arange(queries)[:, None] - torch.arange(keys)
+            outside = (distance < lo) | (distance > hi)
+            zeros = torch.zeros(outside.shape, dtype=self._dtype)
+            self._built[key] = zeros.masked_fill_(outside, -torch.inf)
         return self._built[key]
-
-
-class _Sum:
-    """Rows (rows, heads, size) summed up from the blocks of runs."""
-
-    def __init__(self, rows: int, holes: tuple[tuple[int, int], ...], like: Tensor, size: int) -> None:
-        self._shape = (rows, like.shape[1], size)
-        self._holes = holes
-        self._like = like
-        self._total: Tensor | None = None
-
-    def add(self, span: _Span, blocks: Tensor) -> None:
-        """Add ``blocks`` (N, heads, length, at least size) at ``span``."""
-        blocks = blocks[..., : self._shape[2]]
-        if not self._holes and span.alone and span.count * span.length == self._shape[0]:
-            self._total = blocks.transpose(1, 2).reshape(self._shape).contiguous()
-            return
-        if self._total is None:
-            self._total = _zero_rows(self._like.new_empty(self._shape), self._holes, 0)
-        if span.alone:
-            span.of(self._total).copy_(blocks)
-            return
-        for which, part in span.disjoint():
-            part.of(self._total).add_(blocks[which])
-
-    def total(self, dtype: torch.dtype) -> Tensor:
-        if self._total is None:
-            return self._like.new_zeros(self._shape, dtype=dtype)
-        return self._total.to(dtype)
 
 
 def _zero_rows(x: Tensor, holes: tuple[tuple[int, int], ...], value: float) -> Tensor:
@@ -347,182 +143,22 @@ def _zero_rows(x: Tensor, holes: tuple[tuple[int, int], ...], value: float) -> T
     return x
 
 
-# ---------------------------------------------------------------------------------------------------
-# Logits by a formula: dense blocks
-# ---------------------------------------------------------------------------------------------------
-
-
-def _fold(x: Tensor, span: _Span, groups: int) -> Tensor:
-    """One block of query rows (R, Hq, D) as (Hkv, G * nq, D), so that one product serves a group."""
-    block = x[span.start : span.start + span.length].unflatten(1, (groups, -1))
-    return block.permute(1, 2, 0, 3).reshape(groups, -1, x.shape[2])
-
-
-@dataclass(frozen=True, slots=True)
-class _Formula:
-    """A formula and what it reads; leaves are in the computed dtype or above, so are their gradients."""
-
-    expr: sympy.Basic
-    sink: sympy.Basic | None
-    rows: Tensor | None
-    remote_rows: Tensor | None
-    heads: Tensor | None
-    leaves: tuple[Tensor, ...]
-    tokens: int
-
-    @classmethod
-    def ready(
-        cls,
-        mod: str,
-        rows: Tensor | None,
-        remote_rows: Tensor | None,
-        heads: Tensor | None,
-        leaves: Sequence[Tensor],
-        tokens: int,
-        dtype: torch.dtype,
-    ) -> _Formula | None:
-        if not mod:
-            return None
-        raised = [x.detach() for x in leaves]
-        raised = [x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x for x in raised]
-        expr, sink = formula.without_sink(formula.loads(mod))
-        return cls(expr, sink, rows, remote_rows, heads, tuple(raised), tokens)
-
-    def sinks(self, lse: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-        """The sink of every query row and head (R, Hq), as ``lse``."""
-        values: dict[str, Tensor | int] = {"S": self.tokens}
-        if self.rows is not None:
-            values |= {"b": self.rows[:, 0, None], "q": self.rows[:, 1, None]}
-        if self.heads is not None:
-            values["h"] = self.heads
-        assert self.sink is not None
-        return _as_dtype(formula.evaluate(self.sink, values, leaves), lse).expand(lse.shape)
-
-    def logits(self, score: Tensor, run: _Run, leaves: Sequence[Tensor]) -> Tensor:
-        """Logits (Hq, nq, nk) of a block with scaled products ``score`` of the same shape."""
-        names = {symbol.name for symbol in self.expr.free_symbols}
-        values: dict[str, Tensor | int] = {"score": score, "S": self.tokens}
-        if names & {"b", "q"}:
-            at = _block_rows(self.rows, "rows", run.q)
-            values |= {"b": at[:, 0, None], "q": at[:, 1, None]}
-        if "k" in names:
-            keys = (self.remote_rows, "remote_rows") if run.remote else (self.rows, "rows")
-            values["k"] = _block_rows(*keys, run.k)[:, 1]
-        if "h" in names:
-            if self.heads is None:
-                raise ValueError("hsap::attend: the formula reads h, but heads is None; pass (Hq,) int64")
-            values["h"] = self.heads[:, None, None]
-        value = formula.evaluate(self.expr, values, leaves)
-        return _as_dtype(value, score).expand(score.shape)
-
-
-def _block_rows(rows: Tensor | None, name: str, span: _Span) -> Tensor:
-    if rows is None:
-        raise ValueError(
-            f"hsap::attend: the formula reads positions, but {name} is None; pass (rows, 2) int64"
-        )
-    return rows[span.start : span.start + span.length]
-
-
-def _as_dtype(value: Tensor | float, score: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        return score.new_tensor(value)
-    if value.dtype == torch.float64 and score.dtype != torch.float64:
-        # a finite float64 below float32's range must not become -inf: that row would lose its keys
-        lowest = torch.finfo(score.dtype).min
-        return value.clamp(min=lowest).masked_fill(value == -torch.inf, -torch.inf).to(score.dtype)
-    return value.to(score.dtype)
-
-
-def _mod_score(x: _Operands, run: _Run) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scaled products (Hq, nq, nk) of a block, and its q (Hkv, G * nq, D), k, v (Hkv, nk, D)."""
-    k, v = (y[0] for y in x.keys(run))
-    q = _fold(x.q, run.q, k.shape[0])
-    score = torch.bmm(q * x.scale, k.transpose(1, 2))
-    return score.view(x.q.shape[1], run.q.length, run.k.length), q, k, v
-
-
-def _mod_forward(x: _Operands, index: _Formula, run: _Run) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (1, Hq, nq, D), peak (1, Hq, nq), mass (1, Hq, nq)); lse = peak + log(mass).
-
-    The two stay apart because they do not fit one float where the peak is as low as finfo.min.
-    """
-    score, _, k, v = _mod_score(x, run)
-    logits = index.logits(score, run, index.leaves)
-    peak = logits.amax(-1, keepdim=True)
-    weight = logits.sub(peak.masked_fill(peak == -torch.inf, 0)).exp_()
-    mass = weight.sum(-1, keepdim=True)
-    out = torch.bmm(weight.reshape(k.shape[0], -1, run.k.length), v).view(*mass.shape[:2], -1)
-    out.div_(mass.masked_fill(mass == 0, 1))
-    return out[None], peak[None, ..., 0], mass[None, ..., 0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Softmax:
-    """What the backward knows about the softmax of every row, in the computed dtype."""
-
-    grad: Tensor  # (R, Hq, D)
-    out: Tensor  # (R, Hq, D)
-    lse: Tensor  # (R, Hq), +inf where a row has no key: exp(logit - lse) is then 0, not NaN
-    delta: Tensor | None  # (R, Hq): sum of grad * out, where some logits are a formula's
-    log_mass: Tensor | None  # (R, Hq): see _log_mass
-
-    def weights(self, logits: Tensor, run: _Run) -> Tensor:
-        weight = logits.sub(run.q.of(self.lse)[0, ..., None])
-        if self.log_mass is not None:
-            weight.sub_(run.q.of(self.log_mass)[0, ..., None])
-        return weight.exp_()
-
-
-def _log_mass(x: _Operands, index: _Formula, plan: _Plan, lse: Tensor) -> Tensor | None:
-    """What rounding took from lse: log(sum(exp(logit - lse))), in rows where it took a lot.
-
-    A row of n logits that are all finfo.min has lse finfo.min, its log(n) is lost; without this the
-    weights of such a row would sum to n.  None when there is no such row, which is the usual case.
-    """
-    far = (lse.abs() > _FAR) & lse.isfinite()
-    for run in plan.runs:
-        if run.kind != MOD:  # here the sum would lack a part
-            run.q.of(far).fill_(False)
-    if not far.any():
-        return None
-    mass = torch.zeros_like(lse)
-    for run in plan.runs:
-        if run.kind == MOD and run.q.of(far).any():
-            logits = index.logits(_mod_score(x, run)[0], run, index.leaves)
-            run.q.of(mass).add_(logits.sub(run.q.of(lse)[0, ..., None]).exp_().sum(-1))
-    return mass.log().masked_fill_(~far, 0)
-
-
-def _mod_backward(
-    x: _Operands, index: _Formula, run: _Run, softmax: _Softmax, wanted: Sequence[int], sums: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq (1, Hq, nq, D), dk, dv (1, Hkv, nk, D)) of a block; adds to ``sums`` of the wanted leaves."""
-    score, q, k, v = _mod_score(x, run)
-    leaves = list(index.leaves)
-    with torch.enable_grad():
-        score.requires_grad_()
-        for i in wanted:
-            leaves[i] = leaves[i].detach().requires_grad_()
-        logits = index.logits(score, run, leaves)
-    grad = _fold(softmax.grad, run.q, k.shape[0])
-    weight = softmax.weights(logits.detach(), run)
-    assert softmax.delta is not None
-    d_logits = torch.bmm(grad, v.transpose(1, 2)).view_as(weight)
-    d_logits.sub_(run.q.of(softmax.delta)[0, ..., None]).mul_(weight)
-    sources = [score, *(leaves[i] for i in wanted)]
-    grads: Sequence[Tensor | None] = [None] * len(sources)
-    if logits.requires_grad:
-        grads = torch.autograd.grad(logits, sources, d_logits, allow_unused=True)
-    for total, part in zip(sums, grads[1:], strict=True):
-        if part is not None:
-            total.add_(part)
-    d_values = torch.bmm(weight.reshape(k.shape[0], -1, run.k.length).transpose(1, 2), grad)
-    if grads[0] is None:
-        return torch.zeros_like(q).view(1, *score.shape[:2], -1), torch.zeros_like(k)[None], d_values[None]
-    d_score = (grads[0] * x.scale).reshape(k.shape[0], -1, run.k.length)
-    d_q = torch.bmm(d_score, k).view(1, *score.shape[:2], -1)
-    return d_q, torch.bmm(d_score.transpose(1, 2), q)[None], d_values[None]
+def _formula_of(
+    plan: Plan,
+    mod: str,
+    rows: Tensor | None,
+    remote_rows: Tensor | None,
+    heads: Tensor | None,
+    leaves: Sequence[Tensor],
+    tokens: int,
+    dtype: torch.dtype,
+) -> Formula | None:
+    """The formula, where a slice or a sink needs it."""
+    needed = any(run.kind == MOD for run in plan.runs)
+    if not mod and needed:
+        raise ValueError("hsap::attend: a slice of kind MOD, but mod is empty; pass formula.dumps(...)")
+    index = Formula.ready(mod, rows, remote_rows, heads, leaves, tokens, dtype) if mod else None
+    return index if needed or (index is not None and index.sink is not None) else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -546,24 +182,6 @@ torch.library.define("hsap::attend", _ATTEND, tags=_TAGS)
 torch.library.define("hsap::attend_backward", _ATTEND_BACKWARD, tags=_TAGS)
 
 
-def _formula_of(
-    plan: _Plan,
-    mod: str,
-    rows: Tensor | None,
-    remote_rows: Tensor | None,
-    heads: Tensor | None,
-    leaves: Sequence[Tensor],
-    tokens: int,
-    dtype: torch.dtype,
-) -> _Formula | None:
-    index = _Formula.ready(mod, rows, remote_rows, heads, leaves, tokens, dtype)
-    if not any(run.kind == MOD for run in plan.runs):
-        return None if index is None or index.sink is None else index
-    if index is None:
-        raise ValueError("hsap::attend: a slice of kind MOD, but mod is empty; pass formula.dumps(...)")
-    return index
-
-
 @torch.library.impl("hsap::attend", "cpu")
 @torch.autocast("cpu", enabled=False)  # the products inside are in the computed dtype
 def _attend(
@@ -581,50 +199,45 @@ def _attend(
     tokens: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    n, n_heads, size = q.shape[0], q.shape[1], v.shape[2]
-    x = _Operands.ready(q, k, v, k_remote, v_remote, scale)
-    plan = _plan(slices, n, x.k_remote.shape[0], n_heads)
-    index = _formula_of(plan, mod, rows, remote_rows, heads, leaves, tokens, x.q.dtype)
-    masks = _Masks(x.q)
-    if len(plan.runs) == 1 and not plan.q_holes:  # the kernel's own output, without a copy
-        out, peak, mass = _forward_run(x, index, masks, plan.runs[0])
-        lse = peak if mass is None else peak + mass.log()
-        out = out[..., :size].transpose(1, 2).reshape(n, n_heads, size)
-        lse = lse.transpose(1, 2).reshape(n, n_heads)
-    else:
-        total = _Merge(plan, x.q, size)
-        for run in plan.runs:
-            total.add(run.q, *_forward_run(x, index, masks, run))
-        out, lse = total.out, total.lse()
-    if index is not None and index.sink is not None:
+    x = _Operands.of(q, k, v, k_remote, v_remote, scale)
+    plan = x.plan(slices)
+    index = _formula_of(plan, mod, rows, remote_rows, heads, leaves, tokens, x.dtype)
+    masks = _Masks(x.dtype)
+    has_sink = index is not None and index.sink is not None
+    total = _Merge(plan.queries, q, v.shape[2], has_sink)
+    for run in plan.runs:
+        q_run, k_run, v_run = x.run(run)
+        if index is not None and run.kind == MOD:
+            parts = formula_blocks.forward(index, run, q_run[0], k_run[0], v_run[0], scale)
+            total.add(run.q, *(y[None] for y in parts))
+            continue
+        for first, queries, keys in run.calls():
+            out, lse = _flash_forward(
+                _part(q_run, first, queries), _part(k_run, 0, keys), _part(v_run, 0, keys), 0.0,
+                run.kind == CAUSAL and first == 0, attn_mask=masks.of(run, first, queries, keys), scale=scale,
+            )  # fmt: skip
+            total.add(run.q.part(first, queries), out, lse, None)
+    found, lse = total.out, total.lse()
+    if index is not None and has_sink:
         together = torch.logaddexp(lse, index.sinks(lse, index.leaves))
-        out, lse = out * (lse - together).exp()[..., None], together
-    return out.to(q.dtype).contiguous(), lse.contiguous()
-
-
-def _forward_run(
-    x: _Operands, index: _Formula | None, masks: _Masks, run: _Run
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(out (N, Hq, nq, D), peak, mass (N, Hq, nq)) with lse = peak + log(mass); mass None means 1."""
-    if index is not None and run.kind == MOD:
-        return _mod_forward(x, index, run)
-    k, v = x.keys(run)
-    out, lse = _flash_forward(
-        run.q.of(x.q), k, v, 0.0, run.kind == CAUSAL, attn_mask=masks.of(run), scale=x.scale
-    )
-    return out, lse, None
+        found, lse = found.mul_((lse - together).exp_()[..., None]), together
+    return found.to(q.dtype), lse
 
 
 class _Merge:
-    """Softmax-weighted means of several runs over the same rows, in the computed dtype."""
+    """Softmax-weighted means of what runs say about the same rows."""
 
-    def __init__(self, plan: _Plan, q: Tensor, size: int) -> None:
-        n, heads = q.shape[:2]
-        self.out = _zero_rows(q.new_empty(n, heads, size), plan.q_holes, 0)
-        self._peak = _zero_rows(q.new_empty(n, heads), plan.q_holes, -math.inf)
-        self._mass = _zero_rows(q.new_ones(n, heads), plan.q_holes, 0) if plan.merges else None
+    def __init__(self, cover: Cover, q: Tensor, size: int, rescaled: bool) -> None:
+        shape, wide = (cover.rows, q.shape[1]), _compute_dtype(q.dtype)
+        out = q.new_empty(*shape, size, dtype=wide if cover.shared or rescaled else q.dtype)
+        self.out = _zero_rows(out, cover.holes, 0)
+        self._peak = _zero_rows(q.new_empty(shape, dtype=wide), cover.holes, -math.inf)
+        self._mass = None
+        if cover.shared:
+            self._mass = _zero_rows(q.new_ones(shape, dtype=wide), cover.holes, 0)
 
-    def add(self, span: _Span, out: Tensor, peak: Tensor, mass: Tensor | None) -> None:
+    def add(self, span: Span, out: Tensor, peak: Tensor, mass: Tensor | None) -> None:
+        """Blocks out (N, Hq, nq, D), peak and mass (N, Hq, nq): lse = peak + log(mass); mass None means 1."""
         out, total = out[..., : self.out.shape[2]], span.of(self.out)
         if span.alone:
             total.copy_(out)
@@ -694,76 +307,127 @@ def _attend_backward(
     lse: Tensor,
     wanted: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    x = _Operands.ready(q, k, v, k_remote, v_remote, scale)
-    n, n_remote, dtype = q.shape[0], x.k_remote.shape[0], x.q.dtype
-    plan = _plan(slices, n, n_remote, q.shape[1])
-    index = _formula_of(plan, mod, rows, remote_rows, heads, leaves, tokens, dtype)
+    x = _Operands.of(q, k, v, k_remote, v_remote, scale)
+    plan = x.plan(slices)
+    index = _formula_of(plan, mod, rows, remote_rows, heads, leaves, tokens, x.dtype)
     softmax = _softmax(x, index, plan, grad_out, out, lse)
     sums = [] if index is None else [torch.zeros_like(index.leaves[i]) for i in wanted]
     if index is not None and index.sink is not None:
-        _sink_backward(index, softmax, lse, wanted, sums)
-    masks = _Masks(x.q)
-    d_q = _Sum(n, plan.q_holes, x.q, q.shape[2])
-    own = [_Sum(n, plan.k_holes, x.k, y.shape[2]) for y in (k, v)]
-    remote = [_Sum(n_remote, plan.remote_holes, x.k_remote, y.shape[2]) for y in (k, v)]
+        delta = (softmax.grad.to(x.dtype) * softmax.out).sum(-1)
+        formula_blocks.sink_backward(index, delta, lse, wanted, sums)
+    masks = _Masks(x.dtype)
+    d_q = _Sum(plan.queries, q)
+    own, remote = (_Sum(plan.keys, k), _Sum(plan.keys, v)), (_Sum(plan.remote, k), _Sum(plan.remote, v))
     for run in plan.runs:
         if index is not None and run.kind == MOD:
-            dq, dk, dv = _mod_backward(x, index, run, softmax, wanted, sums)
+            q_run, k_run, v_run = (y[0] for y in x.run(run))
+            dq, dk, dv = formula_blocks.backward(
+                index, run, q_run, k_run, v_run, scale, softmax.block(x, run), wanted, sums
+            )
+            d_q.add(run.q, dq[None])
+            dk, dv = dk[None], dv[None]
         else:
-            dq, dk, dv = _flash_backward_run(x, masks, run, softmax)
-        d_q.add(run.q, dq)
-        for total, blocks in zip(remote if run.remote else own, (dk, dv), strict=True):
-            total.add(run.k, blocks)
+            dk, dv = _flash_backward_run(x, masks, run, softmax, d_q)
+        for total, block in zip(remote if run.remote else own, (dk, dv), strict=True):
+            total.add(run.k, block)
     found = dict(zip(wanted, sums, strict=False))  # no sums where no slice has a formula
     return (
-        d_q.total(q.dtype),
-        own[0].total(k.dtype),
-        own[1].total(v.dtype),
-        remote[0].total(k.dtype),
-        remote[1].total(v.dtype),
+        d_q.total(),
+        own[0].total(),
+        own[1].total(),
+        remote[0].total(),
+        remote[1].total(),
         [_leaf_grad(leaf, found.get(i), i in wanted) for i, leaf in enumerate(leaves)],
     )
 
 
-def _sink_backward(
-    index: _Formula, softmax: _Softmax, lse: Tensor, wanted: Sequence[int], sums: Sequence[Tensor]
-) -> None:
-    """A sink takes its weight times -(grad . out) of every row; adds to ``sums`` of the wanted leaves."""
-    leaves = list(index.leaves)
-    with torch.enable_grad():
-        for i in wanted:
-            leaves[i] = leaves[i].detach().requires_grad_()
-        sinks = index.sinks(lse, leaves)
-    if not sinks.requires_grad:
-        return
-    d_sinks = (softmax.grad * softmax.out).sum(-1).neg_().mul_((sinks.detach() - lse).exp_())
-    grads = torch.autograd.grad(sinks, [leaves[i] for i in wanted], d_sinks, allow_unused=True)
-    for total, part in zip(sums, grads, strict=True):
-        if part is not None:
-            total.add_(part)
+@dataclass(frozen=True, slots=True)
+class _Softmax:
+    """What the backward knows about the softmax of every row."""
+
+    grad: Tensor  # (R, Hq, Dv)
+    out: Tensor  # (R, Hq, Dv)
+    lse: Tensor  # (R, Hq), +inf where a row has no key: exp(logit - lse) is then 0, not NaN
+    log_mass: Tensor | None  # (R, Hq): see _log_mass
+
+    def block(self, x: _Operands, run: Run) -> formula_blocks.Softmax:
+        log_mass = None if self.log_mass is None else run.q.of(self.log_mass)[0]
+        grad, out = (x.read(y, run.q)[0] for y in (self.grad, self.out))
+        return formula_blocks.Softmax(grad, out, run.q.of(self.lse)[0], log_mass)
 
 
 def _softmax(
-    x: _Operands, index: _Formula | None, plan: _Plan, grad_out: Tensor, out: Tensor, lse: Tensor
+    x: _Operands, index: Formula | None, plan: Plan, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> _Softmax:
-    dtype, size = x.q.dtype, x.q.shape[2]
-    grad, out = _ready(grad_out, dtype, size), _ready(out, dtype, size)
-    lse = lse.contiguous()
     if index is None:  # every row of a slice then has a key
-        return _Softmax(grad, out, lse, None, None)
+        return _Softmax(_dense(grad_out), _dense(out), lse, None)
     lse = lse.masked_fill(lse == -math.inf, math.inf)
-    return _Softmax(grad, out, lse, (grad * out).sum(-1), _log_mass(x, index, plan, lse))
+    far = _log_mass(x, index, plan, lse) if index.soft and index.sink is None else None
+    return _Softmax(_dense(grad_out), _dense(out), lse, far)
+
+
+def _log_mass(x: _Operands, index: Formula, plan: Plan, lse: Tensor) -> Tensor | None:
+    """What rounding took from lse: log(sum(exp(logit - lse))), in rows where it took a lot.
+
+    A row of n logits that are all finfo.min has lse finfo.min, its log(n) is lost; without this the
+    weights of such a row would sum to n.  None when there is no such row, which is the usual case.  Only for
+    formulas whose masked logits are finite: what these calls do not have whole is never split (overlap.py).
+    """
+    far = (lse.abs() > _FAR) & lse.isfinite()
+    for run in plan.runs:
+        if run.kind != MOD:  # here the sum would lack a part
+            run.q.of(far).fill_(False)
+    if not far.any():
+        return None
+    mass = torch.zeros_like(lse) if index.sink is None else index.sinks(lse, index.leaves).sub(lse).exp_()
+    for run in plan.runs:
+        if run.kind == MOD and run.q.of(far).any():
+            q, k, _ = x.run(run)
+            logits = index.logits(formula_blocks.scores(q[0], k[0], x.scale), run, index.leaves)
+            run.q.of(mass).add_(logits.sub(run.q.of(lse)[0, ..., None]).exp_().sum(-1))
+    return mass.log().masked_fill_(~far, 0)
+
+
+class _Sum:
+    """Rows (rows, heads, size), summed up from the blocks of runs."""
+
+    def __init__(self, cover: Cover, like: Tensor) -> None:
+        self._dtype = like.dtype
+        dtype = _compute_dtype(like.dtype) if cover.shared else like.dtype
+        self._total = _zero_rows(like.new_empty(cover.rows, *like.shape[1:], dtype=dtype), cover.holes, 0)
+
+    def add(self, span: Span, blocks: Tensor) -> None:
+        """Add ``blocks`` (N, heads, length, at least size) at ``span``."""
+        blocks = blocks[..., : self._total.shape[2]]
+        if span.alone:
+            span.of(self._total).copy_(blocks)
+            return
+        for which, part in span.disjoint():
+            part.of(self._total).add_(blocks[which])
+
+    def total(self) -> Tensor:
+        return self._total.to(self._dtype)
 
 
 def _flash_backward_run(
-    x: _Operands, masks: _Masks, run: _Run, softmax: _Softmax
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact for the part of a softmax, because out and lse are those of the whole."""
-    k, v = x.keys(run)
-    grad, q, out, lse = (run.q.of(y) for y in (softmax.grad, x.q, softmax.out, softmax.lse))
-    return _flash_backward(
-        grad, q, k, v, out, lse, 0.0, run.kind == CAUSAL, attn_mask=masks.of(run), scale=x.scale
-    )
+    x: _Operands, masks: _Masks, run: Run, softmax: _Softmax, d_q: _Sum
+) -> tuple[Tensor, Tensor]:
+    """Adds to d_q, gives dk and dv (N, Hkv, nk, size): exact for the run's part of a softmax, because out and
+    lse are those of the whole."""
+    q, k, v = x.run(run)
+    grad, out, lse = x.read(softmax.grad, run.q), x.read(softmax.out, run.q), run.q.of(softmax.lse)
+    sums: tuple[Tensor, ...] = ()
+    for first, queries, keys in run.calls():  # the one with all keys first
+        dq, *parts = _flash_backward(
+            *(_part(y, first, queries) for y in (grad, q)), _part(k, 0, keys), _part(v, 0, keys),
+            *(_part(y, first, queries) for y in (out, lse)), 0.0, run.kind == CAUSAL and first == 0,
+            attn_mask=masks.of(run, first, queries, keys), scale=x.scale,
+        )  # fmt: skip
+        d_q.add(run.q.part(first, queries), dq)
+        for total, part in zip(sums, parts, strict=False):
+            total[:, :, :keys].add_(part)
+        sums = sums or tuple(parts)
+    return sums[0], sums[1]
 
 
 def _leaf_grad(leaf: Tensor, total: Tensor | None, wanted: bool) -> Tensor:

@@ -54,7 +54,14 @@ def attend_reference(
         before = logits_HQK[:, q0:q1, k0:k1]
         logits_HQK = logits_HQK.clone()
         logits_HQK[:, q0:q1, k0:k1] = torch.where(allowed, value, before)
-    return _softmax_attend(logits_HQK, values_RHD)
+    sink = formula.without_sink(formula.loads(mod))[1] if mod else None
+    if sink is None:
+        return _softmax_attend(logits_HQK, values_RHD)
+    assert rows is not None and heads is not None
+    values = {"b": rows[:, 0, None], "q": rows[:, 1, None], "h": heads, "S": tokens}
+    extra_QH = torch.as_tensor(formula.evaluate(sink, values, leaves)).to(q.dtype).expand(q.shape[:2])
+    logits_HQK = torch.cat([logits_HQK, extra_QH.T[..., None]], -1)
+    return _softmax_attend(logits_HQK, torch.cat([values_RHD, torch.zeros_like(values_RHD[:1])]))
 
 
 def _positions(rows: Tensor | None, remote_rows: Tensor | None) -> Tensor | None:
@@ -73,7 +80,7 @@ def _formula_logits(
         "h": heads[:, None, None],
         "S": tokens,
     }
-    value = formula.evaluate(formula.loads(mod), values, leaves)
+    value = formula.evaluate(formula.without_sink(formula.loads(mod))[0], values, leaves)
     return torch.as_tensor(value).to(score.dtype).expand(score.shape)
 
 

@@ -32,7 +32,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, operator_name, run_fake
-from hsap_compile.errors import Refused, where
+from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import is_random, rule_for
@@ -45,11 +45,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Fallback:
-    """An operator that runs on gathered tokens."""
+    """An operator that runs on gathered tokens.  ``module``: whose forward it stands in, if it has a name."""
 
     operator: str
     reason: str
     at: str
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,7 @@ class Sharder:
         return new
 
     def _report(self, node: Node, reason: str) -> None:
-        fallback = Fallback(operator_name(node.target), reason, where(node))
+        fallback = Fallback(operator_name(node.target), reason, where(node), module_of(node))
         if self.strict:
             raise Refused(
                 f"{fallback.operator} cannot be computed on one rank's tokens ({reason})",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,170 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention_cases import FORMULAS, HALF, LOWEST, MIXED, check, drawn, errors, make_case, packs
 from hsap_compile import formula as f
-from hsap_compile.kernels import attention
-from hsap_compile.kernels.attention import BAND, CAUSAL, FULL, MOD
+from hsap_compile.kernels import attention, slices
+from hsap_compile.kernels.attention import BAND, CAUSAL, FULL, MOD, Span
 from hsap_compile.kernels.reference import attend_reference
-
-LOWEST = float(torch.finfo(torch.float32).min)
-BEFORE = f.k <= f.q
-FORMULAS = {
-    "mask": (f.score, f.q % 3 <= f.k % 5),  # some rows see nothing
-    "alibi": (f.score - f.leaf(0, f.h) * (f.q - f.k), BEFORE),
-    "bias": (f.score + f.leaf(1, f.b, f.k) * f.leaf(0, f.h), sympy.true),
-    "documents": (f.score, sympy.Eq(f.leaf(2, f.q), f.leaf(2, f.k))),
-    "softcap": (5 * sympy.tanh(f.score / 5) + f.q / f.S, BEFORE),
-    "constant": (f.leaf(1, f.b, f.k), BEFORE),
-}
-HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Case:
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_remote: Tensor | None
-    v_remote: Tensor | None
-    slices: Tensor
-    rows: Tensor
-    remote_rows: Tensor | None
-    heads: Tensor
-    leaves: tuple[Tensor, ...]
-    mod: str
-    grad: Tensor
-
-    def to(self, dtype: torch.dtype) -> Case:
-        changed: dict[str, Any] = {
-            n: getattr(self, n) for n in ("q", "k", "v", "k_remote", "v_remote", "grad")
-        }
-        changed = {n: None if x is None else x.to(dtype) for n, x in changed.items()}
-        leaves = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.leaves)
-        return replace(self, leaves=leaves, **changed)
-
-    def run(self, attend: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """out, lse, gradients of every floating input."""
-        floats = [None if x is None else x.detach().requires_grad_() for x in self.floats]
-        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in self.leaves]
-        indices = (self.slices, self.rows, self.remote_rows, self.heads)
-        tokens = self.q.shape[0] + 50
-        out, lse = attend(*floats, *indices, leaves, self.mod, tokens, self.q.shape[2] ** -0.5)
-        if out.requires_grad:  # the reference of no slices is a constant
-            out.backward(self.grad)
-        sources = [x for x in (*floats, *leaves) if x is not None and x.is_floating_point()]
-        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in sources]
-        return [out.detach(), lse.detach(), *grads]
-
-    @property
-    def floats(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.k_remote, self.v_remote
-
-
-def make_case(
-    slices: Sequence[Sequence[int]],
-    own: int,
-    remote: int = 0,
-    heads: tuple[int, int] = (4, 2),
-    sizes: tuple[int, int] = (16, 16),
-    mod: str = "alibi",
-    otherwise: object = -sympy.oo,
-    strided: bool = False,
-    seed: int = 0,
-) -> Case:
-    made = torch.Generator().manual_seed(seed)
-
-    def rows(n: int, n_heads: int, size: int) -> Tensor:
-        if strided:  # heads first, last stride 2
-            x = torch.randn(n_heads, n, 2 * size, generator=made, dtype=torch.float64)
-            return x[..., ::2].transpose(0, 1)
-        return torch.randn(n, n_heads, size, generator=made, dtype=torch.float64)
-
-    value, condition = FORMULAS[mod]
-    position = torch.stack([torch.arange(own + remote) % 2, torch.arange(own + remote)], 1)
-    leaves = (
-        torch.rand(heads[0] + 3, generator=made, dtype=torch.float64),
-        torch.randn(2, own + remote, generator=made, dtype=torch.float64),
-        torch.arange(own + remote) // 7,
-    )
-    return Case(
-        rows(own, heads[0], sizes[0]),
-        rows(own, heads[1], sizes[0]),
-        rows(own, heads[1], sizes[1]),
-        rows(remote, heads[1], sizes[0]) if remote else None,
-        rows(remote, heads[1], sizes[1]) if remote else None,
-        torch.tensor(slices, dtype=torch.int64).reshape(-1, 7),
-        position[:own],
-        position[own:] if remote else None,
-        torch.arange(heads[0]) + 2,
-        leaves,
-        f.dumps(sympy.Piecewise((value, condition), (otherwise, True))),
-        torch.randn(own, heads[0], sizes[1], generator=made, dtype=torch.float64),
-    )
-
-
-def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
-    at = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=4))})
-    return list(zip(at, at[1:], strict=False))
-
-
-@st.composite
-def drawn(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of make_case: a failure then prints integers, not tensors."""
-    own, remote = draw(st.integers(1, 40)), draw(st.sampled_from([0, 3, 20]))
-    slices = [[0, 0, 0, 0, draw(st.integers(0, 3)), 0, 0]]  # padding
-    keys = cuts(draw, own) + [(own + a, own + b) for a, b in cuts(draw, remote)]
-    for k0, k1 in keys:  # each stripe of keys cuts the queries differently: their ranges partly overlap
-        for q0, q1 in cuts(draw, own):
-            kind = draw(st.sampled_from([None, FULL, CAUSAL, BAND, MOD]))
-            lo, hi = sorted(draw(st.tuples(*[st.integers(-12, 12) | st.sampled_from([-(2**31), 2**31])] * 2)))
-            n = min(q1 - q0, k1 - k0)
-            if kind == CAUSAL:
-                slices.append([q0, q0 + n, k0, k0 + n, kind, 0, 0])
-            elif kind is not None:
-                slices.append([q0, q1, k0, k1, kind, lo, hi])
-    return {
-        "slices": sorted(slices),
-        "own": own,
-        "remote": remote,
-        "heads": draw(st.sampled_from([(1, 1), (4, 2), (3, 3), (6, 1)])),
-        "sizes": draw(st.sampled_from([(8, 8), (16, 8), (8, 20), (5, 5)])),
-        "mod": draw(st.sampled_from(sorted(FORMULAS))),
-        "otherwise": draw(st.sampled_from([-sympy.oo, LOWEST, -1e4])),
-        "strided": draw(st.booleans()),
-        "seed": draw(st.integers(0, 9)),
-    }
-
-
-def errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
-    """The largest difference of each tensor, relative to the largest wanted value.
-
-    Inputs are of size 1, and so is what gradients are differences of: that is the floor of the scale (a
-    row with one key has dq = 0, but its rounding is that of its terms).
-    """
-    assert len(found) == len(wanted)
-    result = []
-    for x, y in zip(found, wanted, strict=True):
-        x, y = x.double(), y.double()
-        assert x.shape == y.shape and not x.isnan().any()
-        assert torch.equal(x == -torch.inf, y == -torch.inf)
-        at = y.isfinite()
-        scale = max(y[at].abs().max().item(), 1.0) if at.any() else 1.0
-        result.append((x[at] - y[at]).abs().max().item() / scale if at.any() else 0.0)
-    return result
-
-
-def check(case: Case, dtype: torch.dtype) -> None:
-    case = case.to(dtype)
-    exact = case.to(torch.float64).run(attend_reference)
-    found = case.run(torch.ops.hsap.attend)
-    assert all(x.dtype == dtype for x in (found[0], *found[2:]))
-    assert found[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    if dtype in HALF:
-        eager = errors(case.run(attend_reference), exact)
-        limits = [2 * max(e, torch.finfo(dtype).eps) for e in eager]  # eager may be exact by luck
-    else:
-        limits = [1e-11 if dtype == torch.float64 else 1e-5] * len(exact)
-    assert [e for e in zip(errors(found, exact), limits, strict=True) if e[0] > e[1]] == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -185,12 +26,61 @@ def test_equals_the_reference(arguments: dict[str, Any], dtype: torch.dtype) -> 
     check(make_case(**arguments), dtype)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of a few rows, so that small documents are cut, batched and cut into batches."""
+    for module in (attention, slices):
+        monkeypatch.setattr(module, "STEP", 4)
+        monkeypatch.setattr(module, "STAIR_TOKENS", (6, 32))
+    monkeypatch.setattr(slices, "_STAIR_WORK", 0)
+    monkeypatch.setattr(slices, "_CALL_ELEMENTS", 400)
+
+
+@settings(max_examples=100, deadline=None)
+@given(packs(), st.sampled_from([torch.float64, torch.float32]))
+@pytest.mark.usefixtures("small_blocks")
+def test_packs_equal_the_reference(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    check(make_case(**arguments), dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(packs(), st.sampled_from(HALF))
+@pytest.mark.usefixtures("small_blocks")
+def test_packs_in_half_precision(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    check(make_case(**arguments), dtype)
+
+
+STARTS = [0, 1, 331, 395, 459, 460, 657]
+LONG = make_case(
+    [[a, b, a, b, CAUSAL, 0, 0] for a, b in itertools.pairwise(STARTS)], STARTS[-1], sizes=(64, 64)
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_documents_of_hundreds_of_tokens(dtype: torch.dtype) -> None:
+    plan = slices.plan(LONG.slices, 657, 0, 4, 256)
+    assert sorted(len(list(run.calls())) for run in plan.runs) == [1, 1, 4, 6]
+    check(LONG, dtype)
+
+
 @settings(max_examples=60, deadline=None)
 @given(drawn(), st.sampled_from(HALF))
 def test_half_precision_is_as_good_as_eager(arguments: dict[str, Any], dtype: torch.dtype) -> None:
     if arguments["otherwise"] == LOWEST:  # eager float16 cannot hold it
         arguments = {**arguments, "otherwise": -sympy.oo}
     check(make_case(**arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("sides", [(160, 2), (8, 160)])
+def test_what_many_slices_share_is_rounded_once(sides: tuple[int, int], dtype: torch.dtype) -> None:
+    queries, keys = sides
+    table = [
+        [q, q + queries, k, k + keys, FULL, 0, 0] for q in range(0, 160, queries) for k in range(0, 160, keys)
+    ]
+    case = make_case(table, 160).to(dtype)
+    exact = case.to(torch.float64).run(attend_reference)
+    assert max(errors(case.run(torch.ops.hsap.attend), exact)) <= 0.6 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -228,6 +118,12 @@ def test_a_row_of_lowest_logits_attends_uniformly(dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
+def test_a_sink_beside_large_logits() -> None:
+    case = make_case([[0, 9, 0, 20, MOD, 0, 0], [9, 20, 0, 20, FULL, 0, 0]], 20)
+    logits = sympy.Piecewise((f.score + 300, f.k <= f.q), (-sympy.oo, True))
+    check(replace(case, mod=f.dumps(f.sink(logits, f.leaf(0, f.h) + 300))), torch.float64)
+
+
 @pytest.mark.parametrize(
     ("rows", "lo", "hi"),
     [
@@ -243,117 +139,40 @@ def test_bands_of_a_long_document(rows: int, lo: int, hi: int) -> None:
     check(case, torch.float64)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(2, 4), (4, 0), (4, 2), (5, 3)])
+def test_equally_spaced_slices_that_overlap(queries: int, keys: int) -> None:
+    """Blocks of 4 queries and 4 keys: shared queries are merged, and the gradients of shared keys added."""
+    table = [[i * queries, i * queries + 4, i * keys, i * keys + 4, FULL, 0, 0] for i in range(5)]
+    plan = slices.plan(torch.tensor(table), 24, 0, 4, 64)
+    assert sorted(run.q.blocks for run in plan.runs) == ([5] if queries >= 4 and keys else [1] * 5)
+    check(make_case(table, 24), torch.float64)
+
+
 def test_dense_blocks_are_cut_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_MOD_LOGITS", 2**9)
-    monkeypatch.setattr(attention, "_MOD_MIN_QUERIES", 4)
+    monkeypatch.setattr(slices, "_MOD_LOGITS", 2**9)
+    monkeypatch.setattr(slices, "_MOD_MIN_QUERIES", 4)
     for mod in FORMULAS:
         check(make_case([[3, 60, 2, 61, MOD, 0, 0]], 64, mod=mod), torch.float64)
 
 
-@pytest.mark.parametrize("slices", [[], [[0, 0, 0, 0, FULL, 0, 0]] * 2])
-@pytest.mark.parametrize("own", [0, 5])
-def test_nothing_to_attend_to(slices: list[list[int]], own: int) -> None:
-    out, lse, *grads = make_case(slices, own).run(torch.ops.hsap.attend)
-    assert (out == 0).all() and (lse == -torch.inf).all() and all((g == 0).all() for g in grads)
-
-
-def test_equal_documents_are_one_run() -> None:
-    def runs(slices: list[list[int]]) -> list[int]:
-        return [r.q.count for r in attention._plan(torch.tensor(slices), 512, 512, 4).runs]
-
-    equal = [[s, s + 16, s, s + 16, CAUSAL, 0, 0] for s in range(0, 512, 16)]
-    received = [[s, s + 16, 512 + s, 512 + s + 16, FULL, 0, 0] for s in range(0, 512, 32)]
-    assert runs(equal) == [32]
-    # every other document has remote keys: alone and merged documents are runs of their own
-    assert runs(sorted(equal + received)) == [16, 16, 16]
-    check(make_case(sorted(equal + received), 512, 512), torch.float64)
-    assert runs([[0, 512, 0, 512, BAND, 0, 63]]) == [1, 7]  # the first block sees fewer keys
-    assert runs([[0, 512, 0, 512, BAND, -(2**31), 2**31]]) == [1]
-
-
-MIXED = make_case(
-    [[0, 20, 0, 20, CAUSAL, 0, 0], [0, 20, 50, 60, FULL, 0, 0], [10, 30, 60, 80, BAND, -5, 3]]
-    + [[30, 50, 0, 50, MOD, 0, 0], [0, 0, 0, 0, FULL, 0, 0]],
-    50,
-    30,
-    sizes=(8, 12),
-)
-
-
-# torch 2.14's own check reads .grad of tensors that are not leaves
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_opcheck() -> None:
-    case = MIXED.to(torch.float32)
-    floats = [None if x is None else x.detach().requires_grad_() for x in case.floats]
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in case.leaves]
-    rest = (case.slices, case.rows, case.remote_rows, case.heads, leaves, case.mod, 100, 0.3)
-    torch.library.opcheck(torch.ops.hsap.attend.default, (*floats, *rest))
-    plain = [None if x is None else x.detach() for x in floats]
-    rest = (*rest[:4], [x.detach() for x in leaves], *rest[5:])
-    out, lse = torch.ops.hsap.attend(*plain, *rest)
-    args = (case.grad, *plain, *rest, out, lse, [0, 1])
-    torch.library.opcheck(
-        torch.ops.hsap.attend_backward.default, args, test_utils=("test_schema", "test_faketensor")
-    )
-
-
-def _around(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.hsap.attend(q * 2, *rest)
-    return out.sin(), lse
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_once_for_all_sizes(backend: str) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(_around, backend=backend, dynamic=True, fullgraph=True)
-    small = make_case([[0, 9, 0, 9, CAUSAL, 0, 0], [9, 30, 31, 38, MOD, 0, 0]], 30, 17, sizes=(8, 12))
-    assert max(errors(MIXED.run(compiled), MIXED.run(_around))) <= 1e-11
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert max(errors(small.run(compiled), small.run(_around))) <= 1e-11
-
-
-def test_autocast_does_not_reach_inside() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = MIXED.to(torch.float32).run(torch.ops.hsap.attend)
-    assert max(errors(found, MIXED.run(attend_reference))) <= 1e-5
-
-
-def test_only_asked_leaves_get_a_gradient() -> None:
-    leaves = [x.detach() for x in MIXED.leaves]
-    leaves[1].requires_grad_()
-    rest = (MIXED.slices, MIXED.rows, MIXED.remote_rows, MIXED.heads, leaves, MIXED.mod, 100, 0.3)
-    out, lse = torch.ops.hsap.attend(*MIXED.floats, *rest)
-    assert out.requires_grad and not lse.requires_grad
-    out.sum().backward()  # a gradient of stride 0
-    assert (
-        leaves[0].grad is None and leaves[1].grad is not None and not leaves[1].grad.any()
-    )  # alibi does not read the table
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (
-            {"slices": torch.zeros(2, 6, dtype=torch.int64)},
-            r"slices are \(2, 6\) torch.int64 on cpu, expected",
-        ),
-        ({"mod": ""}, "mod is empty; pass formula.dumps"),
-        ({"rows": None}, "rows is None; pass"),
-        ({"heads": None}, "heads is None; pass"),
-    ],
-)
-def test_messages(change: dict[str, object], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        replace(MIXED, **change).run(torch.ops.hsap.attend)  # type: ignore[arg-type]
-
-
-def _plain_sum(
-    self: attention._Merge, span: attention._Span, out: Tensor, peak: Tensor, mass: object
-) -> None:
+def _plain_sum(self: attention._Merge, span: Span, out: Tensor, peak: Tensor, mass: object) -> None:
     span.of(self.out).add_(out[..., : self.out.shape[2]])
     span.of(self._peak).copy_(torch.logaddexp(span.of(self._peak), peak))
     if self._mass is not None:
         span.of(self._mass).fill_(1)
+
+
+def test_a_mask_that_shows_the_next_token_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    band = attention._Masks._band
+    monkeypatch.setattr(attention._Masks, "_band", lambda s, nq, nk, lo, hi: band(s, nq, nk, lo - 1, hi))
+    with pytest.raises(AssertionError):
+        check(LONG, torch.float64)
+
+
+def test_a_call_whose_keys_are_not_summed_up_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "add_", lambda x, *_: x)
+    with pytest.raises(AssertionError):
+        check(LONG, torch.float64)
 
 
 def test_merging_without_rescaling_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
