@@ -176,8 +176,9 @@ def report(
     rows: Sequence[Row],
     bars: Sequence[Bar],
     details: Sequence[Row] = (),
+    folder: Path = RESULTS,
 ) -> None:
-    """Print a table (or two) and the bars, and write all of it into ``results/<name>.json``."""
+    """Print a table (or two) and the bars, and write all of it into ``<folder>/<name>.json``."""
     print(f"\n{name}  {json.dumps(parameters)}")
     for part in (rows, details):
         if part:
@@ -192,8 +193,8 @@ def report(
         "details": list(details),
         "bars": [bar._asdict() | {"met": bar.met} for bar in bars],
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,8 +34,8 @@ from hsap_compile.graph import placeholders
 from hsap_compile.kernels import dense
 from hsap_compile.mesh import group_name
 from hsap_compile.passes.lower import lower
-from hsap_compile.passes.partition_attention import partition_attention
-from hsap_compile.plan import Attended, Kind, MeshShape, make
+from hsap_compile.passes.partition_attention import Traffic, partition_attention
+from hsap_compile.plan import Attended, Kind, MeshShape, Plan, make
 from hsap_compile.runtime import _tensors
 
 RANKS = 2
@@ -185,30 +185,48 @@ def contender(name: str, lengths: list[int], arguments: argparse.Namespace) -> C
     if name.startswith(RING):
         return ring(sum(lengths), name.rpartition(" ")[2])
     mesh, kind = name[5:10], name[11:]
-    return ours(MESHES[mesh], "contiguous" if kind == "contiguous" else "balanced", lengths, arguments)
+    plan = planned(MESHES[mesh], "contiguous" if kind == "contiguous" else "balanced", lengths)
+    return ours(plan, lengths, compiled(MESHES[mesh], arguments))
 
 
 # --- ours ----------------------------------------------------------------------------------------------
 
 
-def ours(mesh: MeshShape, kind: Kind, lengths: list[int], arguments: argparse.Namespace) -> Contender:
-    labels = np.repeat(np.arange(len(lengths)), lengths)[None]
-    mask = Attended(batch=1, tokens=labels.shape[1], labels=labels, lo=0)
-    tables = _tensors(make([mask], mesh, kind), mesh, dist.get_rank())
-    function, keys = compiled(mesh, arguments)
-    leaf, extra = torch.from_numpy(labels), [tables[key] for key in keys]
+class Compiled(NamedTuple):
+    """A graph of one attention after ``partition_attention`` and ``lower``, the tables that it takes, and
+    what it sends."""
+
+    function: Callable[..., Any]
+    tables: list[Any]
+    traffic: tuple[Traffic, ...]
+
+
+def labels_of(lengths: list[int]) -> np.ndarray:
+    return np.repeat(np.arange(len(lengths)), lengths)[None]
+
+
+def planned(mesh: MeshShape, kind: Kind, lengths: list[int]) -> Plan:
+    labels = labels_of(lengths)
+    return make([Attended(batch=1, tokens=labels.shape[1], labels=labels, lo=0)], mesh, kind)
+
+
+def ours(plan: Plan, lengths: list[int], graph: Compiled) -> Contender:
+    tables = _tensors(plan, dist.get_rank())
+    leaf, extra = torch.from_numpy(labels_of(lengths)), [tables[key] for key in graph.tables]
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return function(q, k, v, leaf, *extra)[0]
+        return graph.function(q, k, v, leaf, *extra)[0]
 
     return Contender(attention, tables["columns"])
 
 
-def compiled(mesh: MeshShape, arguments: argparse.Namespace) -> tuple[Callable[..., Any], list[Any]]:
-    """A graph of one attention after ``partition_attention`` and ``lower``, and the tables it takes."""
+def compiled(
+    mesh: MeshShape, arguments: argparse.Namespace, patches: Mapping[str, Any] | None = None
+) -> Compiled:
+    """``patches``: of Inductor's configuration."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     heads = (arguments.heads, arguments.kv_heads, arguments.kv_heads)
-    own = fake_table(mode, torch.zeros(1, 1, arguments.tokens // RANKS, arguments.width), (2,)).shape[2]
+    own = fake_table(mode, torch.zeros(1, 1, arguments.tokens // mesh.size, arguments.width), (2,)).shape[2]
     with mode:
         examples = [torch.empty(1, own, h, arguments.width).transpose(1, 2).requires_grad_() for h in heads]
         examples.append(torch.zeros(1, arguments.tokens, dtype=torch.int64))
@@ -216,7 +234,7 @@ def compiled(mesh: MeshShape, arguments: argparse.Namespace) -> tuple[Callable[.
     partitioned = partition_attention(module, mode, mesh, group_name(), expr_of(own))
     assert len(partitioned.traffic) == 1, "the attention was left as it is"
     tables = [n.meta["table"] for n in placeholders(module)[len(examples) :]]
-    return lower(module, "inductor", {}), tables
+    return Compiled(lower(module, "inductor", dict(patches or {})), tables, partitioned.traffic)
 
 
 def dense_graph(mode: FakeTensorMode, values: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
@@ -231,7 +249,7 @@ def dense_graph(mode: FakeTensorMode, values: Sequence[torch.Tensor]) -> torch.f
     scale = values[0].shape[-1] ** -0.5
     rest = (formula.dumps(logits), scale)
     site = graph.call_function(dense.OP, (*nodes[:3], [nodes[3]], *rest))
-    site.meta["mask"] = masks.normalise(logits)[0]
+    site.meta.update(mask=masks.normalise(logits)[0], reads=())
     site.meta["val"] = run_fake(mode, dense.OP, (*values[:3], [values[3]], *rest), {})
     graph.output((site,))
     return torch.fx.GraphModule(torch.nn.Module(), graph)
@@ -248,28 +266,39 @@ def document_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: li
 
 
 class _Exchange(torch.autograd.Function):
-    """(1, H, S / P, D) of all heads to (1, H / P, S, D) of all tokens, or the other way."""
+    """(1, H, n / P, D) of all heads to (1, H / P, n, D) of the P ranks' tokens, or the other way."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, to_tokens: bool) -> torch.Tensor:
-        ctx.to_tokens = to_tokens
+    def forward(ctx: Any, x: torch.Tensor, to_tokens: bool, group: Any) -> torch.Tensor:
+        ctx.to_tokens, ctx.group = to_tokens, group
         split, joined = (1, 2) if to_tokens else (2, 1)
-        sent = torch.stack(x.chunk(RANKS, split))
+        sent = torch.stack(x.chunk(dist.get_world_size(group), split))
         got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent)
+        dist.all_to_all_single(got, sent, group=group)
         return torch.cat(got.unbind(), joined)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Exchange.apply(grad, not ctx.to_tokens), None
+        return _Exchange.apply(grad, not ctx.to_tokens, ctx.group), None, None
+
+
+def with_heads_split(inner: Attention, group: Any = None) -> Attention:
+    """Ulysses: ``inner`` of all the group's tokens and a part of the heads."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (_Exchange.apply(x, True, group) for x in (q, k, v))
+        return _Exchange.apply(inner(q, k, v), False, group)
+
+    return attention
 
 
 def ulysses(lengths: list[int]) -> Contender:
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (_Exchange.apply(x, True) for x in (q, k, v))
-        return _Exchange.apply(document_loop(q, k, v, lengths), False)
+    loop = with_heads_split(lambda q, k, v: document_loop(q, k, v, lengths))
+    return Contender(loop, own_chunk(sum(lengths)))
 
-    return Contender(attention, torch.arange(sum(lengths)).chunk(RANKS)[dist.get_rank()])
+
+def own_chunk(tokens: int) -> torch.Tensor:
+    return torch.arange(tokens).chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class _Ring(torch.autograd.Function):
@@ -310,9 +339,9 @@ def _ring_kernel_backward(
 
 
 def ring(tokens: int, method: str) -> Contender:
-    chunks = torch.arange(tokens).chunk(2 * RANKS)
-    rank = dist.get_rank()
-    columns = torch.cat([chunks[rank], chunks[2 * RANKS - 1 - rank]])
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    chunks = torch.arange(tokens).chunk(2 * ranks)
+    columns = torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
     return Contender(lambda q, k, v: _Ring.apply(q, k, v, method), columns)
 
 

@@ -2,16 +2,17 @@
 
     python benchmarks/planning.py
 
-Documents are drawn from three length distributions and packed into one row as they come; the mask is
-document and causal as transformers writes it, by position_ids.  ``read_ms`` is what every call costs before a
-plan is made or found: the mask's leaves to labels, and their digest.  It does not depend on the ranks.
+Documents are drawn from published length distributions and packed into one row as they come; the mask is
+document and causal as transformers writes it, by position_ids.  ``plan_ms`` is the least time of this thread
+on the processor over ``--repeats``, ``wall_ms`` the least on the clock: they differ where other programs run.
+``read_ms`` is what every call costs before a plan is made or found: the mask's leaves to labels, and their
+digest.  It does not depend on the ranks.  ``verify_ms`` is ``Plan.verify`` of all ranks' tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,59 +20,55 @@ from contextlib import contextmanager
 import numpy as np
 import sympy
 import torch
-from _measure import Row, report
+from _measure import Bar, Row, report
 
 from hsap_compile import formula, masks
 from hsap_compile.documents import attended
 from hsap_compile.plan import Attended, MeshShape, Plan, make
+from hsap_compile.plan.lengths import SOURCES
 from hsap_compile.runtime import _digest
 
-# Lengths in tokens.  Two (mu, sigma) of ln(length): FineWeb, whose published sample has a mean of about 700,
-# and SlimPajama, about 1090 (the spreads are estimates); and quantiles (percent: length) of a
-# long-context mix like ProLong's, from published simulator data.
-LOGNORMAL = {"fineweb": (5.95, 1.07), "slimpajama": (6.2, 1.26)}
-PROLONG = {0: 575, 10: 919, 30: 1347, 50: 1914, 70: 3018, 90: 6051, 98: 12308, 99.5: 21339, 100: 340149}
-
-DISTRIBUTIONS = (*LOGNORMAL, "prolong")
+CASES = ((200, 8, 2.0), (1500, 64, 10.0), (12000, 256, 100.0))  # documents, ranks, allowed milliseconds
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)  # several wait for one another when other programs run
     rows: list[Row] = []
-    for distribution in DISTRIBUTIONS:
-        for documents in arguments.documents:
-            lengths = draw(distribution, documents)
+    bars: list[Bar] = []
+    for source in arguments.sources:
+        for documents, ranks, allowed in CASES:
+            lengths = draw(source, documents)
             mask, leaves = transformers_mask(), batch_of(lengths)
             packed = attended(mask, leaves, 1, int(lengths.sum()))
-            (read_ms,) = least_ms([functools.partial(read, mask, leaves)], arguments.repeats)
-            for shape in meshes(arguments):
-                case = {"distribution": distribution, "documents": documents, "tokens": packed.tokens}
-                rows.append(case | {"read_ms": read_ms} | measure(packed, shape, arguments.repeats))
-    report("planning", vars(arguments), rows, [])
+            read_ms, _ = least_ms([functools.partial(read, mask, leaves)], min(3, arguments.repeats))[0]
+            for intra in arguments.intra:
+                shape = MeshShape(tuple(tuple(range(i, i + intra)) for i in range(0, ranks, intra)))
+                case = {"source": source, "documents": documents, "tokens": packed.tokens, "read_ms": read_ms}
+                rows.append(case | measure(packed, shape, arguments.repeats))
+                name = f"{source}, {documents} documents, {rows[-1]['mesh']}"
+                bars.append(Bar(name, rows[-1]["plan_ms"], allowed))
+                print(bars[-1], flush=True)
+    report("planning", vars(arguments), rows, bars)
     if arguments.profile:
-        profile(draw("slimpajama", arguments.documents[-1]), meshes(arguments)[-1])
+        profile(lengths, shape)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--documents", type=int, nargs="+", default=[16, 200, 1500])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 64])
-    parser.add_argument("--intra", type=int, nargs="+", default=[1, 8], help="ranks of a group")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--profile", action="store_true", help="print where the largest case's time goes")
+    parser.add_argument("--sources", nargs="+", choices=list(SOURCES))
+    parser.set_defaults(sources=["fineweb_like", "slimpajama_like", "longtail_pretrain", "prolong_like"])
+    parser.add_argument("--intra", type=int, nargs="+", default=[1, 4, 8], help="ranks of a group")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="print where the last case's time goes")
     return parser.parse_args()
 
 
-def draw(distribution: str, documents: int) -> np.ndarray:
+def draw(source: str, documents: int) -> np.ndarray:
     """(documents,) lengths."""
-    random = np.random.default_rng(0)
-    if distribution in LOGNORMAL:
-        return np.maximum(1, random.lognormal(*LOGNORMAL[distribution], documents)).astype(np.int64)
-    logs = [math.log(n) for n in PROLONG.values()]
-    return np.exp(np.interp(random.uniform(0, 100, documents), list(PROLONG), logs)).astype(np.int64)
+    return np.maximum(1, SOURCES[source].draw(np.random.default_rng(0), documents)).astype(np.int64)
 
 
 def transformers_mask() -> masks.Mask:
@@ -94,41 +91,38 @@ def read(mask: masks.Mask, leaves: list[torch.Tensor]) -> bytes:
     return _digest([attended(mask, leaves, 1, tokens)], tokens)
 
 
-def meshes(arguments: argparse.Namespace) -> list[MeshShape]:
-    """Of all ranks and group sizes, those with at least two groups."""
-    sizes = [(ranks, intra) for ranks in arguments.ranks for intra in arguments.intra if 2 * intra <= ranks]
-    return [MeshShape(tuple(tuple(range(i, i + g)) for i in range(0, n, g))) for n, g in sizes]
-
-
 def measure(mask: Attended, shape: MeshShape, repeats: int) -> Row:
-    rank = shape.size - 1
-
     def both() -> Plan:
         plan = make([mask], shape)
-        plan.tables(rank)
+        plan.tables(shape.size - 1)
         return plan
 
     plan = both()
-    make_ms, both_ms = least_ms([lambda: make([mask], shape), both], repeats)
+    (plan_ms, wall_ms), (make_ms, _) = least_ms([both, lambda: make([mask], shape)], repeats)
+    ((verify_ms, _),) = least_ms([plan.verify], 1)
     return {
         "mesh": f"{shape.inter} x {shape.intra}",
         "make_ms": make_ms,
-        "make + tables_ms": both_ms,
+        "plan_ms": plan_ms,
+        "wall_ms": wall_ms,
+        "verify_ms": verify_ms,
         "balance": round(plan.balance, 4),
-        "slices": len(plan.tables(rank).masks[0].slices),
-        "most_rows_received": int(plan.masks[0].rows_sent.sum(0).max()),
+        "slices": len(plan.tables(shape.size - 1).masks[0].slices),
+        "most_rows_received": plan.masks[0].capacity,
+        "exchanged": round(plan.exchanged.sum() / mask.tokens, 3) if shape.intra > 1 else 0.0,
     }
 
 
-def least_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Of each of the ``calls``, which take turns."""
-    seconds: list[list[float]] = [[] for _ in calls]
+def least_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[tuple[float, float]]:
+    """(least on the processor, least on the clock) of each of the ``calls``, which take turns."""
+    times: list[list[tuple[float, float]]] = [[] for _ in calls]
     for _ in range(repeats):
-        for call, found in zip(calls, seconds, strict=True):
-            started = time.perf_counter()
+        for call, found in zip(calls, times, strict=True):
+            wall, busy = time.perf_counter(), time.thread_time()
             call()
-            found.append(time.perf_counter() - started)
-    return [round(1e3 * min(found), 3) for found in seconds]
+            found.append((time.thread_time() - busy, time.perf_counter() - wall))
+    least = [np.min(found, axis=0) for found in times]
+    return [(round(1e3 * float(busy), 3), round(1e3 * float(wall), 3)) for busy, wall in least]
 
 
 def profile(lengths: np.ndarray, shape: MeshShape) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hsap_compile.plan.check import BrokenPlan
 from hsap_compile.plan.cost import MACHINES, CostModel
 from hsap_compile.plan.lengths import SOURCES, draw
 from hsap_compile.plan.report import Mask, make_plan
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         asked.run(asked)
-    except ValueError as error:
+    except (ValueError, BrokenPlan) as error:
         print(f"hsap-compile: {error}", file=sys.stderr)
         return 2
     return 0
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     out = plan.add_argument_group("what to show besides the plan")
     out.add_argument("--compare", action="store_true", help=f"beside {', '.join(STRATEGIES)}")
+    out.add_argument("--verify", action="store_true", help="prove that the plan computes every pair once")
     out.add_argument("--html", type=Path, metavar="FILE", help="draw it for a browser")
     out.add_argument("--png", type=Path, metavar="FILE", help="draw it as a picture; needs matplotlib")
 
@@ -105,6 +107,9 @@ def _plan(asked: argparse.Namespace) -> None:
         cost=cost,
     )
     print(report)
+    if asked.verify:
+        report.verify()
+        print("\nverified: every attended pair is computed once, and what is sent is what is received")
     if asked.compare:
         print(f"\n{compared(report)}")
     for path, save in ((asked.html, report.save_html), (asked.png, report.save_png)):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._functorch import predispatch as _vmap
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
 from torch._inductor.compile_fx import compile_fx as compile_fx
@@ -31,6 +34,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hsap_compile.errors import Refused
@@ -151,7 +155,7 @@ def fake_table(
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * table.dim())
     assert mode.shape_env is not None
     with mode.shape_env.ignore_fresh_unbacked_symbols():
-        fake = mode.from_tensor(table, symbolic_context=context)
+        fake = mode.from_tensor(table.clone(), symbolic_context=context)  # a mode knows a tensor it has seen
     for dim in dynamic:
         torch._check(fake.shape[dim] >= least)
         torch._check(fake.shape[dim] <= 2**40)
@@ -237,6 +241,24 @@ def belongs_to_module(placeholder: torch.fx.Node) -> bool:
     return bool(guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module())
 
 
+def source_name(placeholder: torch.fx.Node) -> str:
+    """What the model calls an input of dynamo's graph: its last name, or which argument it is."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    if source is None:
+        return placeholder.name
+    return re.findall(r"[A-Za-z_]\w*(?:'\]\[\d+)?", str(source.name))[-1].replace("']", "")
+
+
+def break_of(module: torch.fx.GraphModule) -> str:
+    """Why and where dynamo ended this graph before its function does; empty when it did not."""
+    reason: Any = getattr(module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    said = next((line.strip() for line in reason.reason.splitlines() if line.strip()), "unknown")
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    return said if frame is None else f"{said}, at {frame.filename}:{frame.lineno}, `{frame.line}`"
+
+
 def was_marked(tensor: torch.Tensor, dim: int) -> bool:
     """Whether ``maybe_mark_dynamic(tensor, dim)`` was called."""
     return dim in getattr(tensor, "_dynamo_weak_dynamic_indices", ()) or dim in getattr(
@@ -264,3 +286,56 @@ def check_version(version: str = torch.__version__) -> None:
             "compare one step with eager before a long run",
             stacklevel=2,
         )
+
+
+# --- flex attention ------------------------------------------------------------------------------------
+
+
+def trace_aten(mode: FakeTensorMode, function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.Graph:
+    """The ATen operators that ``function`` runs on ``inputs`` (fake tensors of ``mode``, sizes)."""
+    with _tracing(mode), torch._C._DisableAutocast():
+        return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs).graph
+
+
+def flex_block_mask(lengths: tuple[Any, Any], tables: Sequence[Any], block: int, mask_mod: Any) -> Any:
+    """``BlockMask.as_tuple()``, which differs between versions of torch, of things that need not be tensors.
+
+    ``tables``: kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, and the same four of q.
+    """
+    stand_ins = [torch.empty((1, 1, 1, 1)) for _ in tables]
+    found = {id(s): t for s, t in zip(stand_ins, tables, strict=True)}
+    make: Any = BlockMask
+    made = make(lengths, *stand_ins, BLOCK_SIZE=(block, block), mask_mod=mask_mod).as_tuple()
+    return tuple(found.get(id(x), x) for x in made)
+
+
+#: Kernel options that change what is computed, and what they are here: rows may have no key, blocks lie
+#: anywhere, and the lse has base 2 and a gradient (it is not so with BACKEND="FLASH").
+_FLEX_FIXED = {
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True,
+    "BACKEND": "TRITON",
+    "FORCE_USE_FLEX_ATTENTION": True,
+}
+
+
+def flex_kernel_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a flex attention node, with those that a user chose (block sizes, warps, stages ...).
+
+    Raises ``Refused`` for a name that torch does not know or that is not the user's choice.
+    """
+    known = [key for key in FlexKernelOptions.__annotations__ if key not in _FLEX_FIXED]
+    for key in given:
+        if key.removeprefix("fwd_").removeprefix("bwd_") not in known:
+            raise Refused(
+                f'there is no kernel option "{key}"',
+                got=f'kernel_options={{"{key}": ...}}',
+                wanted=f"one of {', '.join(known)}, with or without the prefix fwd_ or bwd_",
+                do="see torch.nn.attention.flex_attention.FlexKernelOptions",
+            )
+    fixed = {key: _FLEX_FIXED[key] for key in FlexKernelOptions.__annotations__ if key in _FLEX_FIXED}
+    if "BACKEND" in fixed:
+        del fixed["FORCE_USE_FLEX_ATTENTION"]
+    return {**fixed, **given, "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False}

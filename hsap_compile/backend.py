@@ -55,12 +55,12 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any]) -> sympy.Symbol 
 def _check_inputs(module: GraphModule) -> None:
     for node in placeholders(module):
         value = node.meta["example_value"]
-        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "cuda"):
             raise Refused(
-                f"{value.device.type} tensors are not supported yet",
+                f"{value.device.type} tensors are not supported",
                 got=f"{node.name} on {value.device}",
-                wanted="tensors on cpu: partial attention has no other kernel so far",
-                do="move the model and the batch to cpu, or use another backend",
+                wanted="tensors on cpu or cuda: partial attention has no other kernels",
+                do="move the model and the batch there, or use another backend",
             )
         if isinstance(value, torch.Tensor) and (value.is_complex() or value.is_quantized):
             raise Refused(

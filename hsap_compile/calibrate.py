@@ -17,10 +17,10 @@ from torch import Tensor
 from hsap_compile.plan.cost import FORWARD_AND_BACKWARD, LINEAR_FLOPS_PER_TOKEN, PRODUCTS, CostModel, Link
 
 PROCESSES = 2
-REPEATS = 7  # the fastest counts: whatever else runs on the machine only slows
-MATRIX = 1024  # rows and columns
-ATTENTION = (8, 1024, 64)  # heads, tokens, head size
-SMALL, LARGE = 16, 1 << 22  # float32 elements to the other process
+REPEATS = 5  # the fastest counts: whatever else runs on the machine only slows
+MATRIX = 512  # rows and columns
+ATTENTION = (8, 512, 64)  # heads, tokens, head size
+SMALL, LARGE = 16, 1 << 20  # float32 elements to the other process
 
 
 def calibrate() -> CostModel:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 
+import torch
 from torch.fx import Node
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 class Refused(RuntimeError):
@@ -16,9 +20,18 @@ class Refused(RuntimeError):
 
 
 def where(node: Node) -> str:
-    """``file:line, code`` of the model's source that ``node`` came from, or the operator when unknown."""
+    """``file:line, code`` of the model's source that ``node`` came from, or the operator when unknown.
+
+    The innermost frame that is not torch's own: who calls ``F.pad`` looks for that line, not for torch's."""
     frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
     if not frames:
         return str(node.target)
-    file, line, code = frames[-1]
+    file, line, code = ([f for f in frames if not f[0].startswith(_TORCH)] or frames)[-1]
     return f"{file}:{line}, `{code.strip()}`"
+
+
+def module_of(node: Node) -> str:
+    """The name in the model of the module whose forward ``node`` comes from; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = [name for name, _ in stack.values()][-1:]
+    return path[0].partition(".")[2] if path else ""

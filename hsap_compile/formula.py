@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.printing.str import StrPrinter
 
 b, h, q, k = sympy.symbols("b h q k", integer=True, nonnegative=True)
 S = sympy.Symbol("S", integer=True, positive=True)
@@ -68,6 +69,56 @@ def dumps(expr: sympy.Basic) -> str:
 def loads(text: str) -> sympy.Basic:
     """The expression that ``dumps`` wrote."""
     return sympy.sympify(text)
+
+
+def readable(expr: sympy.Basic, names: Sequence[str] = ()) -> str:
+    """``expr`` for a person, written as in Python; ``names[i]`` is what leaf ``i`` is called."""
+    return _Readable(names).doprint(expr)
+
+
+class _Readable(StrPrinter):
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _print_Function(self, expr: Any) -> str:
+        number = leaf_index(expr)
+        if number is None:
+            return str(super()._print_Function(expr))
+        name = self.names[number] if number < len(self.names) else f"{_LEAF}{number}"
+        return f"{name}[{', '.join(self._print(a) for a in expr.args)}]"
+
+    def _print_Relational(self, expr: Any) -> str:
+        return f"{self._print(expr.lhs)} {expr.rel_op} {self._print(expr.rhs)}"
+
+    def _joined(self, expr: Any, word: str) -> str:
+        parts = sorted(expr.args, key=sympy.default_sort_key)
+        return word.join(
+            f"({self._print(a)})" if a.args and not a.is_Relational else self._print(a) for a in parts
+        )
+
+    def _print_And(self, expr: Any) -> str:
+        return self._joined(expr, " and ")
+
+    def _print_Or(self, expr: Any) -> str:
+        return self._joined(expr, " or ")
+
+    def _print_Not(self, expr: Any) -> str:
+        return f"not ({self._print(expr.args[0])})"
+
+    def _print_Piecewise(self, expr: Any) -> str:
+        *cases, (last, condition) = expr.args
+        end = self._print(last) + ("" if condition is sympy.true else f" if {self._print(condition)}")
+        return "(" + " else ".join([*(f"{self._print(v)} if {self._print(c)}" for v, c in cases), end]) + ")"
+
+    def _print_Infinity(self, expr: Any) -> str:
+        return "inf"
+
+    def _print_NegativeInfinity(self, expr: Any) -> str:
+        return "-inf"
+
+    def _print_Float(self, expr: Any) -> str:
+        return f"{float(expr):.6g}"
 
 
 def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torch.Tensor | None] = ()) -> Any:

@@ -9,6 +9,7 @@ which is then evaluated element by element: slower, never wrong.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -59,13 +60,26 @@ class Mask:
         """Whether columns alone decide: no tensor takes part and the formula is never needed."""
         return not self.residual and not self.soft and not formula.leaves_of(self.logits)
 
+    def readable(self, names: Sequence[str] = ()) -> str:
+        """Which pairs (q, k) are attended, as in Python; ``names`` are those of the tensors that are read."""
+
+        def text(expr: sympy.Basic) -> str:
+            return formula.readable(expr, names)
+
+        parts = [f"{text(label)} == {text(label.xreplace({q: k}))}" for label in self.labels]
+        for band in self.bands:
+            of_q, of_k = text(band.position), text(band.position.xreplace({q: k}))
+            if band.lo == 0 and band.hi is None:
+                parts.append(f"{of_q} >= {of_k}")
+            else:
+                low = "" if band.lo is None else f"{band.lo} <= "
+                parts.append(f"{low}{of_q} - {of_k}" + ("" if band.hi is None else f" <= {band.hi}"))
+        parts += [text(v) for v in (self.key_valid, self.query_valid) if v is not sympy.true]
+        said = " and ".join(parts) or "every pair"
+        return f"{said}; logits = {text(self.logits)}" if self.residual else said
+
     def __str__(self) -> str:
-        parts = [f"same {label}" for label in self.labels]
-        parts += [f"{band.lo} <= [{band.position}](q) - (k) <= {band.hi}" for band in self.bands]
-        parts += [str(v) for v in (self.key_valid, self.query_valid) if v is not sympy.true]
-        if self.residual:
-            parts.append(f"logits = {self.logits}")
-        return " & ".join(parts) or "everything"
+        return self.readable()
 
 
 def normalise(logits: sympy.Expr) -> tuple[Mask, float]:

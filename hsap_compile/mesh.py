@@ -27,9 +27,11 @@ def group_name() -> str:
     return ""
 
 
-def mesh_shape(options: Options, kv_heads: int, heads: int) -> MeshShape:
-    """The groups for a model whose attentions have (a multiple of) these heads.  Raises ``Refused``."""
-    _, size = world()
+def mesh_shape(options: Options, kv_heads: int, heads: int, size: int) -> MeshShape:
+    """The groups of ``size`` ranks for a model whose attentions have (a multiple of) these heads.
+
+    Raises ``Refused``.
+    """
     if options.mesh is not None:
         return _from_device_mesh(options, size)
     intra = options.intra

@@ -16,6 +16,7 @@ _CHOICES = {
     "placement": ("balanced", "contiguous"),
     "outputs": ("gather", "local"),
     "lower": ("inductor", "aot_eager", "eager"),
+    "attention": ("auto", "flex", "slices"),
 }
 
 
@@ -33,6 +34,9 @@ class Options:
     grad_sync: sum parameter gradients over the mesh; False leaves each rank's share (for DDP, FSDP).
     strict: refuse an operator that would run on gathered tokens.
     lower: "inductor", or "aot_eager" / "eager" to run the rewritten graph as it is.
+    attention: the kernel of partial attention: "flex" is flex attention, for which Inductor generates Triton,
+        "slices" ATen's flash kernel on CPU, "auto" the one that the device has.
+    kernel_options: of flex attention, see torch.nn.attention.flex_attention.FlexKernelOptions.
     inductor: configuration patches for Inductor.
     on_step: called before every step with its ``hsap_compile.runtime.StepReport`` (plan, balance, bytes).
     """
@@ -44,6 +48,8 @@ class Options:
     grad_sync: bool = True
     strict: bool = False
     lower: str = "inductor"
+    attention: str = "auto"
+    kernel_options: Mapping[str, Any] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
     on_step: Callable[[Any], None] | None = None
 
@@ -74,6 +80,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     _check_type(given, "intra", int)
     _check_type(given, "mesh", DeviceMesh)
     _check_type(given, "inductor", Mapping)
+    _check_type(given, "kernel_options", Mapping)
     _check_type(given, "on_step", Callable)
     if given.get("intra") is not None and given.get("mesh") is not None:
         raise Refused(

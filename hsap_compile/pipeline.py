@@ -9,6 +9,7 @@ import logging
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -16,17 +17,19 @@ import torch
 from torch.fx import GraphModule
 
 from hsap_compile._torch import expr_of, fake_mode_of, fake_table, trace_structured
-from hsap_compile.errors import Refused, where
+from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import extract, placeholders
 from hsap_compile.kernels import dense
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
+from hsap_compile.passes._families import is_random
+from hsap_compile.passes._regions import keep_exchanged
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.find_attention import Attention, find_attention
 from hsap_compile.passes.infer_tokens import infer_tokens
 from hsap_compile.passes.lift_mask import lift_mask
 from hsap_compile.passes.lower import lower
-from hsap_compile.passes.partition_attention import partition_attention
+from hsap_compile.passes.partition_attention import Site, partition_attention
 from hsap_compile.passes.shard_tokens import Fallback, shard_tokens
 from hsap_compile.passes.sum_gradients import sum_gradients
 from hsap_compile.runtime import Program
@@ -37,11 +40,37 @@ log = logging.getLogger("hsap_compile")
 LEAST = 2  # tokens of a rank (the planner sees to it): sizes 0 and 1 are special to many operators
 
 
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph after all passes, before it is lowered.
+
+    ``program`` runs ``graph`` as it is; ``sites`` are the attentions that were partitioned, in the order of
+    ``program.traffic``; ``as_written`` those that no mask was found for: where, in which module, and why.
+    """
+
+    graph: GraphModule
+    program: Program
+    sites: tuple[Site, ...]
+    as_written: tuple[tuple[str, str, str], ...]
+
+
 def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | None) -> Program:
     """Dynamo's ``module`` as a program for this world's ranks.  ``symbol``: S; None when it is static."""
-    mode = fake_mode_of([n.meta["example_value"] for n in placeholders(module)])
-    rank, ranks = world()
+    _, ranks = world()
+    made = rewrite(module, options, symbol, ranks, group_name())
+    return replace(made.program, function=lower(made.graph, options.lower, dict(options.inductor)))
 
+
+def rewrite(
+    module: GraphModule, options: Options, symbol: sympy.Symbol | None, ranks: int, group: str
+) -> Rewritten:
+    """Dynamo's ``module`` for ``ranks`` ranks, which are the process group ``group`` once it runs.
+
+    Nothing is run and no rank is asked: the result is the same on each, and on a machine that has none.
+    """
+    values = [n.meta["example_value"] for n in placeholders(module)]
+    mode = fake_mode_of(values)
+    device = next(v.device for v in values if isinstance(v, torch.Tensor))
     graph = capture(module)
     _done("capture", graph)
 
@@ -49,10 +78,15 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
     log.info("find_attention: %d attentions", len(attentions))
     dense_masks = lift_mask(graph, attentions, mode)
     log.info("lift_mask: %d masks stay dense", dense_masks)
+    as_written = tuple(
+        (where(a.output), module_of(a.output), a.output.meta["as_written"])
+        for a in attentions
+        if "as_written" in a.output.meta
+    )
     _done("lift_mask", graph)
 
     heads, kv_heads = _common_heads(graph)
-    mesh = mesh_shape(options, kv_heads, heads)
+    mesh = mesh_shape(options, kv_heads, heads, ranks)
     inputs = len(placeholders(graph))
     fallbacks: tuple[Fallback, ...] = ()
     local_outputs: frozenset[int] = frozenset()
@@ -63,12 +97,13 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
             raise _no_tokens()
         _refuse_cache(graph, attentions)
         infer_tokens(graph, symbol)
-        columns, order = (fake_table(mode, torch.zeros(8, dtype=torch.int64), (0,), LEAST) for _ in range(2))
+        rows = torch.zeros(8, dtype=torch.int64, device=device)
+        columns, order = (fake_table(mode, rows, (0,), LEAST) for _ in range(2))
         sharded = shard_tokens(
             graph,
             mode,
             symbol,
-            group_name(),
+            group,
             columns=columns,
             order=order,
             outputs=options.outputs,
@@ -86,27 +121,36 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         log.info("shard_tokens: %d operators on gathered tokens", len(fallbacks))
         _done("shard_tokens", graph)
         if options.grad_sync:
-            log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group_name()))
+            log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group))
             _done("sum_gradients", graph)
 
-    partitioned = partition_attention(graph, mode, mesh, group_name(), tokens)
+    partitioned = partition_attention(
+        graph,
+        mode,
+        mesh,
+        group,
+        tokens,
+        kernel=_kernel(options, device),
+        kernel_options=options.kernel_options,
+    )
     log.info(
         "partition_attention: %d attentions over %d x %d ranks",
         len(partitioned.traffic),
         mesh.inter,
         mesh.intra,
     )
+    keep_exchanged(graph)
     _done("partition_attention", graph)
 
     leaves = [leaf for mask in partitioned.masks for leaf in mask.read]
     tables = [n for n in placeholders(graph)[inputs:]]
-    return Program(
-        function=lower(graph, options.lower, dict(options.inductor)),
+    program = Program(
+        function=graph,
         documents=extract(graph, leaves, inputs),
         masks=partitioned.masks,
         tables=tuple(n.meta["table"] for n in tables),
         mesh=mesh,
-        group=group_name(),
+        group=group,
         placement=options.placement,
         batch=partitioned.batch,
         traffic=partitioned.traffic,
@@ -115,7 +159,10 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
         local_outputs=local_outputs,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
         signature=zlib.crc32(graph.code.encode()),
+        fallbacks=fallbacks,
+        random=any(is_random(n) for n in graph.graph.nodes),
     )
+    return Rewritten(graph, program, partitioned.sites, as_written)
 
 
 def _done(name: str, graph: GraphModule) -> None:
@@ -128,6 +175,28 @@ def _done(name: str, graph: GraphModule) -> None:
         metadata_fn=lambda: {"name": f"hsap_{name}", "encoding": "string"},
         payload_fn=lambda: graph.print_readable(print_output=False),
     )
+
+
+def _kernel(options: Options, device: torch.device) -> str:
+    """Which kernel partial attention is written with."""
+    chosen = options.attention
+    if chosen == "auto":
+        chosen = "slices" if device.type == "cpu" else "flex"
+    if chosen == "slices" and device.type != "cpu":
+        raise Refused(
+            f"there is no kernel of slices for {device.type}",
+            got=f'attention="slices" and tensors on {device}',
+            wanted='attention="flex" or "auto"',
+            do='drop "attention" from the options',
+        )
+    if chosen == "flex" and device.type == "cpu" and options.lower == "inductor":
+        raise Refused(
+            "Inductor has no backward of flex attention on CPU",
+            got='attention="flex", lower="inductor" and tensors on cpu',
+            wanted='attention="slices" on CPU, or lower="aot_eager" or "eager" to debug',
+            do='drop "attention" from the options',
+        )
+    return chosen
 
 
 def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:

@@ -6,7 +6,8 @@ import hashlib
 import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,12 @@ import torch.distributed as dist
 
 from hsap_compile.documents import attended, unknown
 from hsap_compile.errors import Refused
+from hsap_compile.kernels.blocks import rank_tables
 from hsap_compile.kernels.exchange import all_gather
+from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.mesh import world
-from hsap_compile.passes.partition_attention import PlannedMask, Traffic
+from hsap_compile.passes.partition_attention import ON_HOST, PlannedMask, Traffic
+from hsap_compile.passes.shard_tokens import Fallback
 from hsap_compile.plan import Attended, MeshShape, Plan, make
 
 _PLANS_KEPT = 64
@@ -54,7 +58,8 @@ class Program:
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
     from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension) whose size is
     S, or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
-    ``signature`` is the same wherever the graph is.
+    ``signature`` is the same wherever the graph is; ``fallbacks`` are the operators on gathered tokens;
+    ``random``: whether the graph draws random numbers.
     """
 
     function: Callable[..., Any]
@@ -71,6 +76,8 @@ class Program:
     local_outputs: frozenset[int]
     parameters: frozenset[int]
     signature: int
+    fallbacks: tuple[Fallback, ...] = ()
+    random: bool = False
 
     def length(self, args: Sequence[Any]) -> int:
         """S of a call."""
@@ -78,6 +85,16 @@ class Program:
             return self.tokens
         position, dim = self.tokens
         return int(args[position].shape[dim])
+
+    def read(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """What the masks of a call read, on the host."""
+        with torch.no_grad():
+            return [x.detach().cpu() for x in self.documents(*args)]
+
+    def plan(self, leaves: Sequence[torch.Tensor], tokens: int) -> Plan:
+        """The plan of a call from what ``read`` and ``length`` say of it."""
+        masks = _masks(self, leaves, tokens) or (_nothing(self.batch, tokens),)
+        return make(masks, self.mesh, self.placement)
 
 
 @dataclass
@@ -112,9 +129,9 @@ class Runner:
         self.last_plan = plan
         if program.on_step is not None:
             program.on_step(report(plan, program.traffic))
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        extra = [_placed(tables[key], key, device) for key in program.tables]
-        outputs = program.function(*args, *extra)
+        extra = [tables[key] for key in program.tables]
+        with _own_random_numbers(rank) if program.random and ranks > 1 else nullcontext():
+            outputs = program.function(*args, *extra)
         for i in program.local_outputs:
             outputs[i].hsap_columns = tables["columns"]
         return outputs
@@ -122,19 +139,29 @@ class Runner:
     def _plan(self, args: Sequence[Any], tokens: int, rank: int) -> tuple[Plan, dict[Any, torch.Tensor]]:
         """The plan of a batch and this rank's tables, made anew only for documents not seen lately."""
         program = self.program
-        with torch.no_grad():
-            leaves = [x.detach().cpu() for x in program.documents(*args)]
+        leaves = program.read(args)
         digest = _digest(leaves, tokens)
         if digest not in self.plans:
-            masks = _masks(program, leaves, tokens) or (_nothing(program.batch, tokens),)
-            self.plans[digest] = (make(masks, program.mesh, program.placement), {})
+            self.plans[digest] = (program.plan(leaves, tokens), {})
             while len(self.plans) > _PLANS_KEPT:
                 self.plans.popitem(last=False)
         self.plans.move_to_end(digest)
         plan, of_rank = self.plans[digest]
         if rank not in of_rank:
-            of_rank[rank] = _tensors(plan, program.mesh, rank)
+            device = next(a.device for a in args if isinstance(a, torch.Tensor))
+            tables = _tensors(plan, rank, program.tables)
+            of_rank[rank] = {key: _placed(table, key, device) for key, table in tables.items()}
         return plan, of_rank[rank]
+
+
+@contextmanager
+def _own_random_numbers(rank: int) -> Iterator[None]:
+    """Every rank draws other numbers, which the seed of all determines; afterwards their generators agree
+    again.  Without it, the same seed would drop the same places of every rank's tokens."""
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + rank)
+        yield
 
 
 def _masks(program: Program, leaves: Sequence[torch.Tensor], tokens: int) -> tuple[Attended, ...]:
@@ -156,8 +183,10 @@ def _nothing(batch: int, tokens: int) -> Attended:
     )  # fmt: skip
 
 
-def _tensors(plan: Plan, mesh: MeshShape, rank: int) -> dict[Any, torch.Tensor]:
-    tables = plan.tables(rank)
+def _tensors(plan: Plan, rank: int, keys: Sequence[Any] | None = None) -> dict[Any, torch.Tensor]:
+    """This rank's tables on the host, by the keys of ``Program.tables``; those of flex attention only where
+    ``keys`` has them."""
+    tables, mesh = plan.tables(rank), plan.placement.mesh
     result: dict[Any, Any] = {
         "columns": tables.columns,
         "alone_columns": tables.columns[: tables.alone],
@@ -169,13 +198,15 @@ def _tensors(plan: Plan, mesh: MeshShape, rank: int) -> dict[Any, torch.Tensor]:
     for index, mask in enumerate(tables.masks):
         for name in ("send_rows", "splits", "remote", "slices", "alone_slices"):
             result[index, name] = getattr(mask, name)
-    return {k: torch.from_numpy(np.ascontiguousarray(v, dtype=np.int64)) for k, v in result.items()}
+    flex = {key[0] for key in keys or () if isinstance(key, tuple) and key[1] in FLEX_TABLES}
+    for index in sorted(flex):
+        made = rank_tables(tables, index, plan.masks[index].structure.mask.batch)
+        result.update({(index, name): table for name, table in made.items()})
+    return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in result.items()}
 
 
 def _placed(table: torch.Tensor, key: Any, device: torch.device) -> torch.Tensor:
-    """Splits and slices are read by the host; the others index tensors on the device."""
-    name = key[1] if isinstance(key, tuple) else key
-    return table if name in ("splits", "slices", "alone_slices", "head_splits") else table.to(device)
+    return table if (key[1] if isinstance(key, tuple) else key) in ON_HOST else table.to(device)
 
 
 def _digest(leaves: Sequence[torch.Tensor], tokens: int) -> bytes:

@@ -362,14 +362,16 @@ def _softmax(
     if index is None:  # every row of a slice then has a key
         return _Softmax(_dense(grad_out), _dense(out), lse, None)
     lse = lse.masked_fill(lse == -math.inf, math.inf)
-    return _Softmax(_dense(grad_out), _dense(out), lse, _log_mass(x, index, plan, lse))
+    far = _log_mass(x, index, plan, lse) if index.soft and index.sink is None else None
+    return _Softmax(_dense(grad_out), _dense(out), lse, far)
 
 
 def _log_mass(x: _Operands, index: Formula, plan: Plan, lse: Tensor) -> Tensor | None:
     """What rounding took from lse: log(sum(exp(logit - lse))), in rows where it took a lot.
 
     A row of n logits that are all finfo.min has lse finfo.min, its log(n) is lost; without this the
-    weights of such a row would sum to n.  None when there is no such row, which is the usual case.
+    weights of such a row would sum to n.  None when there is no such row, which is the usual case.  Only for
+    formulas whose masked logits are finite: what these calls do not have whole is never split (overlap.py).
     """
     far = (lse.abs() > _FAR) & lse.isfinite()
     for run in plan.runs:

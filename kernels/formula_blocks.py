@@ -6,8 +6,10 @@ k and v (Hkv, nk, D), all of the computed dtype.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -15,6 +17,23 @@ from torch import Tensor
 
 from hsap_compile import formula
 from hsap_compile.kernels.slices import Run, Span
+from hsap_compile.masks import normalise
+
+
+class Parts(NamedTuple):
+    """A formula: its logits, the sink (one more logit of every row, whose weight is dropped) if it has one,
+    and whether masked logits are finite, so that a row which sees nothing sees everything alike."""
+
+    logits: sympy.Basic
+    sink: sympy.Basic | None
+    soft: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def read(mod: str) -> Parts:
+    """The parts of the formula ``mod``."""
+    logits, sink = formula.without_sink(formula.loads(mod))
+    return Parts(logits, sink, normalise(logits)[0].soft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +42,7 @@ class Formula:
 
     expr: sympy.Basic
     sink: sympy.Basic | None
+    soft: bool
     rows: Tensor | None
     remote_rows: Tensor | None
     heads: Tensor | None
@@ -42,8 +62,7 @@ class Formula:
     ) -> Formula:
         raised = [x.detach() for x in leaves]
         raised = [x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x for x in raised]
-        expr, sink = formula.without_sink(formula.loads(mod))
-        return cls(expr, sink, rows, remote_rows, heads, tuple(raised), tokens)
+        return cls(*read(mod), rows, remote_rows, heads, tuple(raised), tokens)
 
     def sinks(self, lse: Tensor, leaves: Sequence[Tensor]) -> Tensor:
         """The sink of every query row and head (R, Hq), as ``lse``."""

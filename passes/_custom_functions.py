@@ -76,12 +76,11 @@ class _Body:
 
         self.module = capture_body(body, values)
         inputs = placeholders(self.module)
-        infer_tokens(self.module, outer.symbol)
+        infer_tokens(self.module, outer.symbol, dict(zip(inputs, axes, strict=True)))
         self.inner = inner = Sharder(self.module, outer.mode, outer.symbol, outer.group, strict=False)
         inner.tables = _Tables(columns=outer.tables["columns"])  # whose size is compared with
         self.columns = outer.tables["columns"].meta["val"]
         for placeholder, axis in zip(inputs, axes, strict=True):
-            placeholder.meta["tokens"] = axis
             new = inner.graph.placeholder(placeholder.name)
             new.meta["val"] = placeholder.meta["val"]
             if isinstance(axis, TokenAxis):

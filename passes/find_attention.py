@@ -31,7 +31,7 @@ _TRANSPARENT = {
     "aten::contiguous",
     "aten::alias",
 }
-_LAYOUT = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand"}
+_LAYOUT = {f"aten::{name}" for name in ("view", "reshape", "_unsafe_view", "expand", "flatten", "unflatten")}
 
 
 @dataclass(frozen=True)

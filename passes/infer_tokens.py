@@ -11,6 +11,7 @@ length of S, or S plus or minus a constant after a slice or a pad.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -55,11 +56,13 @@ class TokenAxis:
         return self.outer * self.inner != 1
 
 
-def infer_tokens(module: GraphModule, symbol: sympy.Symbol) -> None:
-    """Annotate every node of ``module``; ``symbol`` is S."""
+def infer_tokens(
+    module: GraphModule, symbol: sympy.Symbol, known: Mapping[Node, TokenAxis | Tokens | None] | None = None
+) -> None:
+    """Annotate every node of ``module``; ``symbol`` is S.  ``known``: of inputs, where sizes do not tell."""
     for node in module.graph.nodes:
         _settle_constants(node)
-        node.meta["tokens"] = _tokens(node, symbol)
+        node.meta["tokens"] = known[node] if known and node in known else _tokens(node, symbol)
 
 
 def _tokens(node: Node, symbol: sympy.Symbol) -> TokenAxis | Tokens | None:

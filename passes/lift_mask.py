@@ -55,6 +55,7 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
                 reason,
                 where(attention.output),
             )
+            attention.output.meta["as_written"] = f"{reason} does more than act on every score alone"
             continue
         mask, scale = normalise(logits)
         used = formula.leaves_of(mask.logits)
@@ -107,7 +108,7 @@ def _rewrite(
         # under autocast the operator casts; the canonical one takes what the result has
         operands = [x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands]
         node = emit(dense.OP, *operands, leaves, formula.dumps(mask.logits), scale)
-        node.meta["mask"] = mask
+        node.meta.update(mask=mask, reads=tuple(where(leaf) for leaf in leaves))
         if folded is not None:
             node = emit(aten.flatten.using_ints, node, 0, 1)
         elif flat:
@@ -644,6 +645,8 @@ _RULES: dict[str, Any] = {
     "squeeze": _reshape,
     "view": _reshape,
     "reshape": _reshape,
+    "flatten": _reshape,
+    "unflatten": _reshape,
     "_unsafe_view": _reshape,
     "transpose": _transpose,
     "permute": _permute,

@@ -28,6 +28,6 @@ def lower(module: GraphModule, how: str, patches: dict[str, Any]) -> Callable[..
             return module
         if how == "aot_eager":
             return compile_with_aot_eager(module, inputs)
-        if any(n.target is exchange.ALL_TO_ALL for n in module.graph.nodes):
-            patches = {**OVERLAP_PATCHES, "post_grad_custom_post_pass": Overlap(), **patches}
-        return compile_with_inductor(module, inputs, patches)
+        crossing = any(n.target is exchange.ALL_TO_ALL for n in module.graph.nodes)
+        ours = {"post_grad_custom_post_pass": Overlap(), **(OVERLAP_PATCHES if crossing else {})}
+        return compile_with_inductor(module, inputs, {**ours, **patches})

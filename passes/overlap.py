@@ -18,41 +18,45 @@ after:  f(p)
 
 It runs inside Inductor on the forward's and on the backward's graph, after differentiation, so that nothing
 here needs a gradient.  How far start and wait move apart is Inductor's to decide (``OVERLAP_PATCHES``).
-An attention whose masked logits are finite keeps one operator: the softmax of a row that sees nothing does
-not fit the one number l (see _mod_forward).
+An attention whose masked logits are finite keeps one operator (the softmax of a row that sees nothing does
+not fit the one number l, see formula_blocks.forward), and so does one with a sink, which counts once.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from hsap_compile import formula
 from hsap_compile._torch import CustomGraphPass, fake_mode_of, get_hash_for_files
 from hsap_compile.graph import Builder
-from hsap_compile.kernels import attention, exchange
-from hsap_compile.masks import normalise
+from hsap_compile.kernels import attention, exchange, formula_blocks
 
 aten = torch.ops.aten
 
 LEAST_BUCKET_BYTES = 2**20  # of gradients in one all-reduce: below it, latency is all that counts
 MOST_BUCKET_BYTES = 32 * 2**20  # more only costs memory
 
-_SOURCES = (__file__, attention.__file__, exchange.__file__)  # what a cached graph depends on
-
 
 class Overlap(CustomGraphPass):
-    """The pass as Inductor calls it."""
+    """The pass as Inductor calls it.  Its identity is part of the key of Inductor's caches, and holds every
+    pass and kernel, so that nothing compiled by other code than today's is served."""
 
     def __call__(self, graph: Graph) -> None:
         overlap(graph)
 
     def uuid(self) -> Any:
-        return get_hash_for_files(_SOURCES)
+        return get_hash_for_files(tuple(str(path) for path in sources()))
+
+
+def sources() -> list[Path]:
+    """The files that decide what is compiled."""
+    folders = (Path(__file__).parent, Path(attention.__file__).parent)
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
 def overlap(graph: Graph) -> None:
@@ -133,13 +137,12 @@ def _slices(build: Builder, slices: Node, q: Node, received: bool) -> Node:
 
 
 def _splits(args: tuple[Any, ...], received: int) -> bool:
-    """Whether rows are received (argument ``received``), and each part of a softmax has a finite weight (and
-    no sink, of which each part would have one)."""
+    """Whether rows are received (argument ``received``), and a softmax is the sum of its parts."""
     logits = args[received + 7]
     if args[received] is None or not logits:
         return args[received] is not None
-    expr = formula.loads(logits)
-    return formula.without_sink(expr)[1] is None and not normalise(expr)[0].soft
+    parts = formula_blocks.read(logits)
+    return parts.sink is None and not parts.soft
 
 
 def _split_forward(graph: Graph, node: Node) -> None:

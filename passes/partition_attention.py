@@ -17,6 +17,7 @@ the new graph takes as inputs; each part of it may be empty.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,11 @@ from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
 from hsap_compile._torch import expr_of, fake_table
-from hsap_compile.errors import Refused, where
+from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, ancestors, placeholders, remove_dead
 from hsap_compile.kernels import attention, dense, exchange
+from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
+from hsap_compile.kernels.flex import FlexAttention, Keys
 from hsap_compile.masks import Mask
 from hsap_compile.plan import MeshShape
 
@@ -64,12 +67,39 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Site:
+    """Where an attention stands in the model, its mask, the tensors that the mask reads and where the model
+    makes each of them."""
+
+    at: str
+    module: str
+    heads: int
+    kv_heads: int
+    mask: Mask
+    leaves: tuple[Node, ...]
+    reads: tuple[str, ...]
+
+    @classmethod
+    def of(cls, node: Node) -> Site:
+        """``node`` calls the canonical operator."""
+        operands: Any = node.args
+        heads, kv_heads = (int(x.meta["val"].shape[1]) for x in operands[:2])
+        mask, reads = node.meta["mask"], node.meta["reads"]
+        return cls(where(node), module_of(node), heads, kv_heads, mask, tuple(operands[3]), reads)
+
+
+@dataclass(frozen=True)
 class Partitioned:
-    """``masks`` in table order; ``batch`` is B; ``traffic`` has one entry for every attention."""
+    """``masks`` in table order; ``batch`` is B; ``traffic`` and ``sites`` have one entry an attention."""
 
     masks: tuple[PlannedMask, ...]
     batch: int
     traffic: tuple[Traffic, ...]
+    sites: tuple[Site, ...]
+
+
+#: Tables that the host reads; all others index tensors on the device.
+ON_HOST = ("splits", "slices", "alone_slices", "head_splits")
 
 
 @dataclass
@@ -78,8 +108,9 @@ class _Tables:
 
     module: GraphModule
     mode: Any
+    device: torch.device
 
-    def __call__(self, key: Any, example: torch.Tensor, dynamic: tuple[int, ...]) -> Node:
+    def __call__(self, key: Any, example: torch.Tensor, dynamic: tuple[int, ...], least: int = 0) -> Node:
         existing = placeholders(self.module)
         for node in existing:
             if node.meta.get("table") == key:
@@ -87,23 +118,36 @@ class _Tables:
         name = "_".join(str(part) for part in (key if isinstance(key, tuple) else (key,)))
         with self.module.graph.inserting_after(existing[-1]):
             node = self.module.graph.placeholder(f"table_{name}")
-        node.meta.update(val=fake_table(self.mode, example, dynamic), table=key, parameter=False)
+        kind = key[1] if isinstance(key, tuple) else key
+        example = example if kind in ON_HOST else example.to(self.device)
+        node.meta.update(val=fake_table(self.mode, example, dynamic, least), table=key, parameter=False)
         return node
 
 
 def partition_attention(
-    module: GraphModule, mode: Any, mesh: MeshShape, group: str, tokens: sympy.Expr
+    module: GraphModule,
+    mode: Any,
+    mesh: MeshShape,
+    group: str,
+    tokens: sympy.Expr,
+    *,
+    kernel: str = "slices",
+    kernel_options: Mapping[str, Any] | None = None,
 ) -> Partitioned:
     """Rewrite every canonical attention of ``module`` (in place) for one rank of ``mesh``.
 
     ``tokens``: how many tokens this rank holds of a row.  An attention over anything else (whole tokens,
-    other sequences) stays the dense operator.
+    other sequences) stays the dense operator.  ``kernel``: "slices" writes ``hsap::attend``, "flex" flex
+    attention with ``kernel_options``.
     """
     sites = [n for n in module.graph.nodes if n.target is dense.OP and _over(n, tokens)]
-    tables = _Tables(module, mode)
+    device = sites[0].meta["val"].device if sites else torch.device("cpu")
+    tables = _Tables(module, mode, device)
+    writers: dict[int, FlexAttention] = {}
     keys: list[tuple[str, tuple[Node, ...]]] = []
     planned: list[PlannedMask] = []
     traffic: list[Traffic] = []
+    found: list[Site] = []
     batch = 1
     for site in sites:
         mask: Mask = site.meta["mask"]
@@ -116,13 +160,26 @@ def partition_attention(
         batch = int(operands[0].meta["val"].shape[0])
         with module.graph.inserting_before(site):
             build = Builder(module.graph, mode, site)
-            attention_site = _Site(build, tables, mesh, group, site, keys.index(key))
+            index = keys.index(key)
+            if kernel == "flex" and index not in writers:
+                writers[index] = _writer(tables, index, mask, leaves, kernel_options or {})
+            attention_site = _Site(build, tables, mesh, group, site, index, writers.get(index))
             result = attention_site.rewritten()
         traffic.append(attention_site.traffic())
+        found.append(Site.of(site))
         site.replace_all_uses_with(result)
         module.graph.erase_node(site)
     remove_dead(module)
-    return Partitioned(tuple(planned), batch, tuple(traffic))
+    return Partitioned(tuple(planned), batch, tuple(traffic), tuple(found))
+
+
+def _writer(
+    tables: _Tables, index: int, mask: Mask, leaves: Sequence[Node], options: Mapping[str, Any]
+) -> FlexAttention:
+    def table(name: str) -> Node:
+        return tables((index, name), *FLEX_TABLES[name])
+
+    return FlexAttention(table, mask, leaves, options)
 
 
 def _over(site: Node, tokens: sympy.Expr) -> bool:
@@ -149,9 +206,16 @@ class _Site:
     """The rewrite of one attention."""
 
     def __init__(
-        self, build: Builder, tables: _Tables, mesh: MeshShape, group: str, site: Node, index: int
+        self,
+        build: Builder,
+        tables: _Tables,
+        mesh: MeshShape,
+        group: str,
+        site: Node,
+        index: int,
+        flex: FlexAttention | None,
     ) -> None:
-        self.build, self.tables, self.mesh, self.group = build, tables, mesh, group
+        self.build, self.tables, self.mesh, self.group, self.flex = build, tables, mesh, group, flex
         self.site, self.index = site, index
         operands: Any = site.args
         self.q, self.k, self.v, self.leaves, _, self.scale = operands
@@ -186,12 +250,17 @@ class _Site:
         """(B * rows, heads, Dv): the attention of the tokens that other ranks have a part in."""
         q, k, v = operands
         k_remote, v_remote = self._needed_rows(k, v) if self.mesh.inter > 1 else (None, None)
+        if self.flex is not None:
+            far = [Keys("remote", k_remote, v_remote)] if k_remote and v_remote else []
+            return self._flex(self.flex, q, [Keys("own", k, v), *far])
         slices = self.tables((self.index, "slices"), torch.zeros(11, 7, dtype=torch.int64), (0,))
         columns = self._group_columns() if self.mesh.size > 1 else None
         return self._attend(q, k, v, k_remote, v_remote, slices, columns, rows)
 
     def _attend_alone(self, operands: list[Node], rows: Any) -> Node:
         q, k, v = operands
+        if self.flex is not None:
+            return self._flex(self.flex, q, [Keys("alone", k, v)])
         slices = self.tables((self.index, "alone_slices"), torch.zeros(13, 7, dtype=torch.int64), (0,))
         return self._attend(q, k, v, None, None, slices, self._alone_columns(), rows)
 
@@ -294,6 +363,10 @@ class _Site:
 
     def _remote(self) -> Node:
         return self.tables((self.index, "remote"), torch.zeros(9, 2, dtype=torch.int64), (0,))
+
+    def _flex(self, flex: FlexAttention, q: Node, parts: list[Keys]) -> Node:
+        heads = self._head_numbers(q)
+        return flex.attend(self.build, q, parts, heads, self._tokens(), self.scale)[0]
 
     def _attend(
         self,

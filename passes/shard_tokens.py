@@ -32,7 +32,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, operator_name, run_fake
-from hsap_compile.errors import Refused, where
+from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import is_random, rule_for
@@ -45,11 +45,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Fallback:
-    """An operator that runs on gathered tokens."""
+    """An operator that runs on gathered tokens.  ``module``: whose forward it stands in, if it has a name."""
 
     operator: str
     reason: str
     at: str
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ class Sharder:
         try:
             result = self._by_rule(node)
         except NotLocal as reason:
-            if any(n in self.home for n in node.all_input_nodes):
+            if any(self._is_rows(n) for n in node.all_input_nodes):
                 self._report(node, str(reason))
             self.wholes[node] = self._detached(node, self._recomputed(node))
             return
@@ -294,6 +295,10 @@ class Sharder:
             self.home[node] = replace(result, node=self._detached(node, result.node))
         else:
             self.wholes[node] = self._detached(node, result)
+
+    def _is_rows(self, node: Node) -> bool:
+        """Whether ``node`` is this rank's rows, which others must send to make it whole."""
+        return node in self.home and not isinstance(self.home[node].order, Counts)
 
     def _is_whole(self, node: Node) -> bool:
         """Whether ``node`` has only one form: no tokens take part, or it is a size or a part of a tuple."""
@@ -359,7 +364,7 @@ class Sharder:
         return new
 
     def _report(self, node: Node, reason: str) -> None:
-        fallback = Fallback(operator_name(node.target), reason, where(node))
+        fallback = Fallback(operator_name(node.target), reason, where(node), module_of(node))
         if self.strict:
             raise Refused(
                 f"{fallback.operator} cannot be computed on one rank's tokens ({reason})",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_strategies_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> No
     assert status == 0
     assert {line.split("  ")[0] for line in table[2:]} == {"hsap", *STRATEGIES}
     milliseconds = table[1].index("layer ms") + len("layer ms")
-    times = [float(line[:milliseconds].split()[-1]) for line in table[2:]]
+    times = [float(line[:milliseconds].split()[-1].replace(",", "")) for line in table[2:]]
     assert times == sorted(times)
     _, out, _ = run(capsys, *OWN, "--inter", "48", "--compare")
     assert "not possible here: ulysses: got 48 ranks to share 32 query heads" in out
@@ -58,8 +58,9 @@ def test_strategies_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_pictures_are_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     html, png = tmp_path / "plan.html", tmp_path / "plan.png"
-    status, out, _ = run(capsys, *OWN, "--inter", "2", "--html", str(html), "--png", str(png))
+    status, out, _ = run(capsys, *OWN, "--inter", "2", "--verify", "--html", str(html), "--png", str(png))
     assert status == 0
+    assert "verified: every attended pair is computed once" in out
     assert f"written to {html}" in out and f"written to {png}" in out
     assert html.read_text("utf-8").startswith("<!DOCTYPE html>")
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -123,12 +124,20 @@ def test_help_shows_how(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in out
 
 
-def test_it_runs_as_a_module_and_measures_this_machine(tmp_path: Path) -> None:
+def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "hsap_compile.__main__")
+    monkeypatch.setattr(sys, "argv", ["hsap_compile", *OWN, "--inter", "2"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("hsap_compile", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("1,000 tokens in 7 documents")
+
+
+def test_calibrate_measures_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "machine.json"
-    command = [sys.executable, "-m", "hsap_compile", "calibrate", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert f"written to {out}" in done.stdout
+    status, text, _ = run(capsys, "calibrate", "--out", str(out))
+    assert status == 0
+    assert f"written to {out}" in text
     cost = CostModel.load(out)
     assert cost.intra == cost.inter and "gloo" in cost.name
     assert 1e8 < cost.linear_flops_per_s < 1e14 and 1e7 < cost.attention_flops_per_s < 1e14

@@ -50,6 +50,7 @@ def test_a_stage_takes_its_longer_part_and_what_is_not_hidden_of_the_shorter() -
     assert predicted.backward.total.tolist() == [106 + 15, 106 + 25 + 20]
     assert predicted.attention == 124 + 151
     assert predicted.layer == 124 + 151 + 4
+    assert (load().most_bytes("inter"), load().most_bytes("intra")) == (6, 0)
 
 
 def test_the_timeline_is_the_forward() -> None:

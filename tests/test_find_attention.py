@@ -41,6 +41,30 @@ def found(function: Function, kv: int = H) -> tuple[Attention, ...]:
     return find_attention(graph_of(function, kv))
 
 
+def test_sinks() -> None:
+    spellings: list[Function] = [
+        sink_as_transformers_writes_it,
+        lambda q, k, v: logits_and_sink(q, k).softmax(-1)[..., :-1] @ v,
+        lambda q, k, v: F.dropout(logits_and_sink(q, k).softmax(-1)[..., : k.shape[2]], 0.0) @ v,
+    ]
+    for function in spellings:
+        (attention,) = found(function)
+        assert attention.sink is not None and attention.sink.meta["val"].shape[-1] == 1
+        assert attention.logits is not None and attention.logits.meta["val"].shape[-1] != 1
+    (attention,) = found(lambda q, k, v: (q @ k.mT - q[..., :1]).softmax(-1) @ v)
+    assert attention.sink is None and attention.logits is attention.product  # one number a row is nothing
+
+
+def test_heads_folded_into_the_batch() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        logits = torch.bmm(q, k.mT).unflatten(0, (B, H)) * 0.5
+        return torch.bmm(logits.softmax(-1).flatten(0, 1), v)
+
+    (attention,) = found(function)
+    assert attention.folded == (B, H)
+
+
 def heads(attentions: tuple[Attention, ...]) -> list[tuple[int, int]]:
     return [tuple(int(x.meta["val"].shape[1]) for x in (a.query, a.key)) for a in attentions]  # type: ignore[misc]
 
@@ -59,6 +83,27 @@ def weights_cast_and_read(q: Tensor, k: Tensor, v: Tensor) -> object:
     return p.double() @ v.double(), p
 
 
+def logits_and_sink(q: Tensor, k: Tensor, sink: Tensor | float = 0.5) -> Tensor:
+    """q @ k.T and one more column."""
+    extra = q[..., :1] * 0 + sink
+    return torch.cat([q @ k.mT * 0.5, extra], -1)
+
+
+def sink_as_transformers_writes_it(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = logits_and_sink(q, k)
+    logits = logits - logits.max(-1, keepdim=True).values
+    return logits.softmax(-1)[..., :-1] @ v
+
+
+def sink_before_the_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = torch.cat([q[..., :1], q @ k.mT], -1)
+    return logits.softmax(-1)[..., 1:] @ v
+
+
+def sink_with_a_value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return logits_and_sink(q, k).softmax(-1) @ torch.cat([v, v[:, :, :1]], 2)
+
+
 def router(q: Tensor, k: Tensor, v: Tensor) -> object:
     x = q.transpose(1, 2).flatten(2)
     return torch.softmax(x @ torch.ones(H * D, 3), -1) @ torch.ones(3, 5)
@@ -74,6 +119,10 @@ NOT_ATTENTION: dict[str, Function] = {
     "linear attention": lambda q, k, v: (q.softmax(-1) @ k.softmax(-2).mT) @ v,
     "weights on the right": lambda q, k, v: v.mT @ weights(q, k),
     "weights masked after softmax": lambda q, k, v: weights(q, k).masked_fill(q[..., :1] > 0, 0) @ v,
+    "a sink before the keys": sink_before_the_keys,
+    "a sink with a value": sink_with_a_value,
+    "the first weight dropped": lambda q, k, v: logits_and_sink(q, k).softmax(-1)[..., 1:] @ v,
+    "two sinks": lambda q, k, v: torch.cat([logits_and_sink(q, k), q[..., :1]], -1).softmax(-1)[..., :-2] @ v,
     "weights gated": lambda q, k, v: (weights(q, k) * q[..., :1]) @ v,
     "two products in the logits": lambda q, k, v: (q @ k.mT + k @ q.mT).softmax(-1) @ v,
     "no product in the logits": lambda q, k, v: (q[..., :1] - k[..., 0][:, :, None]).softmax(-1) @ v,

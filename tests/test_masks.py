@@ -134,8 +134,8 @@ def test_a_small_penalty_is_no_mask() -> None:
 
 def test_a_mask_says_what_it_is() -> None:
     mask, _ = normalise(logits_of(sympy.And(DOCUMENT, q >= k), "where", score))
-    assert str(mask) == "same leaf0(b, q) & 0 <= [q](q) - (k) <= None"
-    assert str(normalise(score)[0]) == "everything"
+    assert str(mask) == "leaf0[b, q] == leaf0[b, k] and q >= k"
+    assert str(normalise(score)[0]) == "every pair"
     assert normalise(score)[0].by_columns and not mask.by_columns
 
 

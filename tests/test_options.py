@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from hsap_compile.errors import Refused
-from hsap_compile.mesh import mesh_shape
+from hsap_compile.mesh import mesh_shape, world
 from hsap_compile.options import Options, parse
 from threads import run_threads
 
@@ -28,7 +28,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
     text = refusal({"placment": "balanced"})
     assert 'there is no option "placment"' in text
     assert 'did you mean "placement"?' in text
-    assert "one of mesh, intra, placement, outputs, grad_sync, strict, lower, inductor, on_step" in text
+    assert "lower, attention, kernel_options, inductor, on_step" in text
 
 
 @pytest.mark.parametrize("key", ["placement", "outputs", "lower"])
@@ -57,7 +57,7 @@ def test_mode_is_honoured_or_refused() -> None:
 
 
 def _groups(options: Options, kv_heads: int, heads: int) -> Any:
-    return mesh_shape(options, kv_heads, heads).groups
+    return mesh_shape(options, kv_heads, heads, world()[1]).groups
 
 
 def test_the_default_group_is_the_largest_that_divides_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:

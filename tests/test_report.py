@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsap_compile import make_plan
+from hsap_compile.plan.check import BrokenPlan
 from hsap_compile.plan.cost import A100, H100
 from hsap_compile.plan.lengths import SOURCES, draw
 from hsap_compile.plan.report import Bound, PlanReport
@@ -99,6 +100,18 @@ def test_sums_and_bounds(report: PlanReport) -> None:
         parts = spent.own + spent.remote + spent.intra + spent.inter
         assert np.all(spent.total <= parts * (1 + 1e-12)) and np.all(spent.total >= parts / 2)
     assert seconds.layer >= seconds.attention > 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(reports())
+def test_verify_reads_the_tables(report: PlanReport) -> None:
+    report.verify()
+    masks = report.plan.masks
+    broken = dataclasses.replace(masks[0].transfers, start=masks[0].transfers.start + 1)
+    if len(broken.start):
+        wrong = dataclasses.replace(report.plan, masks=(dataclasses.replace(masks[0], transfers=broken),))
+        with pytest.raises(BrokenPlan):
+            dataclasses.replace(report, plan=wrong).verify()
 
 
 def test_gaps() -> None:

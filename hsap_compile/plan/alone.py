@@ -4,14 +4,16 @@ Heads of all other columns are exchanged, and their area is even whoever holds t
 the area of alone documents is even, and how many columns are left to exchange:
 
   1. documents that lie in the group are placed whole (`fill`), and shared where that does not fit;
-  2. the slowest rank shares one of its documents or swaps it with the lightest rank, whichever helps it
-     most, until nothing does; of all states on the way that one counts in which the slowest rank is fastest.
+  2. while one has area over the limit, the slowest rank shares one of its documents or swaps it with the
+     lightest rank, whichever helps it most; of all states on the way that one counts in which the slowest
+     rank is fastest.
 
 Shapes: M ranks of a group, K units (documents, or several that touch the same columns).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,8 @@ from hsap_compile.plan.attended import Floats, Ints
 from hsap_compile.plan.fill import NOBODY, PATIENCE, Fill
 
 STEPS = 16  # times the ranks of a group
+LEAST_GAIN = 1e-3  # of the limit
+DEAR = 0.5  # of the limit: where exchanging heads costs more, sharing less is tried as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +58,10 @@ class _Ranks(Fill):
         load = np.full(ranks, (group.area - group.pairs.sum()) / ranks)
         super().__init__(group.sizes, group.pairs, room, load, group.limit, 0)
 
-    def divide(self, document: int, light: Ints, even: bool) -> None:
+    def divide(self, document: int, light: Ints, most: float | None = None) -> None:
         n, area, ranks = self.sizes[document], self.pairs[document], len(self.room)
         some = light[self.room[light] >= n][:1]
-        if even and len(some) and self.excess_with(some, n, area) <= 0:
+        if most is not None and len(some) and self.excess_with(some, n, area) <= 0:
             self.put(document, int(some[0]))
         else:
             self.room -= n / ranks
@@ -68,13 +72,25 @@ def choose(group: Group) -> Ints:
     """(K,) the rank (0..M-1) that holds each unit alone, or NOBODY."""
     if len(group.sizes) == 0:
         return np.empty(0, np.int64)
+    best = _filled(group)
+    if group.price * best.exchanged.max() > DEAR * group.limit:  # whole wherever there is room
+        loose = _filled(dataclasses.replace(group, limit=math.inf), group)
+        best = min(best, loose, key=lambda state: state.slowness(state.area, state.exchanged).max())
+    return best.member
+
+
+def _filled(group: Group, real: Group | None = None) -> _State:
     fill = _Ranks(group)
     fill.place()
-    return share(group, fill.owner)
+    return _shared(real or group, fill.owner)
 
 
 def share(group: Group, member: Ints) -> Ints:
     """(K,) `member` with NOBODY for those units that are better shared."""
+    return _shared(group, member).member
+
+
+def _shared(group: Group, member: Ints) -> _State:
     state = _State(group, member)
     best, fewest = state.member.copy(), math.inf
     for _ in range(STEPS * len(group.quota)):
@@ -82,9 +98,9 @@ def share(group: Group, member: Ints) -> Ints:
         slowest = int(np.argmax(seconds))
         if seconds[slowest] < fewest:
             best, fewest = state.member.copy(), float(seconds[slowest])
-        if not state.improve(slowest, seconds):
+        if state.area.max() <= group.limit or not state.improve(slowest, seconds):
             break
-    return best
+    return _State(group, best)
 
 
 class _State:
@@ -122,7 +138,7 @@ class _State:
         room = (self.exchanged[slowest] + more >= 0) & (self.exchanged[lightest] - more >= 0)
         swapped = np.where(room & (lightest != slowest), swapped, np.inf)
         i, j = np.unravel_index(np.argmin(swapped), swapped.shape)
-        if min(swapped[i, j], shared.min()) >= seconds[slowest]:
+        if min(swapped[i, j], shared.min()) > seconds[slowest] - LEAST_GAIN * group.limit:
             return False
         if swapped[i, j] <= shared.min():
             self._move(int(mine[i]), lightest)

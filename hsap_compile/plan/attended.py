@@ -151,6 +151,12 @@ def union(start: Ints, stop: Ints) -> tuple[Ints, Ints]:
     return start[opens], reach[closes]
 
 
+def distinct(values: Ints) -> Ints:
+    """Sorted, each once; several times as fast as np.unique, which hashes."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
+
+
 # --- mask to runs ---
 
 
@@ -158,7 +164,8 @@ def structure(mask: Attended) -> Structure:
     """Read the mask's arrays once, in O(B S) vector operations."""
     queries = _runs(mask, mask.query_valid)
     keys = queries if mask.query_valid is mask.key_valid else _runs(mask, mask.key_valid)
-    keys = keys.take(np.lexsort((keys.start, keys.label)))
+    if np.any(keys.label[1:] < keys.label[:-1]):
+        keys = keys.take(np.lexsort((keys.start, keys.label)))
     before = np.concatenate(([0], np.cumsum(keys.stop - keys.start)))
     return Structure(mask, queries, keys, before)
 
@@ -242,7 +249,7 @@ def area(structures: Sequence[Structure]) -> Area:
     """Exact; linear in the number of runs, however the labels interleave."""
     tokens = structures[0].mask.tokens
     edges = np.concatenate([np.zeros(1, np.int64), *map(_knots, structures)])
-    knots = np.append(np.unique(edges[(edges >= 0) & (edges < tokens)]), tokens)
+    knots = np.append(distinct(edges[(edges >= 0) & (edges < tokens)]), tokens)
     size = np.diff(knots)
     probes = np.concatenate((knots[:-1], knots[1:] - 1))
     first, last = sum((_pairs(s, probes) for s in structures), np.zeros_like(probes)).reshape(2, -1)

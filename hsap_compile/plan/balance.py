@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import bisect
 import math
+from typing import Any
 
 import numpy as np
 
 from hsap_compile.plan.attended import Area, Ints
-from hsap_compile.plan.fill import LIMIT, PATIENCE, Fill
+from hsap_compile.plan.fill import LIMIT, PATIENCE, TOLERANCE, Fill
 from hsap_compile.plan.swap import Reach, Spread, swap
 
 OVERFILL = 32  # a group's tokens over this: so much too much it may hold until counts are made equal
@@ -46,22 +47,33 @@ class _Groups(Fill):
         self.area, self.cuts, self.reach, self.price, self.most = area, cuts, reach, price, int(shares.max())
         self.parts: list[tuple[Ints, Ints, Ints]] = []
 
-    def divide(self, document: int, light: Ints, even: bool) -> None:
-        """Over as few groups as fit, or those that fit best."""
+    def state(self) -> tuple[Any, ...]:
+        return *super().state(), self.parts.copy()
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        super().restore(state)
+        self.parts = state[3].copy()
+
+    def divide(self, document: int, light: Ints, most: float | None = None) -> None:
+        """Over as few groups as fit; where none fits, more groups must be worth their number."""
         n, area = int(self.sizes[document]), int(self.pairs[document])
-        chosen, fewest = np.arange(len(self.room)), math.inf
-        ways = max(1, -(-n // self.most), math.ceil(area / self.limit)) if even else 2
+        chosen, least = np.arange(len(self.room)), math.inf
+        ways = 2 if most is None else max(1, -(-n // self.most), math.ceil(area / most))
+        tolerable = TOLERANCE * self.limit + (
+            0.0 if most is None else max(0.0, self.excess(self.room, self.load))
+        )
         while ways < len(self.room):
             part = -(-n // ways)
-            some = light[self.room[light] >= part][:ways]
+            some = light[self.room[light] >= part - (self.overfill if ways == 1 else 0)][:ways]
             if len(some) == ways:
-                excess = self.excess_with(some, part, area / ways) if even else 0.0
-                if excess < fewest - 1e-3 * self.limit:
-                    chosen, fewest = some, excess
-                if excess <= 0:
+                excess = 0.0 if most is None else self.excess_with(some, part, area / ways)
+                if excess + ways * TOLERANCE * self.limit < least:
+                    chosen, least = some, excess + ways * TOLERANCE * self.limit
+                if excess <= tolerable:
+                    chosen = some
                     break
             ways += max(1, ways // 8)
-        if len(chosen) == 1 and self.room[chosen[0]] >= n:
+        if len(chosen) == 1:
             self.put(document, int(chosen[0]))
         else:
             self._split(document, chosen)

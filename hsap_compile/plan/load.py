@@ -172,9 +172,8 @@ class Load:
         return result
 
     def most_bytes(self, level: Level) -> int:
-        """Forward and backward, sent or received, whichever is more, by the rank that moves most."""
-        there, back = (self.bytes[level, name] for name in PASSES)
-        return int(np.maximum(there.sent + back.sent, there.received + back.received).max())
+        """Sent, forward and backward, by the rank that sends most. As much is received."""
+        return int(np.sum([self.bytes[level, name].sent for name in PASSES], axis=0).max())
 
     def predicted(self, cost: CostModel) -> Predicted:
         """Under `cost`, whose shape must be the one that was counted with."""

@@ -1,8 +1,8 @@
 """Which rank holds which columns.
 
-Token counts equal to +-1 on every rank are a hard rule; attended area is balanced over groups under it; cuts,
-which cost traffic, are kept few under that. Inside a group all members hold all the group's columns after the
-head exchange, so that only groups are balanced, and members are contiguous cuts of their group's columns.
+Token counts equal to +-1 on every rank are a hard rule; attended area is balanced over ranks under it; what
+is sent is kept little under that. Three levels: documents alone on one rank send nothing, those shared in a
+group exchange heads, those on several groups send keys and values.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hsap_compile.plan.attended import (
     Ints,
     Structure,
     area,
+    distinct,
     structure,
     unanswered,
     union,
@@ -196,13 +197,11 @@ def place(
 ) -> Placement:
     """Assign columns to ranks.
 
-    `contiguous` cuts [0, S) in the order of (group, position). `balanced`:
-      1. cut [0, S) into documents: for several rows or masks, at the union of their boundaries; documents
-         that interleave count as one;
-      2. largest first, put each on the group whose remaining area per remaining token is the highest; one
-         that is more than a group's share is split over as few groups as possible, into zigzag pairs where a
-         plain cut is uneven; one that no longer fits is cut at the free space;
-      3. swap windows of equal length between the most and the least loaded group until all are near the mean.
+    `contiguous` cuts [0, S) in the order of (group, position). `balanced` spreads documents over groups; for
+    several rows or masks these are cut at the union of their boundaries, and documents that interleave count
+    as one (`balance`). In both, those documents of a group that lie, or fit, on one rank are alone there as
+    far as that keeps its ranks even (`alone`); the rest is shared and cut in order. `cost` is the price of
+    what is sent.
 
     Raises:
         ValueError: masks differ in batch or tokens, S < 2 P, or an unknown kind.
@@ -230,20 +229,20 @@ def place_structures(
         )
     counts = tokens // ranks + (np.arange(ranks) < tokens % ranks)
     shares = counts[np.array(mesh.groups)].sum(axis=1)
-    before, units = area(structures), _units(structures)
+    before, hulls = area(structures), _hulls(structures)
+    units = _units(structures, hulls)
     if kind == "contiguous" or mesh.inter == 1:
         ends = np.cumsum(shares)
         spread = Spread(np.arange(mesh.inter), ends - shares, ends)
     else:
         reach = Reach(units, *_widest(structures))
-        spread = balance(before, _cuts(structures), reach, shares, _pairs_per_row(cost))
-    pieces = []
-    for g, group in enumerate(mesh.groups):
-        run = np.stack(union(spread.start[spread.group == g], spread.stop[spread.group == g]))
-        pieces.append(_within(before, units, run, counts[list(group)], kind, cost, mesh))
-        pieces[-1][0] = np.array(group)[pieces[-1][0]]
-    rank, shared, start, stop = np.concatenate(pieces, axis=1)
-    return Placement(mesh, tokens, rank, shared.astype(np.bool_), start, stop)
+        spread = balance(before, _cuts(structures, hulls), reach, shares, _pairs_per_row(cost))
+    line = 2 * tokens  # of each group, so that groups do not touch
+    runs = np.stack(union(spread.group * line + spread.start, spread.group * line + spread.stop))
+    alone = np.empty((3, 0), np.int64)
+    if mesh.intra > 1:
+        alone = _alone(before, units, runs, line, counts, kind, cost, mesh)
+    return _placed(mesh, tokens, runs, line, counts, alone)
 
 
 def _pairs_per_row(cost: CostModel) -> float:
@@ -259,53 +258,59 @@ def _pairs_per_column(cost: CostModel, ranks: int) -> float:
     return seconds / cost.attention_seconds(1.0)
 
 
-def _within(
-    area: Area, units: Ints, run: Ints, quota: Ints, kind: Kind, cost: CostModel, mesh: MeshShape
+def _alone(
+    area: Area, units: Ints, runs: Ints, line: int, counts: Ints, kind: Kind, cost: CostModel, mesh: MeshShape
 ) -> Ints:
-    """(4, n) member, shared, start, stop of one group's pieces; `run` (2, m) is what the group holds."""
-    if mesh.intra == 1:
-        return np.stack((np.zeros_like(run[0]), np.ones_like(run[0]), *run))
-    i = np.maximum(np.searchsorted(run[0], units[:-1], side="right") - 1, 0)
-    inside = np.flatnonzero((units[:-1] >= run[0, i]) & (units[1:] <= run[1, i]))
+    """(3, n) rank, start, stop of what the ranks hold alone; `runs` (2, m) are the groups', on lines."""
+    order = np.argsort(runs[0] % line)
+    group = runs[0, order] // line
+    start, stop = runs[:, order] - group * line
+    pairs = np.bincount(group, area.before(stop) - area.before(start), mesh.inter)
+    i = np.searchsorted(start, units[:-1], side="right") - 1
+    inside = np.flatnonzero(units[1:] <= stop[i])
+    inside = inside[np.argsort(group[i[inside]], kind="stable")]
+    first = np.searchsorted(group[i[inside]], np.arange(mesh.inter + 1))
     start, stop = units[inside], units[inside + 1]
-    total = float(np.sum(area.before(run[1]) - area.before(run[0])))
-    group = Group(
-        quota,
-        stop - start,
-        area.before(stop) - area.before(start),
-        total,
-        max(LIMIT * float(area.total[-1]) / mesh.size, INSIDE * total / mesh.intra),
-        _pairs_per_column(cost, mesh.intra),
-    )
-    if kind == "contiguous":
-        ends = run[0, 0] + np.cumsum(quota)
-        first = np.searchsorted(ends, start, side="right")
-        last = np.searchsorted(ends, stop, side="left")
-        member = share(group, np.where(first == last, first, NOBODY))
-    else:
-        member = choose(group)
-    return _members(quota, run, start, stop, member)
+    areas = area.before(stop) - area.before(start)
+    mean, price = float(area.total[-1]) / mesh.size, _pairs_per_column(cost, mesh.intra)
+    found = []
+    for g, members in enumerate(mesh.groups):
+        mine = slice(first[g], first[g + 1])
+        limit = max(LIMIT * mean, INSIDE * float(pairs[g]) / mesh.intra)
+        quota = counts[list(members)]
+        part = Group(quota, (stop - start)[mine], areas[mine], float(pairs[g]), limit, price)
+        if kind == "contiguous":
+            ends = runs[0, g] - g * line + np.cumsum(quota)
+            at = np.searchsorted(ends, start[mine], side="right")
+            whole = at == np.searchsorted(ends, stop[mine], side="left")
+            member = share(part, np.where(whole, at, NOBODY))
+        else:
+            member = choose(part)
+        some = member != NOBODY
+        found.append(np.stack((np.array(members)[member[some]], start[mine][some], stop[mine][some])))
+    return np.concatenate(found, axis=1)
 
 
-def _members(quota: Ints, run: Ints, start: Ints, stop: Ints, member: Ints) -> Ints:
-    """What of `run` (2, m) is in no unit [start, stop) with a member of its own is cut in order."""
-    alone = member != NOBODY
-    at, begin, end = member[alone], start[alone], stop[alone]
-    left = quota - np.bincount(at, weights=end - begin, minlength=len(quota)).astype(np.int64)
+def _placed(mesh: MeshShape, tokens: int, runs: Ints, line: int, counts: Ints, alone: Ints) -> Placement:
+    """What of the groups' `runs` no rank has alone is cut in order: each rank gets what its count lacks."""
+    ranks = np.array(mesh.groups).ravel()
+    held = np.bincount(alone[0], alone[2] - alone[1], mesh.size).astype(np.int64)
+    on = mesh.group[alone[0]] * line
     # what is left of the runs lies between the alone units
-    first, last = np.sort(np.append(run[0], end)), np.sort(np.append(run[1], begin))
+    first, last = np.sort(np.append(runs[0], alone[2] + on)), np.sort(np.append(runs[1], alone[1] + on))
     first, last = first[first < last], last[first < last]
-    before, ends = np.cumsum(last - first) - (last - first), np.cumsum(left)
-    edges = np.unique(np.concatenate((before, [0], ends)))
-    mine = np.searchsorted(ends, edges[:-1], side="right")
-    if len(mine):
-        i = np.searchsorted(before, edges[:-1], side="right") - 1
-        begin = np.append(begin, first[i] + edges[:-1] - before[i])
-        end = np.append(end, begin[len(at) :] + np.diff(edges))
-    shared = np.repeat([0, 1], [len(at), len(mine)])
-    at = np.append(at, mine)
-    order = np.lexsort((begin, shared, at))
-    return np.stack((at, shared, begin, end))[:, order]
+    before, ends = np.cumsum(last - first) - (last - first), np.cumsum((counts - held)[ranks])
+    edges = distinct(np.concatenate((before, [0], ends)))[:-1]
+    i = np.searchsorted(before, edges, side="right") - 1
+    start = first[i] + edges - before[i] if len(edges) else edges
+    stop = start + np.diff(edges, append=ends[-1])
+    position = np.empty_like(ranks)
+    position[ranks] = np.arange(mesh.size)
+    at = np.append(position[alone[0]], np.searchsorted(ends, edges, side="right"))
+    shared = np.repeat([False, True], [alone.shape[1], len(edges)])
+    start, stop = np.append(alone[1], start % line), np.append(alone[2], (stop - 1) % line + 1)
+    order = np.lexsort((start, shared, at))
+    return Placement(mesh, tokens, ranks[at[order]], shared[order], start[order], stop[order])
 
 
 def expand(start: Ints, stop: Ints) -> Ints:
@@ -315,53 +320,47 @@ def expand(start: Ints, stop: Ints) -> Ints:
     return np.arange(size.sum()) + np.repeat(start - before, size)
 
 
-def _cuts(structures: Sequence[Structure]) -> Ints:
-    """Document boundaries, from 0 to S."""
-    tokens = structures[0].mask.tokens
-    ends = np.array([0, tokens])
-    cuts = np.unique(np.concatenate([ends, *map(_boundaries, structures)]))
+def _hulls(structures: Sequence[Structure]) -> tuple[Ints, Ints, Ints]:
+    """(row, first column, the column behind the last) of every document; each mask has rows of its own."""
+    rows, firsts, lasts, line = [], [], [], 0
+    for s in structures:
+        runs = (s.queries,) if s.keys is s.queries else (s.queries, s.keys)
+        row, start, stop, label = (
+            np.concatenate([getattr(r, name) for r in runs]) for name in ("row", "start", "stop", "label")
+        )
+        order = np.argsort(label, kind="stable")
+        opens = np.flatnonzero(np.diff(label[order], prepend=-1))
+        rows.append(row[order[opens]] + line)
+        firsts.append(np.minimum.reduceat(start[order], opens) if len(opens) else start)
+        lasts.append(np.maximum.reduceat(stop[order], opens) if len(opens) else stop)
+        line += s.mask.batch
+    return np.concatenate(rows), np.concatenate(firsts), np.concatenate(lasts)
+
+
+def _cuts(structures: Sequence[Structure], hulls: tuple[Ints, Ints, Ints]) -> Ints:
+    """Columns from 0 to S where a document of some row begins or ends, or several that interleave do."""
+    tokens, stride = structures[0].mask.tokens, structures[0].stride
+    row, first, last = hulls
+    # a line twice as fine, on which documents that touch do not join
+    start, stop = union(2 * (row * stride + first), 2 * (row * stride + last) - 1)
+    cuts = distinct(np.concatenate(([0, tokens], start // 2 % stride, (stop + 1) // 2 % stride)))
     if len(cuts) > MAX_ATOMS:
-        _, first = np.unique(cuts * MAX_ATOMS // (tokens + 1), return_index=True)
-        cuts = np.unique(np.append(cuts[first], ends))
+        _, kept = np.unique(cuts * MAX_ATOMS // (tokens + 1), return_index=True)
+        cuts = distinct(np.append(cuts[kept], [0, tokens]))
     return cuts
 
 
-def _boundaries(s: Structure) -> Ints:
-    """Columns where a document of some row begins or ends, or several that interleave do."""
-    row, first, last = _hulls(s)
-    # a line twice as fine, on which documents that touch do not join
-    line = 2 * row * s.stride
-    start, stop = union(line + 2 * first, line + 2 * last - 1)
-    return np.concatenate((start, stop + 1)) // 2 % s.stride
-
-
-def _hulls(s: Structure) -> tuple[Ints, Ints, Ints]:
-    """(row, first column, the column behind the last) of every document."""
-    runs = (s.queries, s.keys)
-    row, start, stop, label = (
-        np.concatenate([getattr(r, name) for r in runs]) for name in ("row", "start", "stop", "label")
-    )
-    labels = int(label.max(initial=-1)) + 1
-    rows, first, last = np.zeros(labels, np.int64), np.full(labels, s.stride), np.zeros(labels, np.int64)
-    rows[label] = row
-    np.minimum.at(first, label, start)
-    np.maximum.at(last, label, stop)
-    some = first < last
-    return rows[some], first[some], last[some]
+def _units(structures: Sequence[Structure], hulls: tuple[Ints, Ints, Ints]) -> Ints:
+    """Columns from 0 to S between which no pair is attended: in no row, by no mask."""
+    tokens = structures[0].mask.tokens
+    if any(s.mask.soft and len(unanswered(s)[0]) for s in structures):
+        return np.array([0, tokens])  # some query attends to its whole row
+    _, first, last = hulls
+    start, stop = union(2 * first, 2 * last - 1)
+    return distinct(np.concatenate(([0, tokens], start // 2, (stop + 1) // 2)))
 
 
 def _widest(structures: Sequence[Structure]) -> tuple[int, int]:
     """(lo, hi) of a band that holds those of all masks."""
     bands = [s.mask.band for s in structures]
     return min(lo for lo, _ in bands), max(hi for _, hi in bands)
-
-
-def _units(structures: Sequence[Structure]) -> Ints:
-    """Columns from 0 to S between which no pair is attended: in no row, by no mask."""
-    tokens = structures[0].mask.tokens
-    ends = np.array([0, tokens])
-    if any(s.mask.soft and len(unanswered(s)[0]) for s in structures):
-        return ends  # some query attends to its whole row
-    _, first, last = np.concatenate([_hulls(s) for s in structures], axis=1)
-    start, stop = union(2 * first, 2 * last - 1)
-    return np.unique(np.concatenate((ends, start // 2, (stop + 1) // 2)))

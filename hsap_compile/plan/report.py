@@ -36,6 +36,8 @@ from hsap_compile.plan.strategies import STRATEGIES, head_exchange
 from hsap_compile.plan.tables import Plan, make
 from hsap_compile.plan.text import described
 
+NEAR = 1.02  # a mesh is chosen when no other can be faster than by this
+
 Mask = Literal["causal", "full"] | tuple[Literal["window"], int]
 
 
@@ -129,6 +131,13 @@ class PlanReport:
         """`forward` and `backward` by what is done, per rank, and `attention` and `layer` as a whole."""
         return self.load.predicted(self.cost)
 
+    @property
+    def least_seconds(self) -> float:
+        """Of one layer on these ranks, whatever the mesh and the plan: even shares, and nothing sent."""
+        return self.cost.attention_seconds(self.lower_bound.area.least) + self.cost.linear_seconds(
+            self.setting.tokens / self.setting.ranks
+        )
+
     @cached_property
     def load(self) -> Load:
         """The same as other strategies are counted."""
@@ -181,6 +190,15 @@ class PlanReport:
                 result[name] = str(error)
         return result
 
+    def verify(self) -> None:
+        """Prove from the tables of all ranks that every attended pair is computed once, by whoever has its
+        rows, and that what is sent is what is received.
+
+        Raises:
+            BrokenPlan: it is not so, and where.
+        """
+        self.plan.verify()
+
     def save_html(self, path: str | Path) -> None:
         """A page that draws the plan, in light or dark, with the text of `print`; needs no network."""
         drawing = picture(self)
@@ -214,7 +232,8 @@ def make_plan(
         lengths: tokens of each document, in order.
         inter: groups of ranks, between which keys and values travel.
         intra: ranks of a group, among which heads are exchanged.
-        ranks: how many there are; with neither inter nor intra the cost model chooses both.
+        ranks: how many there are; with neither inter nor intra the cost model chooses both, so that by its
+            own prediction no other choice is faster by more than `NEAR`.
         placement: "balanced", or "contiguous" to keep the row's order.
         query_heads, kv_heads, head_dim, dtype_bytes: of the model's attention.
         mask: inside documents: "causal", "full", or ("window", w): the last w tokens.
@@ -232,11 +251,15 @@ def make_plan(
     shape = AttentionShape(query_heads, kv_heads, head_dim, dtype_bytes)
     machine = dataclasses.replace(cost, shape=shape)
     band = _band(mask)
-    reports = (
-        _planned(Setting(whole, *mesh, band, shape), machine, placement)
-        for mesh in _meshes(inter, intra, ranks, machine)
-    )
-    return min(reports, key=lambda r: r.predicted_seconds.layer)
+    best: PlanReport | None = None
+    for mesh in _meshes(inter, intra, ranks, machine):
+        if best is not None and best.predicted_seconds.layer <= NEAR * best.least_seconds:
+            break  # no other mesh can be faster by more than that
+        report = _planned(Setting(whole, *mesh, band, shape), machine, placement)
+        if best is None or report.predicted_seconds.layer < best.predicted_seconds.layer:
+            best = report
+    assert best is not None
+    return best
 
 
 def _planned(setting: Setting, cost: CostModel, placement: Kind) -> PlanReport:
@@ -245,7 +268,7 @@ def _planned(setting: Setting, cost: CostModel, placement: Kind) -> PlanReport:
     mask = Attended(1, setting.tokens, labels, lo=lo, hi=hi)
     ranks = np.arange(setting.ranks).reshape(setting.inter, setting.intra)
     groups = MeshShape(tuple(tuple(row) for row in ranks.tolist()))
-    return PlanReport(setting, cost, placement, make([mask], groups, placement))
+    return PlanReport(setting, cost, placement, make([mask], groups, placement, cost))
 
 
 def _meshes(
@@ -267,7 +290,8 @@ def _meshes(
         intra = intra or ranks // inter or 1
     if intra is None:
         possible = [g for g in range(1, ranks + 1) if ranks % g == 0 and cost.shape.splits(g)]
-        return [(ranks // g, g) for g in possible if g <= cost.ranks_per_host]
+        # the largest groups first: fewer are planned faster
+        return [(ranks // g, g) for g in reversed(possible) if g <= cost.ranks_per_host]
     if ranks % intra or (inter is not None and inter * intra != ranks):
         raise ValueError(
             f"make_plan: got inter={inter}, intra={intra}, ranks={ranks}; wanted inter x intra = ranks: "

@@ -46,7 +46,34 @@ class _Pieces:
     offset: Ints  # buffer row minus column
 
 
-_Family = tuple[_Pieces, _Pieces, int, int]  # queries, keys of the same labels, and the band between them
+@dataclass(frozen=True, eq=False)
+class _Family:
+    """Queries, keys of the same labels, the band between them, and the range of keys that each may reach."""
+
+    queries: _Pieces
+    keys: _Pieces
+    lo: int
+    hi: int
+    first: Ints
+    last: Ints
+
+    @property
+    def size(self) -> int:
+        return int((self.last - self.first).sum())
+
+    def rects(self) -> Ints:
+        queries, keys = self.queries, self.keys
+        q, k = ranges(self.first, self.last)
+        return np.stack(
+            (
+                queries.start[q],
+                queries.stop[q],
+                keys.start[k],
+                keys.stop[k],
+                queries.offset[q],
+                keys.offset[k],
+            )
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,27 +94,33 @@ def slices(s: Structure, own: Buffer, received: Buffer) -> Ints:
         received: the keys it receives.
     """
     lo, hi = s.mask.band
+    if len(own.start) == 0:
+        return np.empty((0, 7), np.int64)
     held = _joined(own, received)
     queries, keys = _labelled(s.queries, own, s.stride), _labelled(s.keys, held, s.stride)
-    families = [(queries, keys, lo, hi)]
-    everything = _pieces(*_all_rows(s), held, s.stride)
+    families = [_family(queries, keys, lo, hi, s.stride)]
     if s.mask.soft:
-        families.append((_pieces(*unanswered(s), own, s.stride), everything, -UNBOUNDED, UNBOUNDED))
+        everything = _pieces(*_all_rows(s), held, s.stride)
+        unmet = _pieces(*unanswered(s), own, s.stride)
+        families.append(_family(unmet, everything, -UNBOUNDED, UNBOUNDED, s.stride))
     pieces = len(queries.label) + len(keys.label)
-    exact = _count(families, s.stride) <= max(MAX_EXACT, MAX_EXACT_PER_PIECE * pieces)
+    exact = sum(f.size for f in families) <= max(MAX_EXACT, MAX_EXACT_PER_PIECE * pieces)
     if not exact and s.mask.soft:
-        families = [(_pieces(*_all_rows(s), own, s.stride), everything, -UNBOUNDED, UNBOUNDED)]
+        rows = _pieces(*_all_rows(s), own, s.stride)
+        families = [_family(rows, everything, -UNBOUNDED, UNBOUNDED, s.stride)]
     elif not exact:
-        families = [(_pieces(*answered(s), own, s.stride), everything, lo, hi)]
+        rows = _pieces(*answered(s), own, s.stride)
+        families = [_family(rows, _pieces(*_all_rows(s), held, s.stride), lo, hi, s.stride)]
 
-    rects, *others = (_blocks(_clip(_pairs(*f, s.stride), *f[2:]), *f[2:]) for f in families)
-    parts = _by_kind(rects, lo, hi) if exact and not s.mask.residual else [(rects, MOD)]
-    parts += [(r, MOD) for r in others]
-    rows = np.concatenate([_finish(r, kind, s) for r, kind in parts])
-    return rows[np.lexsort((rows[:, 2], rows[:, 0]))]
+    rects, *others = (_blocks(_clip(f.rects(), f.lo, f.hi), f.lo, f.hi) for f in families)
+    first = _by_kind(rects, lo, hi) if exact and not s.mask.residual else _as(rects, MOD)
+    found = np.concatenate([_finish(*x, s) for x in (first, *(_as(r, MOD) for r in others))])
+    return found[np.lexsort((found[:, 2], found[:, 0]))]
 
 
 def _joined(own: Buffer, received: Buffer) -> Buffer:
+    if len(received.start) == 0:
+        return own
     order = np.argsort(np.concatenate((own.start, received.start)))
     start, stop, offset = (
         np.concatenate(x)[order]
@@ -120,24 +153,12 @@ def _all_rows(s: Structure) -> tuple[Ints, Ints]:
     return start, start + s.mask.tokens
 
 
-def _reach(queries: _Pieces, keys: _Pieces, lo: int, hi: int, stride: int) -> tuple[Ints, Ints]:
+def _family(queries: _Pieces, keys: _Pieces, lo: int, hi: int, stride: int) -> _Family:
     base, key_base = queries.label * stride, keys.label * stride
     start = base + np.clip(queries.start - hi, 0, stride - 1)
     stop = base + np.clip(queries.stop - lo, 0, stride - 1)
     first, last = span(start, stop, key_base + keys.start, key_base + keys.stop)
-    return first, np.where(start < stop, last, first)
-
-
-def _count(families: list[_Family], stride: int) -> int:
-    spans = [_reach(*f, stride) for f in families]
-    return sum(int((last - first).sum()) for first, last in spans)
-
-
-def _pairs(queries: _Pieces, keys: _Pieces, lo: int, hi: int, stride: int) -> Ints:
-    q, k = ranges(*_reach(queries, keys, lo, hi, stride))
-    return np.stack(
-        (queries.start[q], queries.stop[q], keys.start[k], keys.stop[k], queries.offset[q], keys.offset[k])
-    )
+    return _Family(queries, keys, lo, hi, first, np.where(start < stop, last, first))
 
 
 def _clip(rects: Ints, lo: int, hi: int) -> Ints:
@@ -170,8 +191,8 @@ def _blocks(rects: Ints, lo: int, hi: int) -> Ints:
     return _clip(np.stack((start, stop, c, d, q_offset, k_offset)), lo, hi)
 
 
-def _by_kind(rects: Ints, lo: int, hi: int) -> list[tuple[Ints, int]]:
-    """Cut clipped rectangles into parts of one kind each.
+def _by_kind(rects: Ints, lo: int, hi: int) -> tuple[Ints, Ints]:
+    """Clipped rectangles cut into parts of one kind each, and the kinds.
 
     Keys left of t are cut by the upper side of the band only, the others by the lower side only:
 
@@ -181,34 +202,47 @@ def _by_kind(rects: Ints, lo: int, hi: int) -> list[tuple[Ints, int]]:
           e  ▜ █ █ █ █ █ ▙
           f    ▜ █ █ █ █ █
     """
+    if rects.shape[1] == 0:
+        return _as(rects, FULL)
     low, high = _binds(rects, lo, hi)
     wide = low & high & (rects[1] - rects[0] > hi - lo + 1)  # a narrow window: both sides cut the same keys
-    a, b, c, d, q_offset, k_offset = rects[:, ~wide]
-    t = np.where(low[~wide], np.minimum(a - lo, d), d)
-    s = np.clip(b - 1 - hi, c, t)
-    e = np.clip(c + hi, a, b)
-    f = np.where(t < d, d + lo, a)
+    parts = []
+    if wide.any():
+        parts.append(_as(rects[:, wide], BAND))
+        rects, low, high = rects[:, ~wide], low[~wide], high[~wide]
+    a, b, c, d, *offsets = rects
+    t, f = d, a
+    if low.any():
+        t = np.where(low, np.minimum(a - lo, d), d)
+        f = np.where(t < d, d + lo, a)
+        parts += [_part(f, b, t, d, offsets, FULL), _part(a, f, t, d, offsets, CAUSAL)]
+    s, e = c, b
+    if high.any():
+        s = np.clip(b - 1 - hi, c, t)
+        e = np.clip(c + hi, a, b)
+        corner, kinds = _part(e, b, c, s, offsets, BAND)
+        corner = _clip(corner, lo, hi)
+        parts += [_part(a, e, c, s, offsets, FULL), (corner, kinds[: corner.shape[1]])]
+    parts.append(_part(a, b, s, t, offsets, FULL))
+    return np.concatenate([r for r, _ in parts], axis=1), np.concatenate([k for _, k in parts])
 
-    def part(*sides: Ints) -> Ints:
-        return _clip(np.stack((*sides, q_offset, k_offset)), -UNBOUNDED, UNBOUNDED)
 
-    corner = _clip(part(e, b, c, s), lo, hi)
-    return [
-        (part(a, b, s, t), FULL),
-        (part(a, e, c, s), FULL),
-        (part(f, b, t, d), FULL),
-        (part(a, f, t, d), CAUSAL),
-        (corner, BAND),
-        (rects[:, wide], BAND),
-    ]
+def _part(a: Ints, b: Ints, c: Ints, d: Ints, offsets: list[Ints], kind: int) -> tuple[Ints, Ints]:
+    """The rectangles that are not empty."""
+    some = (a < b) & (c < d)
+    return _as(np.stack((a, b, c, d, *offsets))[:, some], kind)
 
 
-def _finish(rects: Ints, kind: int, s: Structure) -> Ints:
+def _as(rects: Ints, kind: int) -> tuple[Ints, Ints]:
+    return rects, np.full(rects.shape[1], kind)
+
+
+def _finish(rects: Ints, kind: Ints, s: Structure) -> Ints:
+    """The rows of rectangles."""
     lo, hi = s.mask.band
     a, b, c, d, q_offset, k_offset = rects
-    low, high = np.zeros_like(a), np.zeros_like(a)
-    if kind == BAND:  # from columns to local rows
-        low = np.full_like(a, lo) if s.mask.lo is None else lo - (a - c)
-        high = np.full_like(a, hi) if s.mask.hi is None else hi - (a - c)
-    rows = (a + q_offset, b + q_offset, c + k_offset, d + k_offset)
-    return np.stack((*rows, np.full_like(a, kind), low, high), axis=1)
+    band = kind == BAND  # from columns to local rows
+    low = np.where(band, lo if s.mask.lo is None else lo - (a - c), 0)
+    high = np.where(band, hi if s.mask.hi is None else hi - (a - c), 0)
+    rows = (a + q_offset, b + q_offset, c + k_offset, d + k_offset, kind, low, high)
+    return np.stack(rows, axis=1)

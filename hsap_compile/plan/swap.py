@@ -5,6 +5,7 @@ Shapes: G groups, n pieces; A pairs of a heavy and a light group, C = 2 CANDIDAT
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from hsap_compile.plan.fill import LIMIT, PATIENCE
 
 CANDIDATES = 10  # pieces of a group that a swap considers
 ROUNDS = 16
+STALLED = 3  # rounds in a row that took off less than a part 1 - PROGRESS of what is over LIMIT
+PROGRESS = 0.9
 CUT_ROWS = 16  # what one more piece costs, in rows: it makes slices and sends shorter
 
 
@@ -66,7 +69,7 @@ class _Ends:
 
 def swap(pieces: Spread, area: Area, reach: Reach, groups: int, price: float) -> Spread:
     """Swap windows until no group is above LIMIT, or nothing helps."""
-    offset = 0
+    over, stalled = math.inf, 0
     mean = max(1.0, int(area.total[-1]) / groups)
     for round in range(ROUNDS):
         inside = np.diff(area.before(np.stack((pieces.start, pieces.stop))), axis=0)[0]
@@ -75,12 +78,14 @@ def swap(pieces: Spread, area: Area, reach: Reach, groups: int, price: float) ->
         heavy = order[::-1][: int(np.sum(load > LIMIT * mean))]
         lights = order[: groups - len(heavy)][: groups // 2]
         heavy = heavy[: len(lights)]
-        if len(heavy) == 0:
+        before, over = over, float(np.sum(load[heavy] - LIMIT * mean))
+        stalled = stalled + 1 if over > PROGRESS * before else 0
+        if len(heavy) == 0 or stalled == STALLED:
             break
-        light = np.roll(lights, -offset)[: len(heavy)]
+        light = np.roll(lights, -stalled)[: len(heavy)]  # other partners, where these did not help
         urgency = PATIENCE * 2.0**round / price
-        pieces, done = _swap_once(pieces, area, reach, load, heavy, light, price, urgency)
-        offset += not done
+        order = np.lexsort((-inside, pieces.group))
+        pieces = _swap_once(pieces, area, reach, load, order, heavy, light, price, urgency)
     return pieces
 
 
@@ -89,17 +94,16 @@ def _swap_once(
     area: Area,
     reach: Reach,
     load: Floats,
+    order: Ints,
     heavy: Ints,
     light: Ints,
     price: float,
     urgency: float,
-) -> tuple[Spread, bool]:
-    """The best swap of each heavy group with its light one, and whether there was any.
+) -> Spread:
+    """Do the best swap of each heavy group with its light one.
 
     `urgency` is what a pair over LIMIT costs, in rows.
     """
-    size = pieces.stop - pieces.start
-    order = np.lexsort((-size, pieces.group))
     first = np.searchsorted(pieces.group[order], np.arange(len(load) + 1))
     x, y = (_ends(pieces, area, reach, order, first, g) for g in (heavy, light))
     x_meets, y_meets = _meets(x, y), _meets(y, x)
@@ -136,7 +140,7 @@ def _swap_once(
     gained = moved[0] - moved[1]
     good = (gained > 0) & (gained < (load[heavy] - load[light])[at])
     if not good.any():
-        return pieces, False
+        return pieces
     at, i, j, window, begin = at[good], i[good], j[good], window[good], begin[:, good]
     start, stop = pieces.start.copy(), pieces.stop.copy()
     for e, k, b in ((x, i, begin[0]), (y, j, begin[1])):
@@ -146,13 +150,14 @@ def _swap_once(
     group = np.concatenate((pieces.group, light[at], heavy[at]))
     start, stop = np.append(start, begin.ravel()), np.append(stop, (begin + window).ravel())
     some = start < stop
-    return Spread(group[some], start[some], stop[some]), True
+    return Spread(group[some], start[some], stop[some])
 
 
 def _ends(pieces: Spread, area: Area, reach: Reach, order: Ints, first: Ints, group: Ints) -> _Ends:
     count = (first[group + 1] - first[group])[:, None]
-    at = np.arange(CANDIDATES)
-    at = np.where(count > CANDIDATES, at * count // CANDIDATES, at)  # of all lengths
+    at, half = np.arange(CANDIDATES), CANDIDATES // 2  # those with most area, and some of all the others
+    others = half + (at - half) * (count - half) // (CANDIDATES - half)
+    at = np.where((at >= half) & (count > CANDIDATES), others, at)
     some = at < count
     piece = order[np.where(some, first[group][:, None] + at, 0)]
     start, stop = (np.where(some, v[piece], 0) for v in (pieces.start, pieces.stop))

@@ -224,11 +224,21 @@ class Plan:
     @cached_property
     def _order(self) -> Ints:
         placement = self.placement
-        longest = -(-placement.tokens // placement.mesh.size)
-        order = np.empty(placement.tokens, np.int64)
-        for r, columns in enumerate(placement.columns):
-            order[columns] = np.arange(r * longest, r * longest + len(columns))
-        return order
+        size, ranks = placement.stop - placement.start, placement.mesh.size
+        held = np.bincount(placement.rank, size, ranks).astype(np.int64)
+        longest = -(-placement.tokens // ranks)
+        at = np.argsort(placement.rank, kind="stable")
+        first = np.empty_like(size)  # where the columns of each piece begin
+        first[at] = (
+            np.cumsum(size[at])
+            - size[at]
+            + ((np.arange(ranks) * longest) - np.cumsum(held) + held)[placement.rank[at]]
+        )
+        at = np.argsort(placement.start)
+        order = np.ones(placement.tokens, np.int64)
+        jump = np.append(first[at][0], first[at][1:] - (first[at] + size[at])[:-1] + 1)
+        order[placement.start[at]] = jump
+        return np.cumsum(order, out=order)
 
 
 def make(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced", cost: CostModel = H100) -> Plan:

@@ -157,4 +157,4 @@ def _ranks(report: PlanReport, load: Load) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g}"
+    return f"{1e3 * seconds:.4g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"

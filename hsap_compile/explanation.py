@@ -1,0 +1,535 @@
+"""``explain``: what the backend would do with a model and a batch on many ranks, found out on one machine.
+
+Every graph that dynamo makes of the model goes through the passes of the pipeline for a mesh that need not
+be there.  Nothing that involves a parameter is computed: where dynamo runs a graph, zeros of the right shapes
+come out of it, so that the code after a graph break can be traced as well.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import types
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from hsap_compile._torch import (
+    RetraceWithSymbols,
+    TorchDynamoException,
+    break_of,
+    check_version,
+    hint_of,
+    operator_name,
+    source_name,
+)
+from hsap_compile.backend import prepare
+from hsap_compile.errors import Refused, where
+from hsap_compile.graph import ancestors, extract, placeholders, positional
+from hsap_compile.kernels import dense, exchange
+from hsap_compile.options import Options, parse
+from hsap_compile.passes.capture import capture
+from hsap_compile.passes.partition_attention import Site
+from hsap_compile.passes.shard_tokens import Fallback
+from hsap_compile.pipeline import Rewritten, rewrite
+from hsap_compile.plan.text import short, table
+from hsap_compile.runtime import StepReport, report
+
+aten = torch.ops.aten
+_MOVED = (aten.slice.Tensor, aten.reshape.default)  # what shard_tokens puts behind a gather
+
+
+@dataclass(frozen=True)
+class AttentionFact:
+    """One attention.  ``module`` is its module's name in the model, if any; ``mask`` a formula over batch b,
+    head h, query q and key k; ``reads`` says what its tensors are; ``dense`` why it is not partitioned, empty
+    when it is."""
+
+    at: str
+    module: str
+    mask: str
+    reads: tuple[str, ...]
+    heads: int
+    kv_heads: int
+    how: str
+    dense: str = ""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """An operator that runs on gathered tokens: the line of the model, why, and the bytes gathered for it
+    (0 where another operator's gather serves it too)."""
+
+    operator: str
+    reason: str
+    at: str
+    module: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """A value that leaves a graph with tokens in it, made at ``at``; ``bytes`` of the whole value."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    gathered: bool
+    at: str
+
+
+@dataclass(frozen=True)
+class Collective:
+    """``forward`` and ``backward``: how many of them every rank starts in a step, and their bytes.
+
+    Bytes of head and key/value exchanges are what all ranks together send (as in ``StepReport``); of gathers
+    and sums they are the size of the whole values, which every rank gets.
+    """
+
+    what: str
+    level: str
+    forward: int
+    backward: int
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True)
+class GraphExplanation:
+    """One of dynamo's graphs.  ``refused`` is why it cannot be run, empty when it can; ``break_reason`` why
+    the graph ends before the model does, empty at the end; ``step`` the plan of the given batch."""
+
+    attentions: tuple[AttentionFact, ...] = ()
+    gathered: tuple[Gathered, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    collectives: tuple[Collective, ...] = ()
+    parameters: int = 0
+    parameter_bytes: int = 0
+    grad_sync: bool = True
+    grad: bool = True
+    step: StepReport | None = None
+    refused: str = ""
+    break_reason: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"refused\n{_indented(self.refused)}"] if self.refused else []
+        if self.step is not None:
+            parts += [
+                _gathered(self.gathered),
+                _attentions(self.attentions),
+                _outputs(self.outputs, bool(self.break_reason)),
+                _gradients(self) if self.grad else "",
+                _step(self.step),
+                _collectives(self.collectives),
+            ]
+        if self.break_reason:
+            crossing = sum(o.bytes for o in self.outputs if o.gathered)
+            parts.append(
+                f"graph break: {self.break_reason}\n  costs: {short(crossing, 'B')} gathered here and cut "
+                "into rows again in the next graph, a plan and an agreement of the ranks for each graph"
+            )
+        return "\n".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found: one entry of ``graphs`` for each graph that dynamo makes of the model.
+    ``failure``: what stopped it before the end of the model, or empty."""
+
+    ranks: int
+    graphs: tuple[GraphExplanation, ...]
+    failure: str = ""
+
+    def __str__(self) -> str:
+        count = len(self.graphs)
+        lines = [f"hsap on {_count(self.ranks, 'rank')}: {_count(count, 'graph')}"]
+        for i, graph in enumerate(self.graphs):
+            lines += ["", f"graph {i + 1} of {count}", _indented(str(graph))]
+        if self.failure:
+            lines += ["", f"stopped: {self.failure}"]
+        return "\n".join(lines)
+
+    def save_html(self, path: str | Path) -> None:
+        """The text as a page of its own, in light or dark; needs no network."""
+        Path(path).write_text(_PAGE.format(ranks=self.ranks, text=html.escape(str(self))), "utf-8")
+
+
+def explain(
+    model: Callable[..., Any],
+    /,
+    *args: Any,
+    hsap_ranks: int = 8,
+    hsap_options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """What ``torch.compile(model, backend="hsap")(*args, **kwargs)`` would do on ``hsap_ranks`` ranks.
+
+    One process, no torch.distributed, no GPU; no parameter is read or written.  Code of the model that dynamo
+    does not trace (between graph breaks) runs, on zeros where graphs would have computed values.
+
+    Args:
+        model: a module or function, not compiled.
+        args, kwargs: the whole batch, as for the model itself.
+        hsap_ranks: ranks of the mesh that is asked about, 1 or more.
+        hsap_options: the backend's options, such as {"intra": 4}; see ``hsap_compile.options.Options``.
+
+    Raises:
+        Refused: an option is wrong.  What is refused of the model is in the result.
+        ValueError: hsap_ranks is below 1.
+    """
+    check_version()
+    if hsap_ranks < 1:
+        raise ValueError(f"explain: got hsap_ranks={hsap_ranks}; wanted 1 or more: pass a number of ranks")
+    explainer = _Explainer(parse(hsap_options, None), hsap_ranks, torch.is_grad_enabled())
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # dynamo keeps what it compiled with the code object: one of this call's own leaves no entries behind
+    own: Any = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
+    failure = ""
+    try:
+        torch.compile(own, backend=explainer.backend)(*args, **kwargs)
+    except TorchDynamoException as error:
+        failure = str(error)
+    except Exception as error:
+        if not explainer.graphs:
+            raise
+        failure = (
+            f"the model's code after graph {len(explainer.graphs)} raised {type(error).__name__}: {error} "
+            "(it ran on zeros)"
+        )
+    if not explainer.graphs and not failure:
+        failure = "dynamo found nothing to compile in the model: it would run as it is, on every rank"
+    return Explanation(hsap_ranks, tuple(explainer.graphs), failure)
+
+
+class _Explainer:
+    """A backend that keeps a ``GraphExplanation`` of every graph."""
+
+    def __init__(self, options: Options, ranks: int, grad: bool) -> None:
+        self.options, self.ranks, self.grad = options, ranks, grad
+        self.graphs: list[GraphExplanation] = []
+
+    def backend(self, module: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        made: Rewritten | str
+        names = [source_name(n) for n in placeholders(module)]  # dynamo forgets them after compilation
+        try:
+            made = rewrite(module, self.options, prepare(module, examples), self.ranks, "")
+        except RetraceWithSymbols:
+            raise
+        except (Refused, ValueError) as error:
+            made = str(error)
+
+        def run(*args: Any) -> Any:
+            self.graphs.append(self._explained(module, made, names, args))
+            return _stand_ins(module, args)
+
+        return run
+
+    def _explained(
+        self, module: GraphModule, made: Rewritten | str, names: Sequence[str], args: Sequence[Any]
+    ) -> GraphExplanation:
+        stopped = break_of(module)
+        if isinstance(made, str):
+            return GraphExplanation(refused=made, break_reason=stopped)
+        program, graph = made.program, made.graph
+        try:
+            step = report(program.plan(program.read(args), program.length(args)), program.traffic)
+        except (Refused, ValueError) as error:
+            return GraphExplanation(refused=str(error), break_reason=stopped)
+        named = dict(zip(placeholders(graph), names, strict=False))  # tables follow the inputs
+        outputs, for_outputs = _leaving(graph, program.local_outputs)
+        summed = [n for n in _calls(graph, exchange.BROADCAST) if _of_input(n)]
+        gathers = [n for n in _calls(graph, exchange.GATHER) if n not in for_outputs]
+        return GraphExplanation(
+            attentions=_all_attentions(made, step, named, program.fallbacks),
+            gathered=_fallbacks(program.fallbacks, gathers),
+            outputs=outputs,
+            collectives=_counted(graph, step, for_outputs, self.grad),
+            parameters=len(summed),
+            parameter_bytes=sum(map(_bytes, summed)),
+            grad_sync=self.options.grad_sync,
+            grad=self.grad,
+            step=step,
+            break_reason=stopped,
+        )
+
+
+# --- from a rewritten graph to facts --------------------------------------------------------------------
+
+
+def _all_attentions(
+    made: Rewritten, step: StepReport, names: Mapping[Node, str], fallbacks: Sequence[Fallback]
+) -> tuple[AttentionFact, ...]:
+    found = []
+    for site, traffic in zip(made.sites, made.program.traffic, strict=True):
+        sent = int(step.plan.masks[traffic.mask].rows_sent.sum())
+        found.append(_fact(site, names, _partition(site, step, sent), ""))
+    reasons = {f.at: f.reason for f in fallbacks}
+    for node in made.graph.graph.nodes:
+        if node.target is dense.OP:
+            site = Site.of(node)
+            why = reasons.get(site.at, "its queries or keys are not the batch's tokens, one row a token")
+            found.append(_fact(site, names, "every rank computes all of it", why))
+    found += [
+        AttentionFact(at, module, "", (), 0, 0, "as any operators", why)
+        for at, module, why in made.as_written
+    ]
+    return tuple(found)
+
+
+def _fact(site: Site, names: Mapping[Node, str], how: str, dense: str) -> AttentionFact:
+    called: list[str] = []
+    reads = []
+    for leaf, made_at in zip(site.leaves, site.reads, strict=True):
+        name = names.get(leaf) or operator_name(leaf.target).split("::")[-1]
+        name = name if name not in called else f"{name}_{len(called)}"
+        called.append(name)
+        reads.append(f"{name}: {'an input' if leaf in names else made_at}")
+    return AttentionFact(
+        site.at, site.module, site.mask.readable(called), tuple(reads), site.heads, site.kv_heads, how, dense
+    )
+
+
+def _partition(site: Site, step: StepReport, rows: int) -> str:
+    placement = step.plan.placement
+    mesh = placement.mesh
+    if mesh.size == 1:
+        return "on the one rank, over the pairs that the mask allows"
+    parts = []
+    if mesh.intra > 1:
+        parts.append(
+            f"{int(placement.alone.sum())} of {placement.tokens} tokens alone on their rank, the others' "
+            f"heads exchanged: {site.heads // mesh.intra} of {site.heads} a rank"
+        )
+    if mesh.inter > 1:
+        parts.append(f"{rows} key/value rows sent between {mesh.inter} groups")
+    return "; ".join(parts)
+
+
+def _fallbacks(fallbacks: Sequence[Fallback], gathers: Sequence[Node]) -> tuple[Gathered, ...]:
+    sizes: Counter[str] = Counter()
+    for node in gathers:
+        sizes[where(node)] += _bytes(node)
+    # a place's gathers are counted once, with the first operator that stands there
+    return tuple(Gathered(f.operator, f.reason, f.at, f.module, sizes.pop(f.at, 0)) for f in fallbacks)
+
+
+def _leaving(graph: GraphModule, local: frozenset[int]) -> tuple[tuple[Output, ...], set[Node]]:
+    """The outputs with tokens, and the gathers that are there for outputs alone."""
+    (output,) = (n for n in graph.graph.nodes if n.op == "output")
+    values: Any = positional(output)[0]
+    found, gathers = [], set()
+    for i, value in enumerate(values):
+        source = value
+        while isinstance(source, Node) and source.target in _MOVED and len(source.users) == 1:
+            source = positional(source)[0]
+        gathered = isinstance(source, Node) and source.target is exchange.GATHER
+        if i not in local and not gathered:
+            continue
+        if gathered and len(source.users) == 1:
+            gathers.add(source)
+        value_now = value.meta["val"]
+        shape = () if i in local else tuple(hint_of(s) for s in value_now.shape)
+        size = 0 if i in local else _bytes(value)
+        at = where(positional(source)[0] if gathered else source)
+        found.append(Output(i, shape, str(value_now.dtype).removeprefix("torch."), size, gathered, at))
+    return tuple(found), gathers
+
+
+def _counted(
+    graph: GraphModule, step: StepReport, for_outputs: set[Node], grad: bool
+) -> tuple[Collective, ...]:
+    gathers = _calls(graph, exchange.GATHER)
+    heads = [n for n in _calls(graph, exchange.ALL_TO_ALL) if _splits(n) == "head_splits"]
+    rows = [n for n in _calls(graph, exchange.ALL_TO_ALL) if _splits(n) != "head_splits"]
+    sums = _calls(graph, exchange.BROADCAST)
+    of_inputs = [n for n in sums if _of_input(n)]
+    outputs = [n for n in gathers if n in for_outputs]
+    inside = [n for n in gathers if n not in for_outputs]
+    everyone = "all ranks"
+    rows_of_table: tuple[tuple[str, str, list[Node], list[Node], int | None, int | None], ...] = (
+        ("heads of attention", "in groups", heads, heads, step.intra_bytes // 2, step.intra_bytes // 2),
+        ("keys and values", "between groups", rows, rows, step.inter_bytes // 2, step.inter_bytes // 2),
+        ("gathered for outputs", everyone, outputs, [], None, None),
+        ("gathered for operators", everyone, inside, [], None, None),
+        ("gradients of whole values cut into rows", everyone, [], _calls(graph, exchange.SHARD), None, None),
+        ("sums over tokens", everyone, _calls(graph, exchange.SUM_RANKS), [], None, None),
+        ("gradient sums of parameters", everyone, [], of_inputs, None, None),
+        ("gradient sums of other values", everyone, [], [n for n in sums if n not in of_inputs], None, None),
+    )
+    found = []
+    for what, level, forward, backward, forward_bytes, backward_bytes in rows_of_table:
+        backward = backward if grad else []
+        if forward or backward:
+            sent = sum(map(_bytes, forward)) if forward_bytes is None else forward_bytes
+            back = sum(map(_bytes, backward)) if backward_bytes is None else backward_bytes
+            found.append(Collective(what, level, len(forward), len(backward), sent, back if grad else 0))
+    return tuple(found)
+
+
+def _calls(graph: GraphModule, target: Any) -> list[Node]:
+    return [n for n in graph.graph.nodes if n.target is target]
+
+
+def _splits(exchanged: Node) -> Any:
+    """The table that says how many rows go where."""
+    return positional(exchanged)[1].meta["table"]
+
+
+def _of_input(node: Node) -> bool:
+    return bool(positional(node)[0].op == "placeholder")
+
+
+def _bytes(node: Node) -> int:
+    """Of the value that ``node`` gathers, cuts into rows or sums, whole."""
+    value = (positional(node)[0] if node.target is exchange.SHARD else node).meta["val"]
+    return math.prod(hint_of(s) for s in value.shape) * int(value.itemsize)
+
+
+def _stand_ins(module: GraphModule, args: Sequence[Any]) -> tuple[Any, ...]:
+    """What the graph returns, of the right shapes: zeros, which take no memory until somebody writes them,
+    except that integers and truth values of inputs alone are computed: masks and positions are such."""
+    (output,) = (n for n in module.graph.nodes if n.op == "output")
+    wanted: Any = positional(output)[0]
+    values = [w.meta["example_value"] if isinstance(w, Node) else w for w in wanted]
+    exact = [i for i, value in enumerate(values) if _discrete(value)]
+    computed: dict[int, Any] = {}
+    if exact:
+        graph = capture(module)
+        (output,) = (n for n in graph.graph.nodes if n.op == "output")
+        nodes: Any = positional(output)[0]
+        exact = [i for i in exact if not any(n.meta.get("parameter") for n in ancestors([nodes[i]]))]
+        with torch.no_grad():
+            results = extract(graph, [nodes[i] for i in exact], len(placeholders(graph)))(*args)
+        computed.update(zip(exact, results, strict=True))
+    return tuple(computed[i] if i in computed else _zeros(value) for i, value in enumerate(values))
+
+
+def _discrete(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()
+
+
+def _zeros(value: Any) -> Any:
+    if isinstance(value, torch.SymInt):
+        return hint_of(value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = [hint_of(s) for s in value.shape]
+    zeros = torch.zeros((), dtype=value.dtype).new_zeros(shape)
+    return zeros.requires_grad_() if value.requires_grad else zeros
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line if line else line for line in text.splitlines())
+
+
+def _count(number: int, one: str) -> str:
+    return f"{number:,} {one}" + "s" * (number != 1)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Each once; the first and the last of many."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
+
+
+def _attentions(found: Sequence[AttentionFact]) -> str:
+    """Layers that are alike are told of once."""
+    lines = []
+    alike: dict[AttentionFact, list[str]] = {}
+    for fact in found:
+        alike.setdefault(replace(fact, module=""), []).append(fact.module)
+    for fact, modules in alike.items():
+        lines.append(f"{len(modules)} x {fact.at}")
+        if any(modules):
+            lines.append(f"  in {_listed([m for m in modules if m])}")
+        if fact.mask:
+            lines += [f"  attends: {fact.mask}", *(f"    {read}" for read in fact.reads)]
+            lines.append(f"  heads: {fact.heads}, of keys and values: {fact.kv_heads}")
+        lines.append(f"  {'not partitioned: ' + fact.dense if fact.dense else 'partitioned'}: {fact.how}")
+    return f"{_count(len(found), 'attention')}\n{_indented(chr(10).join(lines))}"
+
+
+def _gathered(found: Sequence[Gathered]) -> str:
+    if not found:
+        return "nothing runs on gathered tokens"
+    lines = []
+    for fact in found:
+        lines += [
+            f"{fact.at}{', in ' * bool(fact.module)}{fact.module}",
+            f"  {fact.operator}: {fact.reason}; {short(fact.bytes, 'B')} gathered",
+        ]
+    said = f"run on gathered tokens, on every rank: {_count(len(found), 'operator')}"
+    return f"{said}\n{_indented(chr(10).join(lines))}"
+
+
+def _outputs(found: Sequence[Output], crossing: bool) -> str:
+    lines = []
+    for fact in found:
+        how = f"gathered, {short(fact.bytes, 'B')} on every rank" if fact.gathered else "this rank's rows"
+        lines.append(f"output {fact.index}: {fact.dtype} {fact.shape}, {how}, made at {fact.at}")
+    if any(fact.gathered for fact in found) and not crossing:
+        lines.append('options={"outputs": "local"} returns each rank\'s rows and gathers nothing')
+    return f"outputs with tokens\n{_indented(chr(10).join(lines))}" if lines else ""
+
+
+def _gradients(graph: GraphExplanation) -> str:
+    if not graph.grad_sync:
+        return "gradients stay each rank's share (grad_sync=False)"
+    return f"gradients of {graph.parameters} parameters are summed, {short(graph.parameter_bytes, 'B')}"
+
+
+def _step(step: StepReport) -> str:
+    mesh, area = step.plan.placement.mesh, step.plan.area
+    return (
+        f"plan of this batch: {_count(mesh.inter, 'group')} (inter) of {_count(mesh.intra, 'rank')} (intra), "
+        f"{step.plan.placement.tokens:,} tokens a row\n"
+        f"  balance {step.balance:.3f}: the busiest rank attends {short(float(area.max()))} pairs, "
+        f"the mean is {short(float(area.mean()))}"
+    )
+
+
+def _collectives(found: Sequence[Collective]) -> str:
+    if not found:
+        return "no collectives"
+    rows = [
+        {
+            "collectives of a step": c.what,
+            "level": c.level,
+            "forward": str(c.forward),
+            "bytes forward": short(c.forward_bytes, "B"),
+            "backward": str(c.backward),
+            "bytes backward": short(c.backward_bytes, "B"),
+        }
+        for c in found
+    ]
+    return table(rows)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>hsap on {ranks} ranks</title>
+<style>
+:root {{ color-scheme: light dark; }}
+pre {{ margin: 24px; font-size: 13px; line-height: 1.5; white-space: pre-wrap; }}
+</style>
+</head>
+<body>
+<pre>{text}</pre>
+</body>
+</html>
+"""

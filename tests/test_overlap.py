@@ -1,0 +1,218 @@
+"""Differentiated graphs: exchanges apart from their waits, attention in two parts, gradients in buckets."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+
+from attention_cases import Case, drawn, make_case
+from hsap_compile import formula as f
+from hsap_compile._torch import FakeTensorMode
+from hsap_compile.graph import Builder
+from hsap_compile.kernels import attention, exchange
+from hsap_compile.kernels.slices import CAUSAL, FULL, MOD
+from hsap_compile.passes import overlap as of
+from models import batch, build
+from pool import Pool
+from threads import run_threads
+
+
+def graph_of(function: Any, results: int, *args: Any) -> tuple[GraphModule, list[Tensor]]:
+    """A graph of one call, and the tensors it takes; ``results``: how many it returns."""
+    graph, mode, values = Graph(), FakeTensorMode(), iter(args)
+    flat: list[Tensor] = []
+
+    def node(value: Any) -> Any:
+        if isinstance(value, list | tuple) and any(isinstance(x, Tensor) for x in value):
+            return [node(x) for x in value]
+        if not isinstance(value, Tensor):
+            return value
+        made = graph.placeholder(f"x{len(flat)}")
+        made.meta["val"] = mode.from_tensor(value.detach())
+        flat.append(value.detach())
+        return made
+
+    arguments = [node(value) for value in values]
+    build = Builder(graph, mode)
+    called = build(function, *arguments)
+    parts = [build(operator.getitem, called, i) for i in range(results)]
+    graph.output(tuple(parts))
+    return GraphModule(torch.nn.Module(), graph), flat
+
+
+def before_and_after(function: Any, results: int, *args: Any) -> tuple[list[Tensor], list[Tensor], Graph]:
+    module, flat = graph_of(function, results, *args)
+    before = module(*flat)
+    of.overlap(module.graph)
+    module.recompile()
+    return list(before), list(module(*flat)), module.graph
+
+
+def calls(graph: Graph, target: Any) -> int:
+    return sum(node.target is target for node in graph.nodes)
+
+
+def forward_arguments(case: Case) -> tuple[Any, ...]:
+    floats = (case.q, case.k, case.v, case.k_remote, case.v_remote)
+    indices = (case.slices, case.rows, case.remote_rows, case.heads)
+    return (*floats, *indices, list(case.leaves), case.mod, case.q.shape[0] + 50, case.q.shape[2] ** -0.5)
+
+
+def error_of_both(case: Case) -> float:
+    """The largest difference that the rewrite makes, forward and backward."""
+    forward = forward_arguments(case)
+    before, after, _ = before_and_after(attention.OP, 2, *forward)
+    errors = [difference(a, b) for a, b in zip(before, after, strict=True)]
+    backward = (case.grad, *forward, *before, [])
+    old, new, _ = before_and_after(attention.BACKWARD, 5, *backward)
+    return max(*errors, *(difference(a, b) for a, b in zip(old, new, strict=True)))
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape and one.dtype == other.dtype
+    assert torch.equal(one.isinf(), other.isinf())
+    gap = (one - other).masked_fill(one.isinf(), 0).abs().max() if one.numel() else torch.zeros(())
+    return float(gap) / max(1.0, float(one.masked_fill(one.isinf(), 0).abs().max()) if one.numel() else 1.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(drawn())
+def test_two_parts_equal_one(arguments: dict[str, Any]) -> None:
+    assert error_of_both(make_case(**arguments)) < 1e-11
+
+
+def test_two_parts_of_large_logits_equal_one() -> None:
+    """No part of a softmax takes itself for the whole, whatever rounding did to l."""
+    case = make_case([[0, 8, 0, 8, MOD, 0, 0], [0, 8, 8, 20, MOD, 0, 0]], 8, 12)
+    assert error_of_both(replace(case, q=case.q * 1e3)) < 1e-9
+
+
+ROWS = [[0, 8, 0, 8, CAUSAL, 0, 0], [4, 8, 8, 12, FULL, 0, 0], [0, 4, 12, 20, MOD, 0, 0]]
+
+
+def test_one_call_becomes_two() -> None:
+    case = make_case(ROWS, 8, 12)
+    forward = forward_arguments(case)
+    out, _, graph = before_and_after(attention.OP, 2, *forward)
+    assert calls(graph, attention.OP) == 2
+    _, _, graph = before_and_after(attention.BACKWARD, 5, case.grad, *forward, *out, [])
+    assert calls(graph, attention.BACKWARD) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda case: replace(case, k_remote=None, v_remote=None, remote_rows=None, slices=case.slices[:1]),
+        lambda case: make_case(ROWS, 8, 12, otherwise=-1e30),  # soft: l holds no more than the peak
+        lambda case: replace(case, mod=f.dumps(f.sink(f.loads(case.mod), f.leaf(0, f.h)))),  # counts once
+    ],
+    ids=["nothing received", "finite masks", "a sink"],
+)
+def test_what_stays_one_call(change: Callable[[Case], Case]) -> None:
+    case = change(make_case(ROWS, 8, 12))
+    before, after, graph = before_and_after(attention.OP, 2, *forward_arguments(case))
+    assert calls(graph, attention.OP) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_leaves_with_gradients_keep_one_backward() -> None:
+    case = make_case(ROWS, 8, 12)
+    forward = forward_arguments(case)
+    out, _, _ = before_and_after(attention.OP, 2, *forward)
+    _, _, graph = before_and_after(attention.BACKWARD, 5, case.grad, *forward, *out, [0])
+    assert calls(graph, attention.BACKWARD) == 1
+
+
+def test_a_part_counted_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of, "_slices", lambda build, slices, q, received: slices)
+    with pytest.raises(AssertionError):
+        assert error_of_both(make_case(ROWS[:1], 8, 12)) < 1e-11
+
+
+# --- sums of gradients --------------------------------------------------------------------------------
+
+
+def summed(sizes: list[tuple[int, ...]], dtypes: list[torch.dtype]) -> tuple[list[list[int]], float]:
+    """What is summed in one bucket, by number, and the largest error on this rank."""
+    import torch.distributed as dist
+
+    group = dist.group.WORLD.group_name
+    g = torch.Generator().manual_seed(dist.get_rank())
+    given = [torch.randn(s, generator=g).to(d) for s, d in zip(sizes, dtypes, strict=True)]
+    graph, mode = Graph(), FakeTensorMode()
+    inputs = []
+    for i, value in enumerate(given):
+        inputs.append(graph.placeholder(f"x{i}"))
+        inputs[-1].meta["val"] = mode.from_tensor(value)
+    build = Builder(graph, mode)
+    sums = [build(exchange.SUM_RANKS, x, group) for x in inputs]
+    graph.output(tuple(sums))
+    numbers = {node: i for i, node in enumerate(sums)}
+    buckets = [[numbers[n] for n in bucket] for bucket in of._buckets(sums)]
+    module = GraphModule(torch.nn.Module(), graph)
+    wanted = module(*given)
+    of.overlap(graph)
+    module.recompile()
+    assert calls(graph, exchange.ALL_REDUCE_START) == calls(graph, exchange.WAIT) == len(buckets)
+    return buckets, max(float((a - b).abs().max()) for a, b in zip(module(*given), wanted, strict=True))
+
+
+def test_small_gradients_are_summed_together() -> None:
+    for buckets, error in run_threads(2, summed, [(3, 4), (5,), (), (7, 2)], [torch.float32] * 4):
+        assert buckets == [[0, 1, 2, 3]] and error == 0.0
+
+
+def test_types_have_their_own_buckets() -> None:
+    types = [torch.float32, torch.bfloat16, torch.float32]
+    for buckets, error in run_threads(2, summed, [(3,), (4,), (5,)], types):
+        assert sorted(buckets) == [[0, 2], [1]] and error == 0.0
+
+
+def test_large_gradients_travel_in_several_buckets() -> None:
+    megabyte = (2**18,)
+    for buckets, error in run_threads(2, summed, [megabyte] * 8, [torch.float32] * 8):
+        assert buckets == [[0, 1], [2, 3], [4, 5], [6, 7]] and error == 0.0
+
+
+# --- in the code that Inductor writes -----------------------------------------------------------------
+
+
+def order_of_calls(options: dict[str, Any]) -> list[list[str]]:
+    """Our operators and the waits, forward and backward, in the order of the generated code."""
+    from torch._inductor.utils import run_and_get_code
+
+    model = torch.compile(build("nano", torch.float32), backend="hsap", options=options)
+
+    def step() -> None:
+        model(**batch("nano", [[20, 1, 6]]))[0].backward()
+
+    _, code = run_and_get_code(step)
+    names = ("all_to_all_start", "wait_tensor", "attend_backward", "attend", "all_reduce_", "sum_ranks")
+    found = []
+    for graph in code:
+        lines = [line for line in graph.splitlines() if "torch.ops." in line and ".default(" in line]
+        found.append([name for line in lines for name in names[: _first(names, line)][-1:]])
+    return found
+
+
+def _first(names: tuple[str, ...], line: str) -> int:
+    return next((i + 1 for i, name in enumerate(names) if f".{name}.default(" in line), 0)
+
+
+def test_own_keys_are_attended_to_while_others_travel(pool: Pool) -> None:
+    options = {"intra": 1, "outputs": "local"}
+    for forward, backward in pool.run(order_of_calls, options, world=2):
+        layer = ["all_to_all_start", "attend", "wait_tensor", "attend"]
+        assert forward == [*layer * 2, "all_reduce_", "wait_tensor"]  # the loss is summed last
+        assert backward[:4] == ["attend_backward", "all_to_all_start", "attend_backward", "wait_tensor"]
+        assert backward.count("all_to_all_start") == 2 and backward.count("attend_backward") == 4
+        assert backward.count("all_reduce_") == 1  # of all gradients, which are small
+        assert backward.count("wait_tensor") == 3

@@ -1,0 +1,264 @@
+"""What is no plain call in dynamo's graph: custom autograd functions, checkpoints, vmaps; varlen calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.attention.varlen as varlen
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hsap_compile._torch import CUSTOM_FUNCTION, SAVED
+from hsap_compile.kernels import exchange
+from hsap_compile.passes import _custom_functions, _regions
+from hsap_compile.passes.capture import capture
+from simulate import eager, simulate, traced, worst
+from strategies import dynamic
+from test_shard_tokens import LOCAL, Program, check, trace
+
+# dynamo makes an instance of autograd.Function (torch 2.13)
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+# --- custom autograd functions: no backward is the forward's own, which would hence be noticed ---------
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return (x * weight).tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return 3 * grad * weight, (grad * x * 5).sum((0, 1))
+
+
+class Folded(torch.autograd.Function):
+    """Views with sizes of their own, two results, one without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(x.shape[0] * x.shape[1], -1)
+        ctx.save_for_backward(rows)
+        signs = rows.sign().view(x.shape)
+        ctx.mark_non_differentiable(signs)
+        return rows.view(x.shape) * 2, signs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return (grad.reshape(rows.shape) * rows.cos()).view(grad.shape)
+
+
+class Centred(torch.autograd.Function):
+    """The forward is token-wise, the backward is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.5
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad - grad.mean(1, keepdim=True)
+
+
+class Mixed(torch.autograd.Function):
+    """The forward mixes tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x - x.cumsum(1) / 9
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.flip(1)
+
+
+def scaled(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    return Scaled.apply(x, p.vector) + p.vector
+
+
+def folded(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    y, signs = Folded.apply(x)
+    return y + signs
+
+
+@pytest.mark.parametrize("function", [scaled, folded])
+def test_custom_functions_stay_local(function: Callable[..., Tensor]) -> None:
+    of = trace(Program((LOCAL["linear"], function, LOCAL["linear"])), rows=2)
+    assert check(of, 3, 1) == [] and check(of, 2, 2) == []
+
+
+@pytest.mark.parametrize("function", [Centred, Mixed])
+def test_custom_functions_that_mix_tokens_are_gathered(function: Any) -> None:
+    of = trace(Program((LOCAL["linear"], lambda p, x, i: function.apply(x))), rows=2)
+    (found,) = check(of, 3, 1)
+    assert "autograd_function_apply runs on gathered tokens on every rank (a custom function" in found
+
+
+def test_a_custom_function_is_one_call() -> None:
+    graph = capture(trace(Program((scaled,))).module)
+    assert sum(n.target is CUSTOM_FUNCTION for n in graph.graph.nodes) == 1
+
+
+def test_a_gradient_that_is_summed_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = trace(Program((scaled,)), rows=2)
+    # the sum over ranks left inside is refused, and with it the local form
+    monkeypatch.setattr(_custom_functions._Body, "share", lambda self, value: value)
+    assert len(check(of, 3, 1)) == 1
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+def _checkpointed(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    def block(y: Tensor) -> Tensor:
+        return Scaled.apply(y @ p.square, p.vector) - y.mean(1, keepdim=True)
+
+    return checkpoint(block, x, use_reentrant=False)
+
+
+def test_checkpoints_are_inlined_with_their_tags() -> None:
+    of = trace(Program((LOCAL["linear"], _checkpointed, _checkpointed)), rows=2)
+    assert check(of, 3, 1) == []
+    graph = capture(of.module).graph
+    tagged = [n for n in graph.nodes if "recompute" in n.meta]
+    assert len({n.meta["ac_graph_id"] for n in tagged}) == 2
+    assert len([n for n in tagged if n.target is CUSTOM_FUNCTION]) == 2
+    assert not any("recompute" in n.meta for n in graph.nodes if n.target is torch.ops.aten.linear.default)
+
+
+def test_what_crossed_ranks_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = trace(Program((_checkpointed,)), rows=2)
+    kept: list[torch.fx.Node] = []
+    whole = _regions.keep_exchanged
+
+    def keep(module: torch.fx.GraphModule) -> None:
+        whole(module)
+        kept.extend(n for n in module.graph.nodes if n.target is exchange.SUM_RANKS)
+
+    monkeypatch.setattr("hsap_compile.pipeline.keep_exchanged", keep)
+    check(of, 2, 1)
+    assert [n.meta.get("recompute") for n in kept] == [SAVED, None]  # the mean's; the loss is outside
+
+
+class Deep(nn.Module):
+    """Blocks of much that a backward reads."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.again = again
+        self.words = nn.Embedding(11, 16)
+        self.weights = nn.ParameterList(torch.randn(16, 16) / 4 for _ in range(4))
+
+    def block(self, x: Tensor, weight: Tensor) -> Tensor:
+        q = (x @ weight)[:, None]
+        x = x + F.scaled_dot_product_attention(q, q.sin(), q.cos(), is_causal=True)[:, 0]
+        return x + torch.tanh(torch.sin(x @ weight) @ weight.mT)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        for weight in self.weights:
+            x = (
+                checkpoint(self.block, x, weight, use_reentrant=False)
+                if self.again
+                else self.block(x, weight)
+            )
+        return x.square().mean()
+
+
+def _saved(again: bool) -> tuple[Tensor, int]:
+    """The gradient of the words, and how many numbers the forward keeps for it."""
+    torch._dynamo.reset()
+    model, count = Deep(again), 0
+    compiled, ids = torch.compile(model, backend="hsap"), torch.arange(64).mul(5).remainder(11).view(1, 64)
+    compiled(ids)
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal count
+        count += x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = compiled(ids)
+    loss.backward()
+    return model.words.weight.grad, count
+
+
+def test_a_checkpoint_saves_memory_in_compiled_code() -> None:
+    (wanted, everything), (got, little) = _saved(False), _saved(True)
+    torch.testing.assert_close(got, wanted)
+    assert little < everything / 2, (little, everything)
+
+
+# --- vmap ---------------------------------------------------------------------------------------------
+
+
+def test_a_vmap_is_traced_below_its_batching() -> None:
+    def pattern(p: Program, x: Tensor, i: Tensor) -> Tensor:
+        return torch.vmap(lambda row, shift: (row * p.vector + shift).sin())(x, i[:, 0].to(x.dtype))
+
+    assert check(trace(Program((pattern, LOCAL["linear"])), rows=2), 3, 1) == []
+
+
+# --- varlen -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unrun() -> None:
+    """torch's operator has no kernel on CPU: a trace needs none, but dynamo calls what it has traced."""
+
+    def nothing(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            torch.zeros_like(q),
+            q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32),
+            q.new_zeros(2).to(torch.uint64),
+        )
+
+    varlen._varlen_attn.register_kernel("cpu")(nothing)
+
+
+class Varlen(nn.Module):
+    def __init__(self, window: tuple[int, int], reference: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.window, self.reference = window, reference
+        self.words, self.qkv = nn.Embedding(50, 32).double(), nn.Linear(32, 64).double()
+
+    def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
+        x = self.words(ids)
+        q, k, v = (t.unflatten(-1, (-1, 8)) for t in self.qkv(x).split([32, 16, 16], -1))
+        if not self.reference:
+            y = varlen.varlen_attn(q, k, v, ends, ends, 40, 40, window_size=self.window, enable_gqa=True)
+        else:
+            left, right = self.window
+            i = torch.arange(ids.shape[0])
+            document = (ends[None, 1:] <= i[:, None]).sum(1)
+            mask = document[:, None] == document
+            if right >= 0:
+                mask &= i - i[:, None] <= right
+            if left >= 0:
+                mask &= i[:, None] - i <= left
+            heads = (t[None].transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(*heads, mask, enable_gqa=True)[0].transpose(0, 1)
+        return (x + y.flatten(1)).square().mean()
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (3, 0), (2, 1)], ids=str)
+def test_varlen_attention(window: tuple[int, int], unrun: None) -> None:
+    ends = torch.tensor([0, 5, 6, 15, 29, 32, 34], dtype=torch.int32)
+    batch = {"ids": torch.arange(34) * 7 % 50, "ends": ends}
+    of, reference = (traced(Varlen(window, r), dynamic(dict(batch))) for r in (False, True))
+    wanted = eager(reference)
+    got = simulate(of, 2, 2)
+    assert got.program.fallbacks == () and len(got.program.traffic) == 1
+    by_shape = {g.shape: i for i, g in wanted.gradients.items()}
+    for step in got.ranks:
+        gradients = {by_shape[g.shape]: g for g in step.gradients.values()}
+        assert max(worst(type(step)(step.outputs, gradients), wanted)) <= 1e-12
