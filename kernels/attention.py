@@ -379,7 +379,7 @@ def _log_mass(x: _Operands, index: Formula, plan: Plan, lse: Tensor) -> Tensor |
             run.q.of(far).fill_(False)
     if not far.any():
         return None
-    mass = torch.zeros_like(lse) if index.sink is None else index.sinks(lse, index.leaves).sub(lse).exp_()
+    mass = torch.zeros_like(lse)
     for run in plan.runs:
         if run.kind == MOD and run.q.of(far).any():
             q, k, _ = x.run(run)
