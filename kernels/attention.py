@@ -371,7 +371,8 @@ def _log_mass(x: _Operands, index: Formula, plan: Plan, lse: Tensor) -> Tensor |
 
     A row of n logits that are all finfo.min has lse finfo.min, its log(n) is lost; without this the
     weights of such a row would sum to n.  None when there is no such row, which is the usual case.  Only for
-    formulas whose masked logits are finite: what these calls do not have whole is never split (overlap.py).
+    formulas whose masked logits are finite: their attentions are never split (overlap.py), so that every row
+    has all its keys in this call.
     """
     far = (lse.abs() > _FAR) & lse.isfinite()
     for run in plan.runs:
