@@ -16,8 +16,9 @@ from typing import Any
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.decorators import mark_unbacked
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._functorch import predispatch as _vmap
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention
@@ -71,12 +72,12 @@ SAVED = CheckpointPolicy.MUST_SAVE
 without_autocast = torch._C._DisableAutocast
 
 
-class RetraceWithSymbols(TensorifyScalarRestartAnalysis):
+class RetraceWithSymbols(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):
     """Ask dynamo to trace the frame again, now that dimensions were marked dynamic.
 
-    Dynamo restarts on this exception from a backend since 2.7; it was made for its own analysis of
-    scalars, and is the one public-enough way for a backend to say "once more, with this dimension
-    symbolic".
+    Two of dynamo's own restarts, each for one half of what is needed: the second is what it lets a backend
+    raise (since 2.7), the first makes it forget where it might break the graph, which another shape changes
+    (``x.shape`` is a constant in the first trace and an operator in the next).
     """
 
     def __init__(self, reason: str) -> None:
@@ -100,8 +101,12 @@ def expr_of(size: Any) -> sympy.Expr:
 
 
 def hint_of(size: Any) -> int:
-    """The value that a SymInt had while tracing, or the int itself."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    """The value that a SymInt had while tracing (of ``mark_symbolic``'s unknown ones: the largest that it may
+    have, which is the same), or the int itself."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    known = size.node.hint
+    return int(size.node.shape_env.bound_sympy(expr_of(size)).upper if known is None else known)
 
 
 @contextmanager
@@ -259,11 +264,20 @@ def break_of(module: torch.fx.GraphModule) -> str:
     return said if frame is None else f"{said}, at {frame.filename}:{frame.lineno}, `{frame.line}`"
 
 
-def was_marked(tensor: torch.Tensor, dim: int) -> bool:
-    """Whether ``maybe_mark_dynamic(tensor, dim)`` was called."""
-    return dim in getattr(tensor, "_dynamo_weak_dynamic_indices", ()) or dim in getattr(
-        tensor, "_dynamo_dynamic_indices", ()
-    )
+def mark_symbolic(tensor: torch.Tensor, dim: int, unknown: bool) -> bool:
+    """Ask dynamo for a symbol in place of the size of ``dim``; ``unknown``: where that was asked before, for
+    one of which nothing is known but that it is no larger.  False: there is nothing left to ask for."""
+    marks = ("_dynamo_weak_dynamic_indices", "_dynamo_dynamic_indices")
+    if not any(dim in getattr(tensor, mark, ()) for mark in marks):
+        maybe_mark_dynamic(tensor, dim)
+        return True
+    if not unknown or dim in getattr(tensor, "_dynamo_unbacked_indices", ()):
+        return False
+    try:
+        mark_unbacked(tensor, dim, shape_id="hsap_tokens", min=2, max=tensor.shape[dim])
+    except TypeError:  # an older torch cannot say that two inputs have the same unknown size
+        return False
+    return True
 
 
 OLDEST, NEWEST_TESTED = (2, 11), (2, 14)

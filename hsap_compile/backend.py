@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,7 @@ from hsap_compile._torch import (
     belongs_to_module,
     check_version,
     expr_of,
-    maybe_mark_dynamic,
-    was_marked,
+    mark_symbolic,
 )
 from hsap_compile.errors import Refused
 from hsap_compile.graph import placeholders, positional
@@ -119,16 +119,14 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
             do="pad or cut the batch before the compiled function, not inside of it",
         )
     length = int(expr)
-    marked, retrace = False, False
+    marked, retrace, cut = False, False, _cuts_buffers(module, length)
     for node, example in zip(placeholders(module), example_inputs, strict=True):
         value = node.meta["example_value"]
         if not isinstance(value, torch.Tensor) or belongs_to_module(node):
             continue
         for dim in _token_dims(value, length):
             marked = True
-            if not was_marked(example, dim):
-                maybe_mark_dynamic(example, dim)
-                retrace = True
+            retrace |= mark_symbolic(example, dim, unknown=cut)
     if retrace and length > 1:
         raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
     if marked and length > 1:
@@ -136,9 +134,25 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
             "the sequence length stays a constant",
             got=f"a graph for exactly {length} tokens",
             wanted="a symbolic length: documents and lengths change without compiling again",
-            do="drop dynamic=False, and code that needs the length as a Python number",
+            do="drop dynamic=False, and code that needs the length as a Python number; make buffers that are "
+            f"exactly {length} long longer than the rows",
         )
     return None
+
+
+def _cuts_buffers(module: GraphModule, length: int) -> bool:
+    """Whether a buffer of the model is cut to the length that it has, as in ``mask[:, :, :S, :S]``: one is by
+    chance as large as the other, and by asking which is smaller torch fixes S."""
+    buffers = {n for n in placeholders(module) if belongs_to_module(n)}
+    for node in module.graph.nodes:
+        if node.target is operator.getitem and node.args[0] in buffers:
+            index = positional(node)[1]
+            for part in index if isinstance(index, tuple) else (index,):
+                stop = part.stop if isinstance(part, slice) else None
+                stop = stop.meta["example_value"] if isinstance(stop, Node) else stop
+                if isinstance(stop, int | torch.SymInt) and expr_of(stop) == length:
+                    return True
+    return False
 
 
 def _token_dims(value: torch.Tensor, length: int) -> tuple[int, ...]:

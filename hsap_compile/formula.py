@@ -106,6 +106,10 @@ class _Readable(StrPrinter):
     def _print_Not(self, expr: Any) -> str:
         return f"not ({self._print(expr.args[0])})"
 
+    def _print_ITE(self, expr: Any) -> str:
+        condition, yes, no = (self._print(a) for a in expr.args)
+        return f"({yes} if {condition} else {no})"
+
     def _print_Piecewise(self, expr: Any) -> str:
         *cases, (last, condition) = expr.args
         end = self._print(last) + ("" if condition is sympy.true else f" if {self._print(condition)}")
@@ -164,7 +168,8 @@ def evaluate(expr: sympy.Basic, values: Mapping[str, Any], leaves: Sequence[torc
                 f"cannot evaluate {e.func.__name__} in the index formula {expr}; "
                 f"known: {', '.join(sorted(f.__name__ for f in _FUNCTIONS))}"
             ) from None
-        return function(*[value(a) for a in e.args])
+        operands = sorted(e.args, key=_size, reverse=True) if e.is_Add else e.args
+        return function(*[value(a) for a in operands])
 
     return value(expr)
 
@@ -194,6 +199,12 @@ def _exact(x: Any, y: Any) -> tuple[Any, Any]:
         if isinstance(number, float) and isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
             return tuple(t.double() if t is tensor else t for t in (x, y))  # type: ignore[return-value]
     return x, y
+
+
+def _size(term: sympy.Expr) -> float:
+    """The number in front of a term.  A sum starts with the largest: in ``score - 1e9 + 1e9 * mask`` the mask
+    is whole before the score comes, which -1e9 would otherwise round to nothing."""
+    return abs(float(term.as_coeff_Mul()[0]))
 
 
 def _add(x: Any, y: Any) -> Any:
@@ -251,6 +262,7 @@ _FUNCTIONS: dict[Any, Any] = {
     sympy.Ge: lambda x, y: x >= y,
     sympy.And: _fold(lambda x, y: x & y),
     sympy.Or: _fold(lambda x, y: x | y),
+    sympy.ITE: _where,
     sympy.Not: lambda x: not x if isinstance(x, bool) else ~x,
     sympy.Xor: _fold(lambda x, y: x ^ y),
     sympy.Equivalent: lambda x, y: x == y,

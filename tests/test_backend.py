@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from hsap_compile.errors import Refused
@@ -100,6 +101,52 @@ def test_an_attention_over_fewer_tokens_stays_whole(inter: int, intra: int) -> N
     wanted = eager(trace)
     for step in simulate(trace, inter, intra).ranks:
         assert max(worst(step, wanted)) <= 1e-12
+
+
+class Triangle(Tiny):
+    """Reads its length first, then a part of a buffer that is no longer than the longest batch."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__(4)
+        self.register_buffer("triangle", torch.ones(longest, longest).tril()[None, None])
+        self.places = torch.nn.Parameter(torch.linspace(-1, 1, longest, dtype=torch.float64)[None, :, None])
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        rows, tokens = ids.shape
+        x = self.embedding(ids) + self.places[:, :tokens]
+        qkv = self.qkv(x).view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = qkv[0] @ qkv[1].mT
+        scores = scores.masked_fill(self.triangle[:, :, :tokens, :tokens] == 0, -torch.inf)
+        scores = scores.masked_fill(documents[:, None, :, None] != documents[:, None, None], -torch.inf)
+        return (scores.softmax(-1) @ qkv[2]).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_rows_as_long_as_the_models_buffers(fullgraph: bool) -> None:
+    """The buffer's size is the batch's: dynamo takes the one for the other, until it is told that it cannot
+    know.  One graph then serves shorter rows too."""
+    model = Triangle(17)
+    compiled = torch.compile(model, backend="hsap", options=EAGER, fullgraph=fullgraph)
+    graphs = None
+    for tokens in (17, 17, 9, 16):
+        given = batch([0] * 5 + [1] * (tokens - 5))
+        got, wanted = compiled(**given), model(**given)
+        assert relative(got.detach(), wanted.detach()) <= 1e-13
+        found = torch.autograd.grad(got.square().sum(), list(model.parameters()))
+        for a, b in zip(
+            found, torch.autograd.grad(wanted.square().sum(), list(model.parameters())), strict=True
+        ):
+            assert relative(a, b) <= 1e-12
+        graphs = graphs or counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_rows_as_long_as_the_models_buffers_on_many_ranks() -> None:
+    trace = traced(Triangle(17), batch([0] * 5 + [1] * 12))
+    wanted = eager(trace)
+    for inter, intra in ((2, 2), (3, 1)):
+        for step in simulate(trace, inter, intra).ranks:
+            assert max(worst(step, wanted)) <= 1e-12
 
 
 class Specialised(Tiny):

@@ -96,8 +96,9 @@ def evaluated(expr: sympy.Basic) -> torch.Tensor:
 @given(st.one_of(NUMBERS, _conditions(NUMBERS)))
 def test_a_formula_is_what_torch_computes_and_survives_being_text(pair: Pair) -> None:
     expr, wanted = pair
-    assert formula.loads(formula.dumps(expr)) == expr
-    got = evaluated(formula.loads(formula.dumps(expr)))
+    again = formula.loads(formula.dumps(expr))  # 2 * Abs(Abs(x)) may have become 2 * Abs(x)
+    assert formula.loads(formula.dumps(again)) == again
+    got = evaluated(again)
     assert got.dtype in (
         wanted.dtype,
         torch.int32,
@@ -117,6 +118,26 @@ def test_masked_values_are_kept_exactly(masked: float) -> None:
     assert evaluated(additive).dtype == torch.float64
     bias = torch.where(INDEX["q"] >= INDEX["k"], torch.zeros_like(SCORE), masked)
     assert torch.equal(evaluated(score + additive), SCORE + bias)
+
+
+@pytest.mark.parametrize("masked", [1e4, 1e9, torch.finfo(torch.float64).max])
+def test_an_additive_mask_takes_no_digit_of_the_score(masked: float) -> None:
+    """eager adds (1 - mask) * -masked, which is 0 where mask is 1; sympy writes it as a sum of three."""
+    mask = sympy.Piecewise((1, q >= k), (0, True))
+    expr = score / 7 + leaf(2, h) + sympy.Float(masked) * (mask * leaf(3, q) - 1)
+    ones = [*LEAVES, torch.ones(TOKENS)]
+    got = formula.evaluate(formula.loads(formula.dumps(expr)), VALUES, ones)
+    wanted = SCORE / 7 + LEAVES[2][:, None, None]
+    seen = (INDEX["q"] >= INDEX["k"]).expand(SCORE.shape)
+    torch.testing.assert_close(got[seen], wanted[seen].to(got.dtype), rtol=1e-14, atol=0)
+    assert (got[~seen] <= -0.9 * masked).all()
+
+
+def test_a_choice_between_conditions() -> None:
+    expr = sympy.ITE(q > k, sympy.Eq(q, 3), leaf(0, b, k) < 0)
+    wanted = torch.where(INDEX["q"] > INDEX["k"], INDEX["q"] == 3, LEAVES[0][:, None, None, :] < 0)
+    assert torch.equal(evaluated(expr), wanted)
+    assert formula.readable(expr, ["m"]) == "(q == 3 if q > k else m[b, k] < 0)"
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,23 @@ def additive(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     return torch.softmax(scores(q, k) + (1 - packed(q, doc).to(q.dtype)) * -10000.0, -1) @ v
 
 
+def weighted(q: Tensor, doc: Tensor, pos: Tensor) -> Tensor:
+    """(B, 1, S, S) float: zero or one, as a product with a floating mask of keys."""
+    return packed(q, doc).to(q.dtype) * (pos != 2).to(q.dtype)[:, None, None, :].abs()
+
+
+@case()
+def additive_weighted(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    bias = m.slopes[:, None, None] * (columns(q) - columns(q)[:, None])
+    a = scores(q, k) + bias + (1 - weighted(q, doc, pos)) * torch.finfo(q.dtype).min
+    return a.softmax(-1) @ v
+
+
+@case()
+def filled_where_light(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    return scores(q, k).masked_fill(weighted(q, doc, pos) < 0.5, -1e9).softmax(-1) @ v
+
+
 @case()
 def triangles(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     s = q.shape[2]
