@@ -58,7 +58,8 @@ class Mask:
     @property
     def by_columns(self) -> bool:
         """Whether columns alone decide: no tensor takes part and the formula is never needed."""
-        return not self.residual and not self.soft and not formula.leaves_of(self.logits)
+        of_columns = all(band.position == q for band in self.bands)
+        return of_columns and not self.residual and not self.soft and not formula.leaves_of(self.logits)
 
     def readable(self, names: Sequence[str] = ()) -> str:
         """Which pairs (q, k) are attended, as in Python; ``names`` are those of the tensors that are read."""

@@ -27,7 +27,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
-from hsap_compile._torch import expr_of, free_symbols, hint_of, operator_name, run_fake
+from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, free_symbols, hint_of, operator_name, run_fake
 from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
 from hsap_compile.graph import placeholders, positional, remove_dead
@@ -44,9 +44,9 @@ log = logging.getLogger("hsap_compile")
 
 def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any) -> int:
     """Rewrite each of ``attentions`` into the canonical operator.  Returns how many kept a dense mask."""
-    dense_masks = 0
+    dense_masks, no_grad = 0, _without_gradient(module)
     for attention in attentions:
-        lifter = _Lifter(attention)
+        lifter = _Lifter(attention, set() if attention.output in no_grad else no_grad)
         try:
             logits = lifter.logits()
         except NotLiftable as reason:
@@ -62,10 +62,21 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         numbers = {old: new for new, old in enumerate(used)}
         mask = _renumbered(mask, numbers)
         leaves = [lifter.leaves[i] for i in used]
-        dense_masks += any(len(token_dims(leaf)) > 1 for leaf in leaves)
+        dense_masks += any(len(token_dims(leaf)) > 1 for leaf, _ in leaves)
         _rewrite(module, mode, attention, leaves, mask, attention.scale * scale)
     remove_dead(module)
     return dense_masks
+
+
+def _without_gradient(module: GraphModule) -> set[Node]:
+    """The nodes inside of no_grad regions."""
+    found, grad = set(), True
+    for node in module.graph.nodes:
+        if node.target is SET_GRAD_ENABLED:
+            grad = bool(node.args[0])
+        elif not grad:
+            found.add(node)
+    return found
 
 
 def _renumbered(mask: Any, numbers: dict[int, int]) -> Any:
@@ -83,7 +94,12 @@ def _renumbered(mask: Any, numbers: dict[int, int]) -> Any:
 
 
 def _rewrite(
-    module: GraphModule, mode: Any, attention: Attention, leaves: list[Node], mask: Any, scale: float
+    module: GraphModule,
+    mode: Any,
+    attention: Attention,
+    leaves: list[tuple[Node, bool]],
+    mask: Any,
+    scale: float,
 ) -> None:
     graph, output = module.graph, attention.output
 
@@ -107,8 +123,9 @@ def _rewrite(
             operands = [emit(aten.unsqueeze.default, x, 0) for x in operands]
         # under autocast the operator casts; the canonical one takes what the result has
         operands = [x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands]
-        node = emit(dense.OP, *operands, leaves, formula.dumps(mask.logits), scale)
-        node.meta.update(mask=mask, reads=tuple(where(leaf) for leaf in leaves))
+        read = [emit(aten.detach.default, leaf) if cut else leaf for leaf, cut in leaves]
+        node = emit(dense.OP, *operands, read, formula.dumps(mask.logits), scale)
+        node.meta.update(mask=mask, reads=tuple(where(leaf) for leaf, _ in leaves))
         if folded is not None:
             node = emit(aten.flatten.using_ints, node, 0, 1)
         elif flat:
@@ -127,10 +144,11 @@ class NotLiftable(Exception):
 class _Lifter:
     """The formula of one attention's logits, and the tensors it reads."""
 
-    def __init__(self, attention: Attention) -> None:
-        self.attention = attention
-        self.leaves: list[Node] = []
-        self.memo: dict[tuple[Node, Index], sympy.Basic] = {}
+    def __init__(self, attention: Attention, no_grad: set[Node]) -> None:
+        self.attention, self.no_grad = attention, no_grad
+        self.cut = False  # whether no gradient passes from the element that is being read to the logits
+        self.leaves: list[tuple[Node, bool]] = []  # and whether that is so of all that is read of them
+        self.memo: dict[tuple[Node, Index, bool], sympy.Basic] = {}
         self.alias: dict[Node, Any] = {}  # what the inputs of a function of one pair are
         self.inside: set[Node] = set()  # the nodes of such functions
 
@@ -205,14 +223,18 @@ class _Lifter:
             return _constant(node)
         if node in self.alias:
             return self.element(self.alias[node], index)
-        key = (node, index)
-        if key not in self.memo:
-            try:
+        before = self.cut
+        self.cut |= node in self.no_grad or node.target is aten.detach.default
+        key = (node, index, self.cut)
+        try:
+            if key not in self.memo:
                 self.memo[key] = self._element(node, index)
-            except NotLiftable:
-                if node in self.inside or self._reaches_product(node):
-                    raise
-                self.memo[key] = self.leaf(node, index)
+        except NotLiftable:
+            if node in self.inside or self._reaches_product(node):
+                raise
+            self.memo[key] = self.leaf(node, index)
+        finally:
+            self.cut = before
         return self.memo[key]
 
     def _reaches_product(self, node: Node) -> bool:
@@ -227,9 +249,10 @@ class _Lifter:
         return False
 
     def leaf(self, node: Node, index: Index) -> sympy.Basic:
-        if node not in self.leaves:
-            self.leaves.append(node)
-        value = formula.leaf(self.leaves.index(node), *index)
+        read = (node, self.cut and node.meta["val"].is_floating_point())
+        if read not in self.leaves:
+            self.leaves.append(read)
+        value = formula.leaf(self.leaves.index(read), *index)
         return sympy.Ne(value, 0) if node.meta["val"].dtype == torch.bool else value
 
     def broadcast(self, operand: Any, index: Index) -> sympy.Basic:
@@ -255,7 +278,7 @@ class _Lifter:
 
     def _element(self, node: Node, index: Index) -> sympy.Basic:
         if node is self.attention.product:
-            if index != self._position(node):  # the scores of other pairs
+            if self.cut or index != self._position(node):  # no gradient, or the scores of other pairs
                 raise NotLiftable(node)
             if operator_name(node.target) != "aten::baddbmm":
                 return score
@@ -278,6 +301,8 @@ class _Lifter:
             raise NotLiftable(node)  # read the rounded value rather than compute it anew
         if name not in _POINTWISE or value.dtype in _NARROW_INTEGERS:
             raise NotLiftable(node)
+        if name in _OF_BITS and value.dtype != torch.bool:
+            raise NotLiftable(node)
         given = {k: a for k, a in arguments(node).items() if isinstance(a, Node | int | float | bool | str)}
         mode = given.pop("rounding_mode", None)
         alpha = given.pop("alpha", None)
@@ -295,6 +320,7 @@ class _Lifter:
         return _rounded(result, value.dtype) if value.is_floating_point() else result
 
 
+_OF_BITS = ("__and__", "bitwise_and", "__or__", "bitwise_or", "bitwise_not")
 _NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)  # their arithmetic may wrap
 
 
