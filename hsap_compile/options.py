@@ -17,6 +17,7 @@ _CHOICES = {
     "outputs": ("gather", "local"),
     "lower": ("inductor", "aot_eager", "eager"),
     "attention": ("auto", "flex", "slices"),
+    "check": ("batch", "always", "first"),
 }
 
 
@@ -37,6 +38,10 @@ class Options:
     attention: the kernel of partial attention: "flex" is flex attention, for which Inductor generates Triton,
         "slices" ATen's flash kernel on CPU, "auto" the one that the device has.
     kernel_options: of flex attention, see torch.nn.attention.flex_attention.FlexKernelOptions.
+    check: what ranks compare before they go on, so that they stop with an error where they would hang or be
+        wrong: "batch" the graph, the length, the documents and all integer inputs at every call, and at the
+        first one floating inputs and parameters too; "always" all of it at every call; "first" nothing
+        after the first call.
     inductor: configuration patches for Inductor.
     on_step: called before every step with its ``hsap_compile.runtime.StepReport`` (plan, balance, bytes).
     """
@@ -49,6 +54,7 @@ class Options:
     strict: bool = False
     lower: str = "inductor"
     attention: str = "auto"
+    check: str = "batch"
     kernel_options: Mapping[str, Any] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
     on_step: Callable[[Any], None] | None = None

@@ -158,7 +158,8 @@ def rewrite(
         tokens=length,
         local_outputs=local_outputs,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
-        signature=zlib.crc32(graph.code.encode()),
+        signature=zlib.crc32(f"{graph.code} {mesh} {options.placement}".encode()),
+        check=options.check,
         fallbacks=fallbacks,
         random=any(is_random(n) for n in graph.graph.nodes),
     )

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import warnings
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from hsap_compile.agreement import Claim, check
 from hsap_compile.documents import attended, unknown
 from hsap_compile.errors import Refused
 from hsap_compile.kernels.blocks import rank_tables
-from hsap_compile.kernels.exchange import all_gather
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.mesh import world
 from hsap_compile.passes.partition_attention import ON_HOST, PlannedMask, Traffic
@@ -58,7 +58,8 @@ class Program:
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
     from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension) whose size is
     S, or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
-    ``signature`` is the same wherever the graph is; ``fallbacks`` are the operators on gathered tokens;
+    ``signature`` is the same wherever the graph is, and ``check`` what ranks compare (see ``Options``);
+    ``fallbacks`` are the operators on gathered tokens;
     ``random``: whether the graph draws random numbers.
     """
 
@@ -76,6 +77,7 @@ class Program:
     local_outputs: frozenset[int]
     parameters: frozenset[int]
     signature: int
+    check: str = "batch"
     fallbacks: tuple[Fallback, ...] = ()
     random: bool = False
 
@@ -108,6 +110,7 @@ class Runner:
     calls: int = 0
     warned: bool = False
     last_plan: Plan | None = None
+    planning: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, *args: Any) -> Any:
         program = self.program
@@ -120,10 +123,17 @@ class Runner:
                 do="call torch.compiler.reset() and compile again",
             )
         tokens = program.length(args)
-        if ranks > 1:
-            _check_agreement(program, args, tokens, first=self.calls == 0)
+        leaves = program.read(args)
+        digest = _digest(leaves, tokens)
+        if _AHEAD.get():
+            self._plan(args, leaves, tokens, rank, digest)
+            raise _Planned
+        first = self.calls == 0
+        if ranks > 1 and (first or program.check != "first"):
+            claim = Claim(program.signature, tokens, digest, args, program.parameters)
+            check(claim, ranks, program.group, thorough=first or program.check == "always")
         self.calls += 1
-        plan, tables = self._plan(args, tokens, rank)
+        plan, tables = self._plan(args, leaves, tokens, rank, digest)
         if not self.warned:
             self.warned = _warn_of_leaks(args, plan)
         self.last_plan = plan
@@ -136,22 +146,47 @@ class Runner:
             outputs[i].hsap_columns = tables["columns"]
         return outputs
 
-    def _plan(self, args: Sequence[Any], tokens: int, rank: int) -> tuple[Plan, dict[Any, torch.Tensor]]:
+    def _plan(
+        self, args: Sequence[Any], leaves: Sequence[torch.Tensor], tokens: int, rank: int, digest: bytes
+    ) -> tuple[Plan, dict[Any, torch.Tensor]]:
         """The plan of a batch and this rank's tables, made anew only for documents not seen lately."""
         program = self.program
-        leaves = program.read(args)
-        digest = _digest(leaves, tokens)
-        if digest not in self.plans:
-            self.plans[digest] = (program.plan(leaves, tokens), {})
-            while len(self.plans) > _PLANS_KEPT:
-                self.plans.popitem(last=False)
-        self.plans.move_to_end(digest)
-        plan, of_rank = self.plans[digest]
-        if rank not in of_rank:
-            device = next(a.device for a in args if isinstance(a, torch.Tensor))
-            tables = _tensors(plan, rank, program.tables)
-            of_rank[rank] = {key: _placed(table, key, device) for key, table in tables.items()}
-        return plan, of_rank[rank]
+        with self.planning:
+            if digest not in self.plans:
+                self.plans[digest] = (program.plan(leaves, tokens), {})
+                while len(self.plans) > _PLANS_KEPT:
+                    self.plans.popitem(last=False)
+            self.plans.move_to_end(digest)
+            plan, of_rank = self.plans[digest]
+            if rank not in of_rank:
+                device = next(a.device for a in args if isinstance(a, torch.Tensor))
+                tables = _tensors(plan, rank, program.tables)
+                of_rank[rank] = {key: _placed(table, key, device) for key, table in tables.items()}
+            return plan, of_rank[rank]
+
+
+class _Planned(Exception):
+    """Ends a call whose plan was all that was wanted."""
+
+
+_AHEAD: ContextVar[bool] = ContextVar("hsap_planning_ahead", default=False)
+
+
+def prefetch(compiled: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    """Plan ``compiled(*args, **kwargs)`` before its turn: nothing is computed and no rank is asked.
+
+    ``compiled``: what ``torch.compile(.., backend="hsap")`` returned, or a function that calls it.  The call
+    with the same documents then finds its plan and its tables ready.  It may run in a thread of its own, a
+    data loader's for instance, while the step before is under way.  Where the model is compiled in several
+    graphs, what stands before the first one runs, and that one is planned.
+    """
+    token = _AHEAD.set(True)
+    try:
+        compiled(*args, **kwargs)
+    except _Planned:
+        pass
+    finally:
+        _AHEAD.reset(token)
 
 
 @contextmanager
@@ -215,65 +250,6 @@ def _digest(leaves: Sequence[torch.Tensor], tokens: int) -> bytes:
         digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
         digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
-
-
-# --- what ranks must agree on --------------------------------------------------------------------------
-
-
-#: What ranks compare, in the order of the numbers they exchange, and what to do when they differ.
-_AGREEMENT = (
-    (
-        "the ranks run different graphs",
-        "call the compiled model with the same kinds of inputs on every rank",
-    ),
-    (
-        "the ranks were given batches of different lengths",
-        "pass the same whole batch on every rank; the backend shards it",
-    ),
-    (
-        "the ranks were given different batches",
-        "pass the same whole batch on every rank (same seed, no sampler per rank)",
-    ),
-    (
-        "the ranks hold different parameters",
-        "seed every rank alike, or broadcast the parameters before the first step",
-    ),
-)
-
-
-def _check_agreement(program: Program, args: Sequence[Any], tokens: int, first: bool) -> None:
-    """Every rank has the same graph, batch and (at the first call) parameters, or nobody goes on."""
-    content = 0
-    device = torch.device("cpu")
-    for i, value in enumerate(args):
-        if isinstance(value, torch.Tensor):
-            device = value.device if value.device.type != "cpu" else device
-            if i not in program.parameters and not value.is_floating_point():
-                content = zlib.crc32(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes(), content)
-    parameters = 0.0
-    if first:
-        for i in sorted(program.parameters):
-            parameters += float(args[i].detach().double().abs().sum())
-    bits = int(np.float64(round(parameters, 6)).view(np.int64))
-    mine = torch.tensor([program.signature, tokens, content, bits], dtype=torch.int64)
-    if dist.get_backend() == "nccl":
-        mine = mine.to(device)
-    rows = all_gather(mine, program.mesh.size, program.group).view(-1, mine.numel()).tolist()
-    for column, (what, do) in enumerate(_AGREEMENT):
-        values = [row[column] for row in rows]
-        if column == 3:
-            values = [float(np.int64(v).view(np.float64)) for v in values]
-            same = all(abs(v - values[0]) <= 1e-6 * abs(values[0]) for v in values)
-        else:
-            same = len(set(values)) == 1
-        if not same:
-            differing = [r for r, v in enumerate(values) if v != values[0]]
-            raise Refused(
-                what,
-                got=f"ranks {differing} differ from rank 0: {dict(enumerate(values))}",
-                wanted="the same on every rank",
-                do=do,
-            )
 
 
 def _warn_of_leaks(args: Sequence[Any], plan: Plan) -> bool:

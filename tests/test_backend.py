@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -207,3 +212,34 @@ def test_every_pass_leaves_a_readable_graph(caplog: pytest.LogCaptureFixture) ->
         assert f"after {name}:" in text
     assert "torch.ops.hsap.all_to_all.default" in text
     assert "partition_attention: 1 attentions over 1 x 2 ranks" in text
+
+
+TRACED = """
+import torch
+from torch.nn import functional as F
+
+def attend(x, doc):
+    q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+    mask = doc[:, None, :, None] == doc[:, None, None, :]
+    return F.scaled_dot_product_attention(q, q, q, mask)
+
+doc = torch.tensor([[0, 0, 1, 1, 1]])
+torch.compile(attend, backend="hsap", options={"lower": "eager"})(torch.randn(1, 5, 8), doc)
+"""
+
+
+def test_a_trace_holds_the_graph_after_every_pass(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCH_TRACE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", TRACED], check=True, env=environment, timeout=300)
+    (written,) = tmp_path.glob("*.log")
+    found: dict[str, str] = {}
+    for line in written.read_text().splitlines():
+        if not line.startswith("\t"):  # the payload of the entry before
+            entry = json.loads(line[line.index("{") :]).get("artifact", {}).get("name", "")
+            found.update({entry: ""} if entry.startswith("hsap_") else {})
+        elif entry in found:
+            found[entry] += line + "\n"
+    assert list(found) == ["hsap_capture", "hsap_lift_mask", "hsap_partition_attention"]
+    assert "scaled_dot_product_attention" in found["hsap_capture"]
+    assert "torch.ops.hsap.attention" in found["hsap_lift_mask"]
+    assert "torch.ops.hsap.attend" in found["hsap_partition_attention"]

@@ -28,7 +28,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
     text = refusal({"placment": "balanced"})
     assert 'there is no option "placment"' in text
     assert 'did you mean "placement"?' in text
-    assert "lower, attention, kernel_options, inductor, on_step" in text
+    assert "lower, attention, check, kernel_options, inductor, on_step" in text
 
 
 @pytest.mark.parametrize("key", ["placement", "outputs", "lower"])

@@ -6,6 +6,7 @@ This module must not import hsap_compile: the ranks find the backend by its entr
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,16 +52,28 @@ def test_ranks(pool: Pool, name: str, world: int, options: dict[str, Any]) -> No
 # --- ranks that disagree ------------------------------------------------------------------------------
 
 
-def refused(change: Callable[[torch.nn.Module, dict[str, Any]], None]) -> str:
-    """What rank r says when ``change`` was made on the last rank only."""
+def refused(change: Callable[..., Any], check: str = "batch", before: int = 0) -> str:
+    """What rank r says when ``change`` (which may return other options) was made on the last rank only,
+    after ``before`` calls."""
     model, given = build("nano", torch.float32), batch("nano", [[5, 1, 9, 4, 8]])
-    if dist.get_rank() == dist.get_world_size() - 1:
-        change(model, given)
-    try:
-        torch.compile(model, backend="hsap", options={"lower": "eager"})(**given)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    options = {"lower": "eager", "check": check}
+    compiled = torch.compile(model, backend="hsap", options=options)
+    with torch.no_grad():
+        for _ in range(before):
+            compiled(**given)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            other = change(model, given)
+            if other is not None:
+                compiled = torch.compile(model, backend="hsap", options={**options, **other})
+        try:
+            compiled(**given)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
     return "accepted"
+
+
+def nothing(model: torch.nn.Module, given: dict[str, Any]) -> None:
+    pass
 
 
 def other_tokens(model: torch.nn.Module, given: dict[str, Any]) -> None:
@@ -80,17 +93,75 @@ def other_model(model: torch.nn.Module, given: dict[str, Any]) -> None:
     model.attention = "causal"
 
 
+def other_option(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    return {"placement": "contiguous"}
+
+
+class Embedded(torch.nn.Module):
+    """Takes its tokens as vectors."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True)
+
+
+def other_vectors() -> str:
+    x = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(0))
+    if dist.get_rank() == 1:
+        x = x.flip(1)
+    try:
+        torch.compile(Embedded(), backend="hsap", options={"lower": "eager"})(x)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "check", "before", "text"),
     [
-        (other_tokens, "the ranks were given different batches"),
-        (other_length, "the ranks were given batches of different lengths"),
-        (other_weights, "the ranks hold different parameters"),
-        (other_model, "the ranks run different graphs"),
+        (other_tokens, "first", 0, "the ranks were given different batches"),
+        (other_tokens, "batch", 1, "the ranks were given different batches"),
+        (other_length, "batch", 0, "the ranks were given batches of different lengths"),
+        (other_weights, "batch", 0, "the ranks hold different parameters"),
+        (other_weights, "always", 1, "the ranks hold different parameters"),
+        (other_model, "batch", 0, "the ranks run different graphs"),
+        (other_option, "batch", 0, "the ranks run different graphs"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_ranks_that_disagree_are_refused(pool: Pool, change: Any, text: str) -> None:
-    for said in pool.run(refused, change, world=2, timeout=120.0):
+def test_ranks_that_disagree_are_refused(pool: Pool, change: Any, check: str, before: int, text: str) -> None:
+    for said in pool.run(refused, change, check, before, world=2, timeout=120.0):
         assert said.startswith("Refused: hsap: ") and text in said
         assert "ranks [1] differ from rank 0" in said and "\n  do: " in said
+
+
+def test_vectors_that_differ_are_refused(pool: Pool) -> None:
+    for said in pool.run(other_vectors, world=2, timeout=120.0):
+        assert said.startswith("Refused: hsap: the ranks were given different batches")
+
+
+@pytest.mark.parametrize(("change", "check"), [(nothing, "always"), (other_weights, "batch")])
+def test_what_is_not_compared(pool: Pool, change: Any, check: str) -> None:
+    """After the first call, weights are compared only when that is asked for."""
+    assert pool.run(refused, change, check, 1, world=2, timeout=120.0) == ["accepted"] * 2
+
+
+# --- plans made ahead -----------------------------------------------------------------------------------
+
+
+def ahead() -> list[float]:
+    """Rank 0 alone plans the second batch ahead: it asks no other rank.  The errors of both steps."""
+    prefetch = importlib.import_module("hsap_compile").prefetch
+    model = build("nano", torch.float32)
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="hsap", options={"lower": "eager"})
+    batches = [batch("nano", rows, seed=i) for i, rows in enumerate(PACKS[:2])]
+    errors = [difference(compiled, model, reference, batches[0])]
+    if dist.get_rank() == 0:
+        prefetch(compiled, **batches[1])
+    return [*errors, difference(compiled, model, reference, batches[1])]
+
+
+def test_one_rank_plans_ahead(pool: Pool) -> None:
+    for errors in pool.run(ahead, world=2, timeout=120.0):
+        assert max(errors) < 2e-5
