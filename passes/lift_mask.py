@@ -579,7 +579,10 @@ def _slice(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
     dim, start, step = given["dim"] % len(index), given["start"] or 0, given["step"]
     offset = lifter.broadcast(start, ())
     if isinstance(start, int) and start < 0:
-        offset = offset + lifter.size(positional(node)[0].meta["val"].shape[dim])
+        size = positional(node)[0].meta["val"].shape[dim]
+        if free_symbols(node.meta["val"].shape[dim]) or (isinstance(size, int) and size + start < 0):
+            raise NotLiftable(node)  # it may reach beyond the first element, where the slice then starts
+        offset = offset + lifter.size(size)
     position = list(index)
     position[dim] = position[dim] * _constant(step) + offset
     return lifter.element(positional(node)[0], tuple(position))

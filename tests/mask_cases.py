@@ -267,6 +267,14 @@ def bits(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     return attention(q, k, v, ((i[:, None] & 4) == (i & 4)) & ((i[:, None] >> 1 | 2) >= (i >> 1 | 2)))
 
 
+@case(dense_masks=1)
+def slices_from_the_end(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    near = (
+        packed(q, doc)[..., -40:] & (columns(q) >= 0)[-1:] & m.triangle[:, :, -64:, -9:][..., :1, :1].bool()
+    )
+    return attention(q, k, v, near | torch.eye(q.shape[2], dtype=torch.bool))
+
+
 @case()
 def steps_apart(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     i = (columns(q) + 3) // 4
