@@ -72,6 +72,7 @@ def rewrite(
     mode = fake_mode_of(values)
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
     graph = capture(module)
+    writes: tuple[int, ...] = graph.meta["writes"]
     _done("capture", graph)
 
     attentions = find_attention(graph)
@@ -107,6 +108,7 @@ def rewrite(
             columns=columns,
             order=order,
             outputs=options.outputs,
+            whole_outputs=len(writes),
             strict=options.strict,
         )
         tokens = expr_of(columns.shape[0])
@@ -157,6 +159,7 @@ def rewrite(
         on_step=options.on_step,
         tokens=length,
         local_outputs=local_outputs,
+        writes=writes,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
         signature=zlib.crc32(f"{graph.code} {mesh} {options.placement}".encode()),
         check=options.check,

@@ -58,9 +58,9 @@ class Program:
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
     from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension) whose size is
     S, or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
-    ``signature`` is the same wherever the graph is, and ``check`` what ranks compare (see ``Options``);
-    ``fallbacks`` are the operators on gathered tokens;
-    ``random``: whether the graph draws random numbers.
+    ``writes`` the inputs that the last outputs are written into; ``signature`` is the same wherever the
+    graph is, and ``check`` what ranks compare (see ``Options``); ``fallbacks`` are the operators on gathered
+    tokens; ``random``: whether the graph draws random numbers.
     """
 
     function: Callable[..., Any]
@@ -75,6 +75,7 @@ class Program:
     on_step: Callable[[StepReport], None] | None
     tokens: tuple[int, int] | int
     local_outputs: frozenset[int]
+    writes: tuple[int, ...]
     parameters: frozenset[int]
     signature: int
     check: str = "batch"
@@ -142,6 +143,11 @@ class Runner:
         extra = [tables[key] for key in program.tables]
         with _own_random_numbers(rank) if program.random and ranks > 1 else nullcontext():
             outputs = program.function(*args, *extra)
+        if program.writes:
+            outputs, written = outputs[: -len(program.writes)], outputs[-len(program.writes) :]
+            with torch.no_grad():
+                for i, value in zip(program.writes, written, strict=True):
+                    args[i].copy_(value)
         for i in program.local_outputs:
             outputs[i].hsap_columns = tables["columns"]
         return outputs

@@ -59,7 +59,9 @@ _LAST_TWO = {"aten::t", "aten::mT"}
 
 def capture(module: GraphModule) -> GraphModule:
     """Lower ``module``, which dynamo traced.  Placeholders keep their order and get ``meta["source"]``:
-    the placeholder of ``module`` they stand for."""
+    the placeholder of ``module`` they stand for.  Inputs that the model writes into, such as the running
+    statistics of a batch norm, are left alone: what they become is put behind the outputs, and
+    ``meta["writes"]`` of the graph's module says which inputs these are."""
     plain = expanded(module)
     asides = set_aside(plain)
     originals = placeholders(plain)
@@ -188,6 +190,7 @@ def _result_dtype(mode: Any, node: Node) -> torch.dtype | None:
 
 def _functionalize(module: GraphModule, mode: Any) -> None:
     graph, views, tracked = module.graph, _views(module), _tracked(module)
+    writes: list[Node] = []
     for node in list(graph.nodes):
         if not is_operator(node.target) or not target(node)._schema.is_mutable:
             continue
@@ -196,15 +199,17 @@ def _functionalize(module: GraphModule, mode: Any) -> None:
         while chain[-1] in views:
             chain.append(positional(chain[-1])[0])
         changes_shape = torch.Tag.inplace_view in target(node).tags
-        if chain[-1].op != "call_function" and not changes_shape:
+        base = chain[-1]
+        known = base.op == "call_function" or (base.op == "placeholder" and base not in tracked)
+        if not known and not changes_shape:
             raise Refused(
                 f"the model writes into one of its inputs in place ({operator_name(node.target)})",
-                got=f"an in-place write to {chain[-1].meta.get('source', chain[-1].name)}",
-                wanted="a forward that leaves parameters, buffers and inputs as they are",
+                got=f"an in-place write to {base.meta.get('source', base.name)}, which has a gradient",
+                wanted="a forward that leaves parameters and inputs with a gradient as they are",
                 do="write into a copy (x = x.clone()) instead",
                 at=where(node),
             )
-        if not changes_shape and node not in tracked and chain[-1] in tracked:
+        if not changes_shape and node not in tracked and base in tracked:
             raise Refused(
                 "the model writes in place, unseen by autograd, into a value with a gradient "
                 f"({operator_name(node.target)})",
@@ -213,6 +218,10 @@ def _functionalize(module: GraphModule, mode: Any) -> None:
                 do="write into a copy (x = x.detach().clone()) instead",
                 at=where(node),
             )
+        if base.op == "placeholder" and not changes_shape:
+            writes.append(base)
+            (output,) = (n for n in graph.nodes if n.op == "output")
+            output.args = ([*positional(output)[0], base],)  # the write replaces it, as all later uses
         with graph.inserting_before(node):
             value = _value_after(graph, mode, node)
             dtype = mutated.meta["val"].dtype
@@ -230,6 +239,8 @@ def _functionalize(module: GraphModule, mode: Any) -> None:
             old.replace_all_uses_with(new, delete_user_cb=later.__contains__)
         node.replace_all_uses_with(replaced[mutated])
         graph.erase_node(node)
+    inputs = placeholders(module)
+    module.meta["writes"] = tuple(inputs.index(n) for n in writes)
 
 
 def _views(module: GraphModule) -> set[Node]:

@@ -392,9 +392,11 @@ def shard_tokens(
     columns: torch.Tensor,
     order: torch.Tensor,
     outputs: str,
+    whole_outputs: int,
     strict: bool,
 ) -> Sharded:
-    """``columns`` (n,) and ``order`` (S,) are the fake tables that the new graph gets as inputs."""
+    """``columns`` (n,) and ``order`` (S,) are the fake tables that the new graph gets as inputs.  The last
+    ``whole_outputs`` outputs are whole whatever ``outputs`` says."""
     sharder = Sharder(module, mode, symbol, group, strict)
     _inputs(sharder, columns, order)
     grad = True
@@ -412,9 +414,11 @@ def shard_tokens(
     output = next(n for n in module.graph.nodes if n.op == "output")
     sharder.origin = None
 
-    stay = {n for n in output.all_input_nodes if outputs == "local" and _one_row_a_column(sharder, n)}
+    values: Any = output.args[0]
+    asked = values[: len(values) - whole_outputs] if outputs == "local" else []
+    stay = {i for i, n in enumerate(asked) if isinstance(n, Node) and _one_row_a_column(sharder, n)}
     sharder.graph.output(
-        map_arg(output.args[0], lambda n: sharder.home[n].node if n in stay else sharder.whole(n))
+        [sharder.home[n].node if i in stay else map_arg(n, sharder.whole) for i, n in enumerate(values)]
     )
     _settle_parameters(sharder)
     new = GraphModule(module, sharder.graph)
@@ -422,8 +426,7 @@ def shard_tokens(
         if placeholder.op == "placeholder":
             placeholder.meta.setdefault("tokens", None)
     remove_dead(new)
-    local = frozenset(i for i, value in enumerate(output.args[0]) if value in stay)
-    return Sharded(new, tuple(sharder.fallbacks), local)
+    return Sharded(new, tuple(sharder.fallbacks), frozenset(stay))
 
 
 def _one_row_a_column(sharder: Sharder, node: Node) -> bool:

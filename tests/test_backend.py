@@ -166,6 +166,38 @@ def test_a_length_that_stays_a_constant_is_refused() -> None:
         torch.compile(Specialised(), backend="hsap", options=EAGER)(**batch([0, 0, 1, 1]))
 
 
+class Counting(Tiny):
+    """Normalises over all tokens, keeps statistics, and counts what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8, dtype=torch.float64)
+        self.register_buffer("seen", torch.zeros(11, dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(8, dtype=torch.float64))
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        x = self.norm(super().forward(ids, documents).transpose(1, 2)).transpose(1, 2)
+        self.seen.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
+        with torch.no_grad():
+            self.mean.lerp_(x.mean((0, 1)), 0.5)
+        return x + self.mean
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot_eager"])
+def test_buffers_that_the_model_writes(lower: str) -> None:
+    model, reference = Counting(), Counting()
+    compiled = torch.compile(model, backend="hsap", options={"lower": lower})
+    for documents in ([0, 0, 1, 1, 1, 2], [0, 1, 1, 1], [0, 0, 0]):
+        got, wanted = compiled(**batch(documents)), reference(**batch(documents))
+        assert relative(got.detach(), wanted.detach()) <= 1e-12
+        got.pow(3).sum().backward()
+        wanted.pow(3).sum().backward()
+    for one, other in zip(model.buffers(), reference.buffers(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert relative(one.grad, other.grad) <= 1e-10
+
+
 class Cached(Tiny):
     """Returns its keys, as a model with a key/value cache does."""
 

@@ -146,6 +146,50 @@ def test_what_is_not_compared(pool: Pool, change: Any, check: str) -> None:
     assert pool.run(refused, change, check, 1, world=2, timeout=120.0) == ["accepted"] * 2
 
 
+# --- buffers that the model writes ----------------------------------------------------------------------
+
+
+class Counting(torch.nn.Module):
+    """Normalises over all tokens, keeps statistics, and counts tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        y = torch.nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True)
+        y = self.norm(y.transpose(1, 2).flatten(2).mT).mT
+        self.seen += y.detach().square().sum((0, 1))
+        return y * self.seen
+
+
+def written(lower: str, outputs: str) -> float:
+    """The largest relative difference of outputs, gradients and buffers after three calls."""
+    torch.manual_seed(0)
+    model, reference = Counting(), Counting()
+    compiled = torch.compile(model, backend="hsap", options={"lower": lower, "outputs": outputs})
+    errors = []
+    for tokens in (12, 9, 14):
+        x = torch.randn(1, tokens, 8)
+        one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        got, wanted = compiled(one), reference(other)
+        mine = got.hsap_columns if outputs == "local" else slice(None)
+        errors.append((got - wanted[:, mine]).abs().max() / wanted.abs().max())
+        got.pow(3).sum().backward()
+        wanted.pow(3).sum().backward()
+        errors.append((one.grad - other.grad).abs().max() / other.grad.abs().max())
+    for a, b in zip(model.buffers(), reference.buffers(), strict=True):
+        errors.append((a - b).abs().max() / b.abs().max())
+    return float(max(errors))
+
+
+@pytest.mark.parametrize(("lower", "outputs"), [("eager", "gather"), ("aot_eager", "local")])
+def test_buffers_that_the_model_writes(pool: Pool, lower: str, outputs: str) -> None:
+    assert max(pool.run(written, lower, outputs, world=2, timeout=120.0)) < 2e-5
+
+
 # --- plans made ahead -----------------------------------------------------------------------------------
 
 
