@@ -106,6 +106,7 @@ def rewrite(
             group,
             columns=columns,
             order=order,
+            ranks=ranks,
             outputs=options.outputs,
             strict=options.strict,
         )
