@@ -37,6 +37,8 @@ from hsap_compile.passes.capture import capture
 from hsap_compile.passes.partition_attention import Site
 from hsap_compile.passes.shard_tokens import Fallback
 from hsap_compile.pipeline import Rewritten, rewrite
+from hsap_compile.plan import Placement
+from hsap_compile.plan.shifts import Shift, shifted
 from hsap_compile.plan.text import short, table
 from hsap_compile.runtime import StepReport, report
 
@@ -88,8 +90,8 @@ class Output:
 class Collective:
     """``forward`` and ``backward``: how many of them every rank starts in a step, and their bytes.
 
-    Bytes of head and key/value exchanges are what all ranks together send (as in ``StepReport``); of gathers
-    and sums they are the size of the whole values, which every rank gets.
+    Bytes of exchanged heads, keys, values and token rows are what all ranks together send (of attention as in
+    ``StepReport``); of gathers and sums they are the size of the whole values, which every rank gets.
     """
 
     what: str
@@ -348,8 +350,12 @@ def _counted(
     graph: GraphModule, step: StepReport, for_outputs: set[Node], grad: bool
 ) -> tuple[Collective, ...]:
     gathers = _calls(graph, exchange.GATHER)
-    heads = [n for n in _calls(graph, exchange.ALL_TO_ALL) if _splits(n) == "head_splits"]
-    rows = [n for n in _calls(graph, exchange.ALL_TO_ALL) if _splits(n) != "head_splits"]
+    exchanges = _calls(graph, exchange.ALL_TO_ALL)
+    heads = [n for n in exchanges if _splits(n) == "head_splits"]
+    shifts = [n for n in exchanges if isinstance(_splits(n)[0], Shift)]
+    rows = [n for n in exchanges if n not in heads and n not in shifts]
+    returned = [n for n in shifts if n.meta["val"].is_floating_point()]
+    away, back = (sum(_shifted(n, step.plan.placement) for n in nodes) for nodes in (shifts, returned))
     sums = _calls(graph, exchange.BROADCAST)
     of_inputs = [n for n in sums if _of_input(n)]
     outputs = [n for n in gathers if n in for_outputs]
@@ -358,6 +364,7 @@ def _counted(
     rows_of_table: tuple[tuple[str, str, list[Node], list[Node], int | None, int | None], ...] = (
         ("heads of attention", "in groups", heads, heads, step.intra_bytes // 2, step.intra_bytes // 2),
         ("keys and values", "between groups", rows, rows, step.inter_bytes // 2, step.inter_bytes // 2),
+        ("rows of shifted tokens", everyone, shifts, returned, away, back),
         ("gathered for outputs", everyone, outputs, [], None, None),
         ("gathered for operators", everyone, inside, [], None, None),
         ("gradients of whole values cut into rows", everyone, [], _calls(graph, exchange.SHARD), None, None),
@@ -370,8 +377,8 @@ def _counted(
         backward = backward if grad else []
         if forward or backward:
             sent = sum(map(_bytes, forward)) if forward_bytes is None else forward_bytes
-            back = sum(map(_bytes, backward)) if backward_bytes is None else backward_bytes
-            found.append(Collective(what, level, len(forward), len(backward), sent, back if grad else 0))
+            got = sum(map(_bytes, backward)) if backward_bytes is None else backward_bytes
+            found.append(Collective(what, level, len(forward), len(backward), sent, got if grad else 0))
     return tuple(found)
 
 
@@ -382,6 +389,13 @@ def _calls(graph: GraphModule, target: Any) -> list[Node]:
 def _splits(exchanged: Node) -> Any:
     """The table that says how many rows go where."""
     return positional(exchanged)[1].meta["table"]
+
+
+def _shifted(exchanged: Node, placement: Placement) -> int:
+    """Bytes that all ranks send of tokens that others read at a distance."""
+    sent = positional(exchanged)[0].meta["val"]
+    row = math.prod(hint_of(s) for s in sent.shape[1:]) * int(sent.itemsize)
+    return row * int(shifted(placement, _splits(exchanged)[0]).rows(placement.mesh.size).sum())
 
 
 def _of_input(node: Node) -> bool:

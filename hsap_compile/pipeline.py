@@ -107,6 +107,7 @@ def rewrite(
             group,
             columns=columns,
             order=order,
+            ranks=ranks,
             outputs=options.outputs,
             whole_outputs=len(writes),
             strict=options.strict,

@@ -21,9 +21,11 @@ from hsap_compile.errors import Refused
 from hsap_compile.kernels.blocks import rank_tables
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.mesh import world
-from hsap_compile.passes.partition_attention import ON_HOST, PlannedMask, Traffic
+from hsap_compile.passes._tables import ON_HOST
+from hsap_compile.passes.partition_attention import PlannedMask, Traffic
 from hsap_compile.passes.shard_tokens import Fallback
 from hsap_compile.plan import Attended, MeshShape, Plan, make
+from hsap_compile.plan.shifts import Shift, shift_tables
 
 _PLANS_KEPT = 64
 
@@ -225,8 +227,8 @@ def _nothing(batch: int, tokens: int) -> Attended:
 
 
 def _tensors(plan: Plan, rank: int, keys: Sequence[Any] | None = None) -> dict[Any, torch.Tensor]:
-    """This rank's tables on the host, by the keys of ``Program.tables``; those of flex attention only where
-    ``keys`` has them."""
+    """This rank's tables on the host, by the keys of ``Program.tables``; those of flex attention and of
+    shifts only where ``keys`` has them."""
     tables, mesh = plan.tables(rank), plan.placement.mesh
     result: dict[Any, Any] = {
         "columns": tables.columns,
@@ -243,6 +245,9 @@ def _tensors(plan: Plan, rank: int, keys: Sequence[Any] | None = None) -> dict[A
     for index in sorted(flex):
         made = rank_tables(tables, index, plan.masks[index].structure.mask.batch)
         result.update({(index, name): table for name, table in made.items()})
+    for shift in {key[0]: None for key in keys or () if isinstance(key, tuple) and isinstance(key[0], Shift)}:
+        of_shift = shift_tables(plan.placement, shift, rank)
+        result.update({(shift, name): table for name, table in vars(of_shift).items()})
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in result.items()}
 
 

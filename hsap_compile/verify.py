@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import expr_of, is_operator
-from hsap_compile.graph import placeholders
+from hsap_compile.graph import placeholders, positional
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.masks import Mask
 
@@ -32,6 +32,7 @@ def verify(module: GraphModule, after: str) -> None:
                 raise BrokenGraph(f"after {after}: {node} is an attention without a mask")
     if after in ("shard_tokens", "partition_attention"):
         _states_meet(module, after)
+        _exchanges_match(module, after)
 
 
 def _functional(module: GraphModule) -> None:
@@ -61,6 +62,23 @@ def _states_meet(module: GraphModule, after: str) -> None:
             raise BrokenGraph(
                 f"after {after}: {node.format_node()} mixes rows of one rank with whole tokens: "
                 f"{tuple(node.meta['val'].shape)}"
+            )
+
+
+def _exchanges_match(module: GraphModule, after: str) -> None:
+    """Where rows go and how many arrive belong together: to one mask, or to one shift."""
+    for node in module.graph.nodes:
+        if node.target is not exchange.ALL_TO_ALL:
+            continue
+        splits, rows = positional(node)[1:3]
+        key = splits.meta.get("table")
+        if key == "head_splits":
+            continue
+        counted = positional(rows)[0].meta.get("table") if isinstance(rows, Node) else None
+        if key is None or counted is None or counted[0] != key[0]:
+            raise BrokenGraph(
+                f"after {after}: {node.format_node()} sends by the table {key} and receives as many rows as "
+                f"the table {counted} has"
             )
 
 

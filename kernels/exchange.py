@@ -11,14 +11,17 @@ share           identity (a copy)            the gradient on rank 0, else 0
 all_to_all      rows to ranks by a table     all_to_all, the table reversed
 split           first and other tokens       join
 join            both together again          split
+pool            own, received, constant row  unpool
 ==============  ===========================  ==============================
 
 A *whole* tensor is the same on every rank, and so is its gradient; the gradients of ``share`` are parts
 of a sum that is taken outside of the graph.  Host tables (int64, CPU) say who
 gets what, so that nothing is compiled anew when documents change.
 
-split and join stay on the rank.  They are operators because they copy: a view of an unknown number of
-rows, saved for the backward, has strides that Inductor does not promise to keep.
+split, join and pool stay on the rank.  They are operators because they copy: a view of an unknown number of
+rows, saved for the backward, has strides that Inductor does not promise to keep; and where Inductor (2.13)
+builds the operands of a ``cat`` inside of its result, it may write over one in place, save that for the
+backward, and give the memory of the whole to another value.
 """
 
 from __future__ import annotations
@@ -272,6 +275,51 @@ JOIN = _define(
     _join_fake,
     _join_backward,
     _join_setup,
+)
+
+
+def _pool(own: torch.Tensor, received: torch.Tensor, dim: int, fill: float) -> torch.Tensor:
+    """The rows (dimension ``dim``) of ``own``, those of ``received`` (rows first), and one of ``fill``."""
+    n, more = own.shape[dim], received.shape[0]
+    made = own.new_empty((*own.shape[:dim], n + more + 1, *own.shape[dim + 1 :]))
+    made.narrow(dim, 0, n).copy_(own)
+    made.narrow(dim, n, more).copy_(received.movedim(0, dim))
+    made.narrow(dim, n + more, 1).fill_(fill)
+    return made
+
+
+def _pool_fake(own: Any, received: Any, dim: int, fill: float) -> Any:
+    return own.new_empty((*own.shape[:dim], own.shape[dim] + received.shape[0] + 1, *own.shape[dim + 1 :]))
+
+
+def _pool_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    own, received, ctx.dim, _ = inputs
+    ctx.own, ctx.received = own.shape[ctx.dim], received.shape[0]
+
+
+def _pool_backward(ctx: Any, grad: torch.Tensor) -> Any:
+    return *UNPOOL(grad, ctx.own, ctx.received, ctx.dim), None, None
+
+
+def _unpool(x: torch.Tensor, own: int, received: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = x.narrow(dim, 0, own), x.narrow(dim, own, received).movedim(dim, 0)
+    return _copy(parts[0]), _copy(parts[1])
+
+
+def _unpool_fake(x: Any, own: Any, received: Any, dim: int) -> Any:
+    before, behind = x.shape[:dim], x.shape[dim + 1 :]
+    return x.new_empty((*before, own, *behind)), x.new_empty((received, *before, *behind))
+
+
+UNPOOL = _define(
+    "unpool(Tensor x, SymInt own, SymInt received, int dim) -> (Tensor, Tensor)", _unpool, _unpool_fake
+)
+POOL = _define(
+    "pool(Tensor own, Tensor received, int dim, float fill) -> Tensor",
+    _pool,
+    _pool_fake,
+    _pool_backward,
+    _pool_setup,
 )
 
 

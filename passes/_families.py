@@ -28,6 +28,7 @@ from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._routing import row_counts, row_sort
+from hsap_compile.passes._shifts import ALONG_TOKENS, concatenation, convolution, pad
 from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis, rows_in_front
 
@@ -57,7 +58,7 @@ _BY_DIM = _names(
     " split_with_sizes slice select cat stack gather index_select unbind flip roll narrow argmax argmin glu"
     " transpose squeeze unsqueeze movedim swapaxes diff logsumexp amax amin sum mean prod any all max min var"
     " std norm linalg_vector_norm scatter scatter_add cummax kthvalue tensor_split"
-    " slice_scatter var_mean std_mean cosine_similarity"
+    " slice_scatter select_scatter unfold var_mean std_mean cosine_similarity"
 )
 #: f(x, y, ..., reduction) with one loss for every element of the broadcast operands.
 _LOSSES = _names(
@@ -236,11 +237,10 @@ def _along(source: Node, axis: TokenAxis, dim: int) -> bool:
 def _concatenation(sharder: Sharder, node: Node) -> Any:
     """cat(xs, dim) along the tokens: rows of tokens one after the other are more rows in front."""
     parts, out = _args(node)[0], _output_axis(node)
-    for part in parts:
-        axis = part.meta.get("tokens")
-        if not isinstance(axis, TokenAxis) or axis.layout[1:] != out.layout[1:]:
-            raise NotLocal("it joins tokens with others")
-    return _as_is(sharder, node)
+    axes = [part.meta.get("tokens") for part in parts]
+    if all(isinstance(axis, TokenAxis) and axis.layout[1:] == out.layout[1:] for axis in axes):
+        return _as_is(sharder, node)
+    return concatenation(sharder, node)
 
 
 def _pairs(sharder: Sharder, node: Node) -> Any:
@@ -253,11 +253,11 @@ def _pairs(sharder: Sharder, node: Node) -> Any:
 
 
 def _pad(sharder: Sharder, node: Node) -> Any:
-    """pad(x, [last dimension's left, right, ...]): not at the tokens."""
+    """pad(x, [last dimension's left, right, ...])"""
     source, axis = _only_source(node)
     behind = source.meta["val"].dim() - 1 - axis.dim
     if tuple(_args(node)[1][2 * behind : 2 * behind + 2]) not in ((), (0, 0)):
-        raise NotLocal("it pads the tokens")
+        return pad(sharder, node)
     return _as_is(sharder, node)
 
 
@@ -361,7 +361,7 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     given = arguments(node)
     rank = source.meta["val"].dim() + (name == "aten::stack")
     named: list[int] = []
-    for key in ("dim", "dims", "dim0", "dim1", "source", "destination", "axis0", "axis1"):
+    for key in ("dim", "dims", "dimension", "dim0", "dim1", "source", "destination", "axis0", "axis1"):
         value = given.get(key)
         if isinstance(value, int) and not isinstance(value, bool):
             named.append(value)
@@ -387,8 +387,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
         return _as_is(sharder, node)
     if name in _SUMS:
         return _reduction(sharder, node, source, axis, dims)
-    if name == "aten::slice":
-        return _token_slice(sharder, node, source, axis)
+    if name in ALONG_TOKENS:
+        return ALONG_TOKENS[name](sharder, node)
     if name == "aten::cat":
         return _concatenation(sharder, node)
     if name in ("aten::sort", "aten::argsort"):
@@ -399,26 +399,6 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
 _MOVES = _names("transpose squeeze movedim swapaxes permute t")
 _SUMS = _names("sum mean")
 REDUCTIONS = _names("sum mean amax amin max min any all prod var std norm linalg_vector_norm argmax argmin")
-
-
-def _token_slice(sharder: Sharder, node: Node, source: Node, axis: TokenAxis) -> Any:
-    """x[:, a : S - b]: the same rows, of which those outside are no longer part of the value."""
-    given = arguments(node)
-    begin = given["start"] or 0
-    out = node.meta["tokens"]
-    if expr_of(source.meta["val"].shape[axis.dim]) == expr_of(node.meta["val"].shape[axis.dim]):
-        return sharder.home[source] if source in sharder.home else Local(sharder.local(source))  # all
-    if source not in sharder.home:
-        raise NotLocal("a slice of a whole value")
-    if not isinstance(begin, int) or given["step"] != 1 or axis.folded or not isinstance(out, TokenAxis):
-        raise NotLocal("a slice along the tokens that is not a plain range")
-    home = sharder.home[source]
-    if begin < 0:
-        distance = axis.length + begin
-        if not distance.is_Integer:
-            raise NotLocal("a slice of the last tokens")
-        begin = int(distance)
-    return Local(home.node, home.start + begin)
 
 
 def _reduction(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
@@ -605,6 +585,7 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("histc bincount"), row_counts),
     **dict.fromkeys(_names("pad constant_pad_nd"), _pad),
     **dict.fromkeys(_names("einsum"), _einsum),
+    **dict.fromkeys(_names("conv1d convolution"), convolution),
 }
 
 #: The rules whose operators act on every row alone, whatever the order of the rows.

@@ -26,13 +26,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
-from hsap_compile._torch import expr_of, fake_table
+from hsap_compile._torch import expr_of
 from hsap_compile.errors import Refused, module_of, where
-from hsap_compile.graph import Builder, ancestors, placeholders, remove_dead
+from hsap_compile.graph import Builder, ancestors, remove_dead
 from hsap_compile.kernels import attention, dense, exchange
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.kernels.flex import FlexAttention, Keys
 from hsap_compile.masks import Mask
+from hsap_compile.passes._tables import Tables
 from hsap_compile.plan import MeshShape
 
 aten = torch.ops.aten
@@ -98,32 +99,6 @@ class Partitioned:
     sites: tuple[Site, ...]
 
 
-#: Tables that the host reads; all others index tensors on the device.
-ON_HOST = ("splits", "slices", "alone_slices", "head_splits")
-
-
-@dataclass
-class _Tables:
-    """The table inputs of the graph, made when first asked for."""
-
-    module: GraphModule
-    mode: Any
-    device: torch.device
-
-    def __call__(self, key: Any, example: torch.Tensor, dynamic: tuple[int, ...], least: int = 0) -> Node:
-        existing = placeholders(self.module)
-        for node in existing:
-            if node.meta.get("table") == key:
-                return node
-        name = "_".join(str(part) for part in (key if isinstance(key, tuple) else (key,)))
-        with self.module.graph.inserting_after(existing[-1]):
-            node = self.module.graph.placeholder(f"table_{name}")
-        kind = key[1] if isinstance(key, tuple) else key
-        example = example if kind in ON_HOST else example.to(self.device)
-        node.meta.update(val=fake_table(self.mode, example, dynamic, least), table=key, parameter=False)
-        return node
-
-
 def partition_attention(
     module: GraphModule,
     mode: Any,
@@ -142,7 +117,7 @@ def partition_attention(
     """
     sites = [n for n in module.graph.nodes if n.target is dense.OP and _over(n, tokens)]
     device = sites[0].meta["val"].device if sites else torch.device("cpu")
-    tables = _Tables(module, mode, device)
+    tables = Tables(module.graph, mode, device)
     writers: dict[int, FlexAttention] = {}
     keys: list[tuple[str, tuple[Node, ...]]] = []
     planned: list[PlannedMask] = []
@@ -174,7 +149,7 @@ def partition_attention(
 
 
 def _writer(
-    tables: _Tables, index: int, mask: Mask, leaves: Sequence[Node], options: Mapping[str, Any]
+    tables: Tables, index: int, mask: Mask, leaves: Sequence[Node], options: Mapping[str, Any]
 ) -> FlexAttention:
     def table(name: str) -> Node:
         return tables((index, name), *FLEX_TABLES[name])
@@ -208,7 +183,7 @@ class _Site:
     def __init__(
         self,
         build: Builder,
-        tables: _Tables,
+        tables: Tables,
         mesh: MeshShape,
         group: str,
         site: Node,
@@ -423,7 +398,7 @@ class _Site:
         return build(aten.add.Tensor, heads, build(aten.mul.Tensor, position, count))
 
     def _tokens(self) -> Any:
-        for node in placeholders(self.tables.module):
+        for node in self.tables.graph.nodes:
             if node.meta.get("table") == "order":
                 return self.build.size(node, 0)
         return self.build.size(self.q, 2)

@@ -37,6 +37,7 @@ from hsap_compile.graph import remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import is_random, rule_for
 from hsap_compile.passes._forms import Counts, Local, NotLocal
+from hsap_compile.passes._reindex import Longer, aligned, common_start, within
 from hsap_compile.passes._routing import is_count, routed, whole_counts
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis
 
@@ -75,11 +76,12 @@ class Sharder:
     wholes: dict[Node, Any] = field(default_factory=dict)
     locals: dict[tuple[Node, int], Node] = field(default_factory=dict)
     home: dict[Node, Local] = field(default_factory=dict)
+    longer: dict[Node, Longer] = field(default_factory=dict)
     heavy: set[Node] = field(default_factory=set)
     differentiable: set[Node] = field(default_factory=set)
     no_grad: set[Node] = field(default_factory=set)
     fallbacks: list[Fallback] = field(default_factory=list)
-    tables: dict[str, Node] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
     symbols: dict[sympy.Expr, Node] = field(default_factory=dict)
     locally_used: set[Node] = field(default_factory=set)
     origin: Node | None = None
@@ -138,7 +140,9 @@ class Sharder:
             self.wholes[node] = self._gathered(node)
         elif node in self.home and is_count(node):
             self.wholes[node] = whole_counts(self, node)
-        elif node in self.home:  # its rows have no place in the caller's order
+        elif node in self.home or node in self.longer:  # its rows have no place in the caller's order
+            if node in self.longer:
+                self._report(node, "a value of more tokens than the batch has, of which no slice is taken")
             self.wholes[node] = self._cut(node, self._recomputed(node))
         else:  # cheap
             self.wholes[node] = self._recomputed(node)
@@ -169,7 +173,7 @@ class Sharder:
         value, dim = home.node, axis.dim
         if axis.folded:
             shape = self.local_shape(node)
-            value, dim = self._unfolded(value, shape, axis, self.tables["n"])
+            value, dim = self.unfolded(value, shape, axis, self.tables["n"])
         columns, order = self.tables["columns"], self.tables["order"]
         value = self.emit(exchange.GATHER, value, columns, order, self.tables["S"], dim, self.group)
         if axis.length != self.symbol:
@@ -180,7 +184,7 @@ class Sharder:
             value = self.emit(aten.reshape.default, value, shape)
         return value
 
-    def _unfolded(self, value: Node, shape: list[Any], axis: TokenAxis, rows: Any) -> tuple[Node, int]:
+    def unfolded(self, value: Node, shape: list[Any], axis: TokenAxis, rows: Any) -> tuple[Node, int]:
         """``value`` of ``shape`` with the tokens in a dimension of their own, and which that is."""
         parts = [axis.outer, rows, axis.inner]
         unfolded = [*shape[: axis.dim], *parts, *shape[axis.dim + 1 :]]
@@ -189,11 +193,12 @@ class Sharder:
     def local(self, node: Node, start: int = 0) -> Node:
         """The form of ``node`` that holds this rank's rows; row i belongs to column ``columns[i]``."""
         if node in self.home:
-            if self.home[node].start != start and self.axis(node).length != self.symbol:
-                raise NotLocal("token ranges that start at different columns meet")
-            return self.home[node].node
+            if self.home[node].start == start or self.axis(node).length == self.symbol:
+                return self.home[node].node
         key = (node, start)
-        if key not in self.locals:
+        if key not in self.locals and node in self.home:
+            self.locals[key] = aligned(self, node, start)
+        elif key not in self.locals:
             made = self._local_from_cheap(node, start) if node not in self.heavy else None
             self.locals[key] = made if made is not None else self._local_from_whole(node, start)
         return self.locals[key]
@@ -215,7 +220,7 @@ class Sharder:
         dim, rows, order = axis.dim, self.tables["columns"], self.tables["order"]
         if axis.folded:
             shape = [self.size(s) for s in node.meta["val"].shape]
-            value, dim = self._unfolded(value, shape, axis, self.size(axis.length))
+            value, dim = self.unfolded(value, shape, axis, self.size(axis.length))
         if node in self.differentiable:
             if axis.length != self.symbol:
                 raise NotLocal("a part of a whole value with a gradient")
@@ -248,20 +253,14 @@ class Sharder:
         return self.locals[key]
 
     def start_of(self, *nodes: Node) -> int:
-        """Where the local operands among ``nodes`` start; they must agree."""
-        starts = {self.home[n].start for n in nodes if n in self.home}
-        if len(starts) > 1:
-            raise NotLocal("token ranges that start at different columns meet")
-        return starts.pop() if starts else 0
+        """Where the local operands among ``nodes`` start, or are made to."""
+        return common_start(self, nodes)
 
     def valid_rows(self, axis: TokenAxis, start: int, rank: int) -> Node | None:
         """(.., outer * n, ..) bool of ``rank`` dimensions: which rows are part of the value; None: all."""
         if axis.length == self.symbol:
             return None
-        columns = self.tables["columns"]
-        after = self.emit(aten.ge.Scalar, columns, start)
-        before = self.emit(aten.lt.Scalar, columns, self.size(axis.length + start))
-        valid = self.emit(aten.logical_and.default, after, before)
+        valid: Any = within(self, (start, int(self.symbol - axis.length) - start))
         if axis.folded:
             rows = self.emit(aten.unsqueeze.default, valid, 1)
             valid = self.emit(aten.repeat.default, rows, [axis.outer, axis.inner])
@@ -293,6 +292,8 @@ class Sharder:
             return
         if isinstance(result, Local):
             self.home[node] = replace(result, node=self._detached(node, result.node))
+        elif isinstance(result, Longer):
+            self.longer[node] = result
         else:
             self.wholes[node] = self._detached(node, result)
 
@@ -322,6 +323,8 @@ class Sharder:
             raise
         except RuntimeError as error:  # shapes that do not fit, once rows of one rank meet whole tokens
             raise NotLocal(f"its local operands do not fit: {str(error).splitlines()[0]}") from error
+        if isinstance(result, Longer):
+            return result
         made = result.node if isinstance(result, Local) else result
         rows = isinstance(result, Local) and not isinstance(result.order, Counts)
         if not self._fits(node.meta["val"], made.meta["val"], rows):
@@ -391,6 +394,7 @@ def shard_tokens(
     *,
     columns: torch.Tensor,
     order: torch.Tensor,
+    ranks: int,
     outputs: str,
     whole_outputs: int,
     strict: bool,
@@ -398,6 +402,7 @@ def shard_tokens(
     """``columns`` (n,) and ``order`` (S,) are the fake tables that the new graph gets as inputs.  The last
     ``whole_outputs`` outputs are whole whatever ``outputs`` says."""
     sharder = Sharder(module, mode, symbol, group, strict)
+    sharder.tables["ranks"] = ranks
     _inputs(sharder, columns, order)
     grad = True
     for node in module.graph.nodes:
@@ -426,6 +431,9 @@ def shard_tokens(
         if placeholder.op == "placeholder":
             placeholder.meta.setdefault("tokens", None)
     remove_dead(new)
+    for placeholder in [n for n in new.graph.nodes if isinstance(n.meta.get("table"), tuple) and not n.users]:
+        new.graph.erase_node(placeholder)  # of a rule that gave up
+    new.recompile()
     return Sharded(new, tuple(sharder.fallbacks), frozenset(stay))
 
 

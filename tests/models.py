@@ -188,11 +188,71 @@ class Encoder(nn.Module):
         return F.cross_entropy(logits.transpose(1, 2), labels), logits
 
 
+class TokenShift(nn.Module):
+    """In the style of RWKV: every projection reads a mixture of a token and the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.shift = nn.ZeroPad2d((0, 0, 1, -1))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH, bias=False) for name in "qkvogwr"})
+            for _ in range(LAYERS)
+        )
+        self.shares = nn.Parameter(torch.linspace(0.1, 0.9, LAYERS * 5 * WIDTH).view(LAYERS, 5, WIDTH))
+
+    def forward(
+        self, ids: Tensor, labels: Tensor, documents: Tensor, positions: Tensor
+    ) -> tuple[Tensor, ...]:
+        x = self.words(ids)
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        mask = (documents[:, :, None] == documents[:, None, :])[:, None] & causal
+        for block, shares in zip(self.blocks, self.shares, strict=True):
+            h = F.layer_norm(x, (WIDTH,))
+            mixed = [torch.lerp(self.shift(h), h, share) for share in shares[:3]]
+            q, k, v = (
+                block[name](m).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+                for name, m in zip("qkv", mixed, strict=True)
+            )
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + block["o"](y.transpose(1, 2).flatten(2))
+            h = F.layer_norm(x, (WIDTH,))
+            before = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
+            gate, value = (h + (before - h) * share for share in shares[3:])
+            x = x + block["g"](gate).sigmoid() * block["w"](F.relu(block["r"](value)) ** 2)
+        logits = self.head(F.layer_norm(x, (WIDTH,)))
+        return F.cross_entropy(logits.transpose(1, 2), labels), logits
+
+
+class CausalConvolutions(nn.Module):
+    """In the style of Hyena and Mamba: a short convolution of every channel, a dilated one, and gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.project, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.short = nn.Conv1d(3 * WIDTH, 3 * WIDTH, 4, groups=3 * WIDTH, padding=3)
+        self.wide = nn.Conv1d(WIDTH, WIDTH, 3, dilation=2, groups=2)
+
+    def forward(
+        self, ids: Tensor, labels: Tensor, documents: Tensor, positions: Tensor
+    ) -> tuple[Tensor, ...]:
+        x = self.words(ids)
+        short = self.short(self.project(F.layer_norm(x, (WIDTH,))).mT)[..., : ids.shape[1]]
+        gate, value, more = F.silu(short).chunk(3, 1)
+        wide = self.wide(F.pad(value * more, (4, 0)))
+        x = x + self.out((gate * wide).mT)
+        logits = self.head(F.layer_norm(x, (WIDTH,)))
+        return F.cross_entropy(logits.transpose(1, 2), labels), logits
+
+
 OWN: dict[str, Callable[..., nn.Module]] = {
     "nano": Nano,
     "nano causal": lambda **changes: Nano("causal", **changes),
     "nano written out": lambda **changes: Nano("written out", **changes),
     "encoder": lambda: Encoder(lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 48, 0.0, batch_first=True)),
+    "token shift": TokenShift,
+    "causal convolutions": CausalConvolutions,
     "multihead": lambda: Encoder(lambda: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)),
 }
 MODELS = (*HUGGING_FACE, *OWN)

@@ -140,17 +140,18 @@ LOCAL: dict[str, Pattern] = {
     "no grad parts": _detached_parts,
     "regularised": lambda p, x, i: x @ p.square + p.square.pow(2).sum() * p.scalar,
     "turned weight": lambda p, x, i: x @ p.square.flip(0) + x @ p.square,
+    "rolled": lambda p, x, i: x.roll(1, 1),
+    "difference": lambda p, x, i: x + F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 1)),
+    "prefixed": lambda p, x, i: torch.cat([p.vector.expand(x.shape[0], 1, WIDTH), x], 1)[:, :-1],
+    "last": lambda p, x, i: x + x[:, -1:],
+    "convolution": lambda p, x, i: F.conv1d(x.mT, p.kernel, padding=1).mT,
 }  # fmt: skip
 
 GATHERED: dict[str, tuple[Pattern, int]] = {
     "cumsum": (lambda p, x, i: x.cumsum(1) / x.shape[1], 1),
     "softmax": (lambda p, x, i: x.softmax(1), 1),
     "turned": (lambda p, x, i: x.flip(1), 1),
-    "rolled": (lambda p, x, i: x.roll(1, 1), 1),
-    "difference": (lambda p, x, i: F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 1)), 1),
-    "prefixed": (lambda p, x, i: torch.cat([p.vector.expand(x.shape[0], 1, WIDTH), x], 1)[:, :-1], 1),
     "doubled": (lambda p, x, i: torch.cat([x, x], 1)[:, : x.shape[1]], 1),
-    "last": (lambda p, x, i: x + x[:, -1:], 1),
     "largest": (lambda p, x, i: x - x.amax(1, keepdim=True), 1),
     "reordered": (lambda p, x, i: x[:, torch.arange(x.shape[1]).flip(0)], 1),
     "sorted": (lambda p, x, i: x.sort(1).values, 1),
@@ -158,7 +159,6 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     "token axis first": (
         lambda p, x, i: (x.reshape(x.shape[1], x.shape[0], WIDTH) * x.transpose(0, 1)).reshape(x.shape), 2
     ),
-    "convolution": (lambda p, x, i: F.conv1d(x.mT, p.kernel, padding=1).mT, 1),
     "weight in both": (
         lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0], 1
     ),
