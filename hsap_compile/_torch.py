@@ -10,7 +10,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import sympy
@@ -20,6 +20,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
+from torch._functorch import config as functorch_config
 from torch._functorch import predispatch as _vmap
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention
 from torch._inductor import config as inductor_config
@@ -68,6 +69,12 @@ def checkpoint_tags() -> dict[str, Any]:
 
 #: The tag of a node that is kept for the backward although it stands in a checkpoint.
 SAVED = CheckpointPolicy.MUST_SAVE
+
+
+def keeping(share: float | None) -> AbstractContextManager[Any]:
+    """AOTAutograd's partitioner keeps this share of what it would for the backward; None: torch's setting."""
+    return nullcontext() if share is None else functorch_config.patch(activation_memory_budget=float(share))
+
 
 without_autocast = torch._C._DisableAutocast
 

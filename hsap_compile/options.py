@@ -18,6 +18,7 @@ _CHOICES = {
     "lower": ("inductor", "aot_eager", "eager"),
     "attention": ("auto", "flex", "slices"),
     "check": ("batch", "always", "first"),
+    "received": ("save", "again"),
 }
 
 
@@ -42,6 +43,11 @@ class Options:
         wrong: "batch" the graph, the length, the documents and all integer inputs at every call, and at the
         first one floating inputs and parameters too; "always" all of it at every call; "first" nothing
         after the first call.
+    received: key/value rows of other groups are kept for the backward ("save"), or received once more in it
+        ("again"): less memory, half as much again is sent between groups.  ``explain`` says both costs.
+    memory_budget: above 0 and up to 1, the share of the other activations that is kept for the backward; what
+        is cheapest is computed again, attentions and exchanges never.  Default: torch's own setting,
+        torch._functorch.config.activation_memory_budget, which is 1.
     inductor: configuration patches for Inductor.
     on_step: called before every step with its ``hsap_compile.runtime.StepReport`` (plan, balance, bytes).
     """
@@ -56,6 +62,8 @@ class Options:
     attention: str = "auto"
     check: str = "batch"
     kernel_options: Mapping[str, Any] = field(default_factory=dict)
+    received: str = "save"
+    memory_budget: float | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     on_step: Callable[[Any], None] | None = None
 
@@ -88,6 +96,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     _check_type(given, "inductor", Mapping)
     _check_type(given, "kernel_options", Mapping)
     _check_type(given, "on_step", Callable)
+    _check_budget(given.get("memory_budget"))
     if given.get("intra") is not None and given.get("mesh") is not None:
         raise Refused(
             "both a mesh and a group size are given",
@@ -108,6 +117,17 @@ def _check_type(given: Mapping[str, Any], key: str, kind: Any) -> None:
             wanted=f"a {kind.__name__}",
             do="pass one",
         )
+
+
+def _check_budget(share: Any) -> None:
+    if share is None or (type(share) in (int, float) and 0 < share <= 1):
+        return
+    raise Refused(
+        'option "memory_budget" is not a share of the activations',
+        got=repr(share),
+        wanted="a number above 0 and up to 1; nothing kept would mean every exchange and attention twice",
+        do="pass 0.5, say, and halve it until the batch fits",
+    )
 
 
 def _mode(mode: str | None) -> dict[str, Any]:

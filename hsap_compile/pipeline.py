@@ -23,8 +23,8 @@ from hsap_compile.kernels import dense
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
 from hsap_compile.passes._families import is_random
-from hsap_compile.passes._regions import keep_exchanged
 from hsap_compile.passes.capture import capture
+from hsap_compile.passes.choose_saved import choose_saved
 from hsap_compile.passes.find_attention import Attention, find_attention
 from hsap_compile.passes.infer_tokens import infer_tokens
 from hsap_compile.passes.lift_mask import lift_mask
@@ -58,7 +58,8 @@ def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | 
     """Dynamo's ``module`` as a program for this world's ranks.  ``symbol``: S; None when it is static."""
     _, ranks = world()
     made = rewrite(module, options, symbol, ranks, group_name())
-    return replace(made.program, function=lower(made.graph, options.lower, dict(options.inductor)))
+    function = lower(made.graph, options.lower, options.inductor, options.memory_budget)
+    return replace(made.program, function=function)
 
 
 def rewrite(
@@ -142,8 +143,9 @@ def rewrite(
         mesh.inter,
         mesh.intra,
     )
-    keep_exchanged(graph)
     _done("partition_attention", graph)
+    again = options.received == "again"
+    log.info("choose_saved: %d exchanges are repeated in the backward", choose_saved(graph, again=again))
 
     leaves = [leaf for mask in partitioned.masks for leaf in mask.read]
     tables = [n for n in placeholders(graph)[inputs:]]
@@ -157,6 +159,7 @@ def rewrite(
         placement=options.placement,
         batch=partitioned.batch,
         traffic=partitioned.traffic,
+        again=again,
         on_step=options.on_step,
         tokens=length,
         local_outputs=local_outputs,

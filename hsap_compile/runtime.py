@@ -33,11 +33,20 @@ _PLANS_KEPT = 64
 @dataclass(frozen=True)
 class StepReport:
     """One step's plan, and the bytes all ranks together send for its attentions, forward and backward:
-    ``inter_bytes`` of keys and values between groups, ``intra_bytes`` of heads inside groups."""
+    ``inter_bytes`` of keys and values between groups, ``intra_bytes`` of heads inside groups.
+    ``received_bytes``: of the rows that the rank with most receives in a forward; ``again``: whether they are
+    received once more in the backward, rather than kept for it."""
 
     plan: Plan
     inter_bytes: int
     intra_bytes: int
+    received_bytes: int
+    again: bool = False
+
+    @property
+    def rows_bytes(self) -> int:
+        """Of keys and values, in a forward."""
+        return self.inter_bytes // (3 if self.again else 2)
 
     @property
     def balance(self) -> float:
@@ -45,12 +54,13 @@ class StepReport:
         return self.plan.balance
 
 
-def report(plan: Plan, traffic: Sequence[Traffic]) -> StepReport:
-    """Count what the attentions of ``traffic`` send under ``plan``."""
+def report(plan: Plan, traffic: Sequence[Traffic], again: bool = False) -> StepReport:
+    """Count what the attentions of ``traffic`` send under ``plan``; ``again``: rows twice in the backward."""
     to_others = (plan.placement.mesh.intra - 1) * int(plan.exchanged.sum())
-    inter = sum(int(plan.masks[t.mask].rows_sent.sum()) * t.kv for t in traffic)
+    received = sum(plan.masks[t.mask].rows_sent.sum(axis=0) * t.kv for t in traffic)
+    inter, most = int(np.sum(received)), int(np.max(received))
     intra = sum(to_others * (t.heads_in + t.heads_out) for t in traffic)
-    return StepReport(plan, 2 * inter, 2 * intra)
+    return StepReport(plan, (3 if again else 2) * inter, 2 * intra, most, again)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ class Program:
     S, or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
     ``writes`` the inputs that the last outputs are written into; ``signature`` is the same wherever the
     graph is, and ``check`` what ranks compare (see ``Options``); ``fallbacks`` are the operators on gathered
-    tokens; ``random``: whether the graph draws random numbers.
+    tokens; ``random``: whether the graph draws random numbers; ``again``: whether rows are received again in
+    the backward.
     """
 
     function: Callable[..., Any]
@@ -83,6 +94,7 @@ class Program:
     check: str = "batch"
     fallbacks: tuple[Fallback, ...] = ()
     random: bool = False
+    again: bool = False
 
     def length(self, args: Sequence[Any]) -> int:
         """S of a call."""
@@ -100,6 +112,10 @@ class Program:
         """The plan of a call from what ``read`` and ``length`` say of it."""
         masks = _masks(self, leaves, tokens) or (_nothing(self.batch, tokens),)
         return make(masks, self.mesh, self.placement)
+
+    def report(self, plan: Plan) -> StepReport:
+        """What a step under ``plan`` sends."""
+        return report(plan, self.traffic, self.again)
 
 
 @dataclass
@@ -141,7 +157,7 @@ class Runner:
             self.warned = _warn_of_leaks(args, plan)
         self.last_plan = plan
         if program.on_step is not None:
-            program.on_step(report(plan, program.traffic))
+            program.on_step(program.report(plan))
         extra = [tables[key] for key in program.tables]
         with _own_random_numbers(rank) if program.random and ranks > 1 else nullcontext():
             outputs = program.function(*args, *extra)

@@ -20,14 +20,12 @@ from hsap_compile._torch import (
     CHECKPOINT,
     CUSTOM_FUNCTION,
     FLEX_ATTENTION,
-    SAVED,
     VMAP_BORDERS,
     VMAP_PREAMBLE,
     checkpoint_tags,
     trace_below_autograd,
 )
 from hsap_compile.graph import positional
-from hsap_compile.kernels import exchange
 
 SET_ASIDE = (CUSTOM_FUNCTION, FLEX_ATTENTION)
 
@@ -103,14 +101,6 @@ def _inlined(
     for placeholder, operand in zip(names, operands, strict=True):
         inside[placeholder] = copies[operand] if isinstance(operand, Node) else operand
     return _copy_into(graph, body, inside, attributes, tags or checkpoint_tags())
-
-
-def keep_exchanged(module: GraphModule) -> None:
-    """Inside of checkpoints, what came from other ranks is saved: sending it again costs more than memory."""
-    crossing = (exchange.ALL_TO_ALL, exchange.GATHER, exchange.SUM_RANKS)
-    for node in module.graph.nodes:
-        if node.target in crossing and "recompute" in node.meta:
-            node.meta["recompute"] = SAVED
 
 
 # --- vmap ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pass 8: exchanges start early, are waited for late, and own keys are attended to meanwhile.
+"""Pass 10: exchanges start early, are waited for late, and own keys are attended to meanwhile.
 
 before: y = all_to_all(x)                                 waits inside
 after:  p = all_to_all_start(x); ...; y = wait(p)         other work in between
@@ -33,7 +33,7 @@ import torch
 from torch.fx import Graph, Node
 
 from hsap_compile._torch import CustomGraphPass, fake_mode_of, get_hash_for_files
-from hsap_compile.graph import Builder
+from hsap_compile.graph import Builder, ancestors
 from hsap_compile.kernels import attention, exchange, formula_blocks
 
 aten = torch.ops.aten
@@ -44,13 +44,17 @@ MOST_BUCKET_BYTES = 32 * 2**20  # more only costs memory
 
 class Overlap(CustomGraphPass):
     """The pass as Inductor calls it.  Its identity is part of the key of Inductor's caches, and holds every
-    pass and kernel, so that nothing compiled by other code than today's is served."""
+    pass and kernel, so that nothing compiled by other code than today's is served, and ``saved``: what the
+    graph's tags say of the backward, which no key of torch's holds."""
+
+    def __init__(self, saved: str) -> None:
+        self.saved = saved
 
     def __call__(self, graph: Graph) -> None:
         overlap(graph)
 
     def uuid(self) -> Any:
-        return get_hash_for_files(tuple(str(path) for path in sources()))
+        return get_hash_for_files(tuple(str(path) for path in sources()), self.saved)
 
 
 def sources() -> list[Path]:
@@ -76,6 +80,7 @@ def overlap(graph: Graph) -> None:
         elif node.target in (exchange.BROADCAST, exchange.SHARE):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    _start_together(graph)
     graph.lint()
 
 
@@ -85,6 +90,24 @@ def _start_and_wait(graph: Graph, node: Node, start: Any, *args: Any) -> None:
         done = build(exchange.WAIT, build(start, *args))
     node.replace_all_uses_with(done)
     graph.erase_node(node)
+
+
+def _start_together(graph: Graph) -> None:
+    """An exchange that does not need what the one before it brings starts in front of that one's wait:
+    Inductor never moves a start over a wait.  Of rows that the backward receives again, those of the next
+    layer thus travel together with the gradients of this layer's."""
+    order, moved = list(graph.nodes), set[Node]()
+    wait = -1
+    for i, node in enumerate(order):
+        if node.target is exchange.WAIT:
+            wait = i
+        elif node.target is exchange.ALL_TO_ALL_START and wait >= 0:
+            needed = ancestors([node])
+            if order[wait] not in needed:
+                parts = [n for n in order[wait + 1 : i + 1] if n in needed and n not in moved]
+                moved.update(parts)
+                for part in parts:
+                    order[wait].prepend(part)
 
 
 def _leaves_as_it_is(node: Node) -> bool:

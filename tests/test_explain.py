@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hsap_compile import Refused, explain
-from hsap_compile.explanation import Explanation, GraphExplanation
+from hsap_compile.facts import Explanation, GraphExplanation
 from hsap_compile.runtime import StepReport
 from models import Nano, batch, build
 from simulate import simulate, traced

@@ -28,10 +28,10 @@ def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
     text = refusal({"placment": "balanced"})
     assert 'there is no option "placment"' in text
     assert 'did you mean "placement"?' in text
-    assert "lower, attention, check, kernel_options, inductor, on_step" in text
+    assert "attention, check, kernel_options, received, memory_budget, inductor, on_step" in text
 
 
-@pytest.mark.parametrize("key", ["placement", "outputs", "lower"])
+@pytest.mark.parametrize("key", ["placement", "outputs", "lower", "received"])
 def test_a_value_that_does_not_exist_is_refused(key: str) -> None:
     text = refusal({key: "fast"})
     assert f'option "{key}" has a value that does not exist' in text
@@ -46,6 +46,14 @@ def test_a_wrong_type_is_refused(key: str, value: Any, kind: str) -> None:
     text = refusal({key: value})
     assert f'option "{key}" has the wrong type' in text
     assert f"wanted: a {kind}" in text
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.5, True, "half", float("nan")])
+def test_a_budget_that_is_no_share_is_refused(value: Any) -> None:
+    text = refusal({"memory_budget": value})
+    assert 'option "memory_budget" is not a share of the activations' in text
+    assert f"got:    {value!r}" in text and "wanted: a number above 0 and up to 1; nothing kept" in text
+    assert parse({"memory_budget": 0.5}, None).memory_budget == 0.5
 
 
 def test_mode_is_honoured_or_refused() -> None:

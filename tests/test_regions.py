@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hsap_compile._torch import CUSTOM_FUNCTION, SAVED
 from hsap_compile.kernels import exchange
-from hsap_compile.passes import _custom_functions, _regions
+from hsap_compile.passes import _custom_functions
 from hsap_compile.passes.capture import capture
+from hsap_compile.passes.choose_saved import choose_saved
 from simulate import eager, simulate, traced, worst
 from strategies import dynamic
 from test_shard_tokens import LOCAL, Program, check, trace
@@ -136,15 +137,15 @@ def test_checkpoints_are_inlined_with_their_tags() -> None:
 def test_what_crossed_ranks_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     of = trace(Program((_checkpointed,)), rows=2)
     kept: list[torch.fx.Node] = []
-    whole = _regions.keep_exchanged
 
-    def keep(module: torch.fx.GraphModule) -> None:
-        whole(module)
+    def keep(module: torch.fx.GraphModule, *, again: bool) -> int:
+        found = choose_saved(module, again=again)
         kept.extend(n for n in module.graph.nodes if n.target is exchange.SUM_RANKS)
+        return found
 
-    monkeypatch.setattr("hsap_compile.pipeline.keep_exchanged", keep)
+    monkeypatch.setattr("hsap_compile.pipeline.choose_saved", keep)
     check(of, 2, 1)
-    assert [n.meta.get("recompute") for n in kept] == [SAVED, None]  # the mean's; the loss is outside
+    assert [n.meta.get("recompute") for n in kept] == [SAVED] * 2  # the mean's, and the loss outside
 
 
 class Deep(nn.Module):
