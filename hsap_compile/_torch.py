@@ -56,6 +56,9 @@ CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
 FLEX_ATTENTION = torch.ops.higher_order.flex_attention
 
 #: What opens and closes a vmap in dynamo's graph, and what it calls once before.
+#: ``x.data``, and what begins torch.func's own derivatives.
+DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
+DERIVATIVES = (torch._C._functorch._grad_increment_nesting, torch._C._functorch._jvp_increment_nesting)
 VMAP_BORDERS = (_vmap._vmap_increment_nesting, _vmap._vmap_decrement_nesting)
 VMAP_PREAMBLE = (_vmap.lazy_load_decompositions,)
 

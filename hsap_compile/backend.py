@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,10 +21,13 @@ from hsap_compile._torch import (
 )
 from hsap_compile.errors import Refused
 from hsap_compile.graph import placeholders, positional
+from hsap_compile.mesh import world
 from hsap_compile.options import parse
 from hsap_compile.passes._varlen import cumulative_lengths
 from hsap_compile.pipeline import compile_graph
 from hsap_compile.runtime import Runner
+
+log = logging.getLogger("hsap_compile")
 
 
 def hsap(
@@ -39,17 +43,25 @@ def hsap(
     """
     check_version()
     chosen = parse(options, mode)
-    return Runner(compile_graph(module, chosen, prepare(module, example_inputs)))
+    _, ranks = world()
+    return Runner(compile_graph(module, chosen, prepare(module, example_inputs, ranks)))
 
 
-def prepare(module: GraphModule, example_inputs: Sequence[Any]) -> sympy.Symbol | None:
-    """Check the inputs and return the symbol of the sequence length, None when it is static.
+def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> sympy.Symbol | None:
+    """Check the inputs and return the symbol of the sequence length, None when it is static, which only one
+    rank can do with.
 
     Raises ``RetraceWithSymbols``, which dynamo answers with a graph that has one.
     """
     _check_inputs(module)
     size = _sequence_size(module)
-    return None if size is None else _symbol(module, example_inputs, size)
+    try:
+        return None if size is None else _symbol(module, example_inputs, size)
+    except Refused as reason:
+        if ranks > 1:
+            raise
+        log.warning("another length will compile again: %s", reason)
+        return None
 
 
 def _check_inputs(module: GraphModule) -> None:

@@ -112,7 +112,7 @@ class _Explainer:
         made: Rewritten | str
         names = [source_name(n) for n in placeholders(module)]  # dynamo forgets them after compilation
         try:
-            made = rewrite(module, self.options, prepare(module, examples), self.ranks, "")
+            made = rewrite(module, self.options, prepare(module, examples, self.ranks), self.ranks, "")
         except RetraceWithSymbols:
             raise
         except (Refused, ValueError) as error:

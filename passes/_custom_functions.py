@@ -74,7 +74,7 @@ class _Body:
     def __init__(self, outer: Sharder, body: GraphModule, values: Sequence[Any], axes: Sequence[Any]) -> None:
         from hsap_compile.passes.shard_tokens import Sharder
 
-        self.module = capture_body(body, values)
+        self.module = capture_body(body, values, grad=False)
         inputs = placeholders(self.module)
         infer_tokens(self.module, outer.symbol, dict(zip(inputs, axes, strict=True)))
         self.inner = inner = Sharder(self.module, outer.mode, outer.symbol, outer.group, strict=False)
@@ -145,7 +145,10 @@ class _Body:
         return module
 
     def share(self, value: Any) -> Any:
-        """This rank's part of a gradient: the sum over ranks is taken by whoever owns the operand."""
-        if isinstance(value, Node) and value.target is exchange.SUM_RANKS:
+        """This rank's part of a gradient: the sum over ranks is taken by whoever owns the operand.  What is
+        no such sum is alike on every rank, and counts on one."""
+        if not isinstance(value, Node) or not isinstance(value.meta["val"], torch.Tensor):
+            return value
+        if value.target is exchange.SUM_RANKS:
             return positional(value)[0]
-        return value
+        return self.inner.emit(exchange.ON_FIRST, value, self.inner.group)

@@ -3,6 +3,7 @@
 * the body of an activation checkpoint is inlined; its nodes carry the tags by which AOTAutograd's partitioner
   recomputes them in the backward (``recompute``, ``ac_graph_id``);
 * a vmap is traced below its batching, on its own;
+* ``x.data`` is a detach; hooks on gradients and derivatives inside of a forward are refused;
 * an operator that has a gradient or a meaning of its own (a custom ``autograd.Function``, flex attention) is
   set aside: while the rest is traced, its operands are outputs and its results are inputs.
 """
@@ -13,18 +14,22 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import (
     CHECKPOINT,
     CUSTOM_FUNCTION,
+    DATA,
+    DERIVATIVES,
     FLEX_ATTENTION,
     VMAP_BORDERS,
     VMAP_PREAMBLE,
     checkpoint_tags,
     trace_below_autograd,
 )
+from hsap_compile.errors import Refused, where
 from hsap_compile.graph import positional
 
 SET_ASIDE = (CUSTOM_FUNCTION, FLEX_ATTENTION)
@@ -73,7 +78,11 @@ def _copy_into(
             return map_arg(positional(node)[0], lambda n: copies[n])
         if node.op == "placeholder" and node in copies:
             continue
-        if node.target is CHECKPOINT:
+        _refuse(node)
+        if node.target is DATA:
+            copies[node] = new = graph.call_method("detach", (copies[positional(node)[0]],))
+            new.meta = {**node.meta, **tags}
+        elif node.target is CHECKPOINT:
             copies[node] = _inlined(graph, module, node, copies, attributes, tags)
         elif node.target is operator.getitem and isinstance(copies[positional(node)[0]], tuple | list):
             copies[node] = copies[positional(node)[0]][positional(node)[1]]
@@ -84,6 +93,27 @@ def _copy_into(
                 value = _attribute(module, str(node.target))
                 new.target = attributes.add(str(node.target), value)
     raise AssertionError("a graph without output")
+
+
+def _refuse(node: Node) -> None:
+    """What tracing would lose, or stumble over."""
+    if getattr(node.target, "__name__", node.target) == "register_hook":
+        raise Refused(
+            "the model registers a hook on a gradient",
+            got="tensor.register_hook in the forward",
+            wanted="gradients that autograd computes on its own",
+            do="write a torch.autograd.Function with that backward, or register the hook outside of the "
+            "compiled model",
+            at=where(node),
+        )
+    if node.target in DERIVATIVES:
+        raise Refused(
+            "the model takes a derivative in its forward",
+            got="torch.func.grad, vjp or jvp",
+            wanted="operators on values",
+            do="compute it outside of the compiled model, or write the derivative out",
+            at=where(node),
+        )
 
 
 def _inlined(
@@ -187,7 +217,9 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
     names = [n for n in graph.nodes if n.op == "placeholder"]
     for call in [n for n in graph.nodes if n.op == "call_function" and n.target in SET_ASIDE]:
         outputs = positional(output)[0]
-        operands = [n for n in call.all_input_nodes if n.op != "get_attr"]
+        operands = []
+        for operand in [n for n in call.all_input_nodes if n.op != "get_attr"]:
+            operands.append(_as_it_is(graph, call, operand))
         bodies = {n: _attribute(module, str(n.target)) for n in call.all_input_nodes if n.op == "get_attr"}
         inputs: dict[int, int] = {}
         for part in list(call.users):
@@ -215,6 +247,18 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
         graph.erase_node(call)
     module.recompile()
     return tuple(found)
+
+
+def _as_it_is(graph: Graph, call: Node, operand: Node) -> Node:
+    """``operand`` as ``call`` reads it: what is written into it later is not seen, and the place is kept."""
+    value = operand.meta["example_value"]
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+        return operand
+    with graph.inserting_before(call):
+        made = graph.call_function(torch.ops.aten.alias.default, (operand,))
+    made.meta.update(operand.meta)
+    call.replace_input_with(operand, made)
+    return made
 
 
 def put_back(module: GraphModule, asides: tuple[Aside, ...]) -> None:

@@ -83,9 +83,10 @@ def capture(module: GraphModule) -> GraphModule:
     return graph
 
 
-def capture_body(body: GraphModule, inputs: Sequence[Any]) -> GraphModule:
-    """``body``, a part of one of dynamo's graphs, lowered as ``capture`` does, for inputs like ``inputs``."""
-    with torch.no_grad():
+def capture_body(body: GraphModule, inputs: Sequence[Any], *, grad: bool) -> GraphModule:
+    """``body``, a part of one of dynamo's graphs, lowered as ``capture`` does, for inputs like ``inputs``;
+    ``grad``: whether autograd sees what it does."""
+    with torch.set_grad_enabled(grad):
         graph = trace_pre_dispatch(expanded(body), inputs)
     for placeholder, value in zip(placeholders(graph), inputs, strict=True):
         placeholder.meta.update(val=value, parameter=False)
@@ -278,11 +279,18 @@ def _tracked(module: GraphModule) -> set[Node]:
         elif (
             enabled
             and node.target is not aten.detach.default
+            and not _is_new(node)
             and _floating(node.meta.get("val")) is not None
             and any(n in found for n in node.all_input_nodes)
         ):
             found.add(node)
     return found
+
+
+def _is_new(node: Node) -> bool:
+    """Whether the operator reads of its operand what it is like, and nothing else."""
+    name = operator_name(node.target).removeprefix("aten::")
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def _mutated_argument(node: Node) -> Node:

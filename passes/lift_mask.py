@@ -191,7 +191,8 @@ class _Lifter:
         number = self.attention.query.meta["val"].new_empty((1,))
         values = [number if i == score else number.new_empty((1,), dtype=torch.int32) for i in indices]
         values += [n.meta["val"] if isinstance(n, Node) else n for n in body.buffers]
-        lowered = capture_body(body.module, values)
+        lowered = capture_body(body.module, values, grad=True)
+        self.no_grad = self.no_grad | _without_gradient(lowered)
         names = placeholders(lowered)
         self.alias.update(zip(names, (*indices, *body.buffers), strict=True))
         self.inside.update(lowered.graph.nodes)
@@ -222,6 +223,8 @@ class _Lifter:
         if not isinstance(node, Node):
             return _constant(node)
         if node in self.alias:
+            if self.cut and self.alias[node] == score:
+                raise NotLiftable(self.attention.output)
             return self.element(self.alias[node], index)
         before = self.cut
         self.cut |= node in self.no_grad or node.target is aten.detach.default
@@ -254,6 +257,19 @@ class _Lifter:
             self.leaves.append(read)
         value = formula.leaf(self.leaves.index(read), *index)
         return sympy.Ne(value, 0) if node.meta["val"].dtype == torch.bool else value
+
+    def indexed(self, source: Node, index: Index) -> sympy.Basic:
+        """``source[index]`` where the index may be negative, which counts from the end of what is read."""
+        source = self.alias.get(source, source)
+        if source in self.inside and source.op == "call_function":
+            if source.target is not aten.detach.default:
+                raise NotLiftable(source)
+            before, self.cut = self.cut, True
+            try:
+                return self.indexed(positional(source)[0], index)
+            finally:
+                self.cut = before
+        return self.leaf(source, index)
 
     def broadcast(self, operand: Any, index: Index) -> sympy.Basic:
         """The element of an operand that is broadcast to the result's shape."""
@@ -609,10 +625,10 @@ def _gather(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
     rank = max(indices[d].meta["val"].dim() for d in given)
     before, lead, rest = index[: given[0]], index[given[0] : given[0] + rank], index[given[0] + rank :]
     position = [_number(lifter.broadcast(indices[d], lead)) for d in given]
-    source = lifter.alias.get(source, source)
-    if source.op == "call_function" and not all(x.is_nonnegative for x in position):
-        return lifter.leaf(source, (*before, *position, *rest))  # a negative index counts from the end
-    return lifter.element(source, (*before, *position, *rest))
+    place = (*before, *position, *rest)
+    if all(x.is_nonnegative for x in position):
+        return lifter.element(source, place)
+    return lifter.indexed(source, place)
 
 
 def _repeat(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:

@@ -57,7 +57,7 @@ def traced(model: Callable[..., Any], batch: Mapping[str, Any]) -> Traced:
     found: list[Traced] = []
 
     def backend(module: torch.fx.GraphModule, examples: Any) -> Any:
-        symbol = prepare(module, examples)
+        symbol = prepare(module, examples, ranks=2)
 
         def call(*args: Any) -> Any:
             found.append(Traced(module, symbol, args))

@@ -163,7 +163,19 @@ class Specialised(Tiny):
 
 def test_a_length_that_stays_a_constant_is_refused() -> None:
     with pytest.raises(Exception, match=r"the sequence length stays a constant"):
-        torch.compile(Specialised(), backend="hsap", options=EAGER)(**batch([0, 0, 1, 1]))
+        traced(Specialised(), batch([0, 0, 1, 1]))
+
+
+def test_a_length_that_stays_a_constant_compiles_for_each_on_one_rank(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Specialised()
+    compiled = torch.compile(model, backend="hsap", options=EAGER)
+    with caplog.at_level(logging.WARNING, "hsap_compile"):
+        for documents in ([0, 0, 1, 1], [0, 0, 1, 1, 1]):
+            wanted = model(**batch(documents)).detach()
+            assert relative(compiled(**batch(documents)).detach(), wanted) <= 1e-13
+    assert "another length will compile again: hsap: the sequence length stays a constant" in caplog.text
 
 
 class Counting(Tiny):

@@ -16,7 +16,7 @@ from hsap_compile.errors import Refused
 from hsap_compile.passes import capture as capture_pass
 from hsap_compile.passes.capture import capture
 from hsap_compile.verify import BrokenGraph, verify
-from simulate import Traced, eager, traced
+from simulate import Traced, eager, traced, worst
 from strategies import dynamic
 
 Function = Callable[[Tensor], Any]
@@ -252,6 +252,19 @@ def test_writes_that_autograd_does_not_see_are_refused() -> None:
         capture(trace(function).module)
     with pytest.raises(Refused, match="in place"):
         capture(trace(lambda x: x.detach().mul_(2) + x).module)
+
+
+def test_writes_into_new_tensors_that_are_like_one_with_a_gradient() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x * 2
+        z, w = torch.zeros_like(y), y.new_zeros(4)
+        with torch.no_grad():
+            z.add_(y)
+            w.add_(y.mean((0, 1)))
+        return (y * z).sum() + (y * w).sum()
+
+    call = trace(function)
+    assert worst(eager(Traced(capture(call.module), call.symbol, call.args)), eager(call)) == (0.0, 0.0)
 
 
 def test_idle_dropout_is_gone_and_real_dropout_stays() -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hsap_compile._torch import CUSTOM_FUNCTION, SAVED
+from hsap_compile.errors import Refused
 from hsap_compile.kernels import exchange
 from hsap_compile.passes import _custom_functions
 from hsap_compile.passes.capture import capture
@@ -80,6 +82,36 @@ class Mixed(torch.autograd.Function):
         return grad.flip(1)
 
 
+class Halved(torch.autograd.Function):
+    """Saves nothing, so that its operand may be written to later."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.5
+
+
+class Auxiliary(torch.autograd.Function):
+    """Gives a loss of its own a gradient of one, and a parameter one of its size: alike on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(loss, weight)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, weight = ctx.saved_tensors
+        return grad, torch.ones_like(loss), 0.1 * weight
+
+
+def auxiliary(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    return Auxiliary.apply(x, (x * p.vector).softmax(-1).mean((0, 1)).square().sum(), p.vector)
+
+
 def scaled(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return Scaled.apply(x, p.vector) + p.vector
 
@@ -89,7 +121,7 @@ def folded(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return y + signs
 
 
-@pytest.mark.parametrize("function", [scaled, folded])
+@pytest.mark.parametrize("function", [scaled, folded, auxiliary])
 def test_custom_functions_stay_local(function: Callable[..., Tensor]) -> None:
     of = trace(Program((LOCAL["linear"], function, LOCAL["linear"])), rows=2)
     assert check(of, 3, 1) == [] and check(of, 2, 2) == []
@@ -102,6 +134,20 @@ def test_custom_functions_that_mix_tokens_are_gathered(function: Any) -> None:
     assert "autograd_function_apply runs on gathered tokens on every rank (a custom function" in found
 
 
+def _written_after(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    z = x * 2
+    y = Halved.apply(z)
+    z += y
+    w = Halved.apply(z[:, :, 1:])
+    z.mul_(3)
+    return z * y + F.pad(w, (1, 0))
+
+
+def test_a_custom_function_reads_what_is_there_when_it_is_called() -> None:
+    of = trace(Program((LOCAL["linear"], _written_after)), rows=2)
+    assert check(of, 1, 1) == [] and check(of, 3, 1) == []
+
+
 def test_a_custom_function_is_one_call() -> None:
     graph = capture(trace(Program((scaled,))).module)
     assert sum(n.target is CUSTOM_FUNCTION for n in graph.graph.nodes) == 1
@@ -112,6 +158,78 @@ def test_a_gradient_that_is_summed_twice_is_noticed(monkeypatch: pytest.MonkeyPa
     # the sum over ranks left inside is refused, and with it the local form
     monkeypatch.setattr(_custom_functions._Body, "share", lambda self, value: value)
     assert len(check(of, 3, 1)) == 1
+
+
+# --- what tracing would lose ----------------------------------------------------------------------------
+
+
+def _hooked(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    y = x * 2
+    y.register_hook(lambda grad: grad * 3)
+    return y
+
+
+def _derived(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    return x + torch.func.grad(lambda y: y.tanh().sum())(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [(_hooked, "the model registers a hook on a gradient"), (_derived, "takes a derivative in its forward")],
+)
+def test_what_tracing_would_lose_is_refused(function: Any, text: str) -> None:
+    with pytest.raises(Refused, match=text) as refused:
+        capture(trace(Program((function,))).module)
+    assert "\n  do: " in str(refused.value)
+
+
+def test_data_is_a_value_without_a_gradient() -> None:
+    of = trace(Program((LOCAL["linear"], lambda p, x, i: x * x.data)), rows=2)
+    assert check(of, 3, 1) == []
+
+
+class Scoring(nn.Module):
+    """Flex attention whose score function has parts without a gradient; ``dense`` writes it out."""
+
+    def __init__(self, kind: str, dense: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.words = nn.Parameter(torch.randn(9, 8, generator=generator, dtype=torch.float64))
+        self.far = nn.Parameter(torch.randn(2, 40, generator=generator, dtype=torch.float64))
+        self.kind, self.dense = kind, dense
+
+    def scored(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if self.kind == "score":
+            return score.detach() * 0.5 + score * 0.5
+        if self.kind == "parameter":
+            return score + self.far.detach()[h, q - k + 20]
+        with torch.no_grad():
+            bias = self.far[h, q - k + 20]
+        return score + bias
+
+    def forward(self, ids: Tensor) -> Tensor:
+        q = F.embedding(ids, self.words).unflatten(-1, (2, 4)).transpose(1, 2)
+        if self.dense:
+            sizes = (*q.shape[:3], q.shape[2])
+            at = [torch.arange(n).view([-1 if d == e else 1 for e in range(4)]) for d, n in enumerate(sizes)]
+            y = self.scored(q @ q.mT / 2, *at).softmax(-1) @ q
+        else:
+            y = flex.flex_attention(q, q, q, score_mod=self.scored)
+        return y.pow(2).sum() + self.far.sum()
+
+
+@pytest.mark.parametrize(("kind", "inter"), [("score", 1), ("parameter", 2), ("region", 2)])
+def test_score_functions_with_parts_without_a_gradient(
+    kind: str, inter: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)  # no gradients on CPU: of torch's kernel
+    ids = dynamic({"ids": torch.arange(24).view(2, 12) % 9})
+    wanted = eager(traced(Scoring(kind, dense=True), ids))
+    call = traced(Scoring(kind, dense=False), ids)
+    for step in simulate(call, inter, 1).ranks:
+        found = {tuple(g.shape): g for g in step.gradients.values()}
+        for gradient in wanted.gradients.values():
+            torch.testing.assert_close(found[tuple(gradient.shape)], gradient, rtol=1e-11, atol=1e-12)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def place_structures(
     if kind not in ("balanced", "contiguous"):
         raise ValueError(f"place: got placement {kind!r}; wanted 'balanced' or 'contiguous': choose one")
     tokens, ranks = structures[0].mask.tokens, mesh.size
-    if tokens < 2 * ranks:
+    if tokens < 2 * ranks and ranks > 1:
         raise ValueError(
             f"place: got {tokens} tokens a row on {ranks} ranks; wanted at least {2 * ranks}, two a rank: "
             "use fewer ranks or a longer batch"
