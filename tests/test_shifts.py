@@ -120,6 +120,7 @@ SHIFTS: dict[str, tuple[Pattern, int]] = {
     "turned by parts": (lambda p, x, i: torch.cat([x[:, 2:], x[:, :2]], 1), 1),
     "rolled": (lambda p, x, i: x.roll(1, 1), 1),
     "rolled back": (lambda p, x, i: x.roll((-3, 1), (1, 2)), 1),
+    "truth values rolled": (lambda p, x, i: x * (x > 0.1).roll(1, 1), 1),
     "rolled far": (lambda p, x, i: x.roll(100, 1), 1),
     "rolled, shorter": (lambda p, x, i: x[:, 1:].roll(2, 1), 1),
     "difference": (lambda p, x, i: F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 1)), 1),
