@@ -126,6 +126,8 @@ SHIFTS: dict[str, tuple[Pattern, int]] = {
     "difference": (lambda p, x, i: F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 1)), 1),
     "differences": (lambda p, x, i: x.diff(n=2, dim=1) @ p.square, 1),
     "ends meet": (lambda p, x, i: x[:, 2:] * x[:, :-2] + x[:, 1:-1], 2),
+    "quotient": (lambda p, x, i: x[:, :-2] / x[:, 2:] * p.vector, 1),
+    "quotients of windows": (lambda p, x, i: p.vector / F.conv1d(x[:, 1:].mT, p.kernel).mT, 1),
     "fewest bytes move": (lambda p, x, i: x[:, 1:] * x[:, :-1, :1], 1),
     "loss of the next": (lambda p, x, i: x * F.mse_loss(x[:, 1:] @ p.square, x[:, :-1]), 1),
     "folded": (lambda p, x, i: x[:, 1:].flatten(0, 1) * x[:, :-1].reshape(-1, WIDTH), 1),
