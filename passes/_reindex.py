@@ -63,7 +63,7 @@ class Longer:
 
 def taken(sharder: Sharder, view: View, offsets: Sequence[int], into: Range, wraps: bool = False) -> Node:
     """(.., n, K, ..), or (.., n, ..) of one offset: row i of column k is token ``columns[i] + offsets[k]`` of
-    ``view``.  Rows of columns outside of ``into`` hold anything."""
+    ``view``.  Rows of columns outside of ``into`` hold numbers of some token."""
     shift = Shift(tuple(view.by + k for k in offsets), view.seen, into, wraps)
     source, fill = view.source, view.fill or 0
     axis, home = sharder.axis(source), sharder.home.get(source)
@@ -122,6 +122,9 @@ def _picked(sharder: Sharder, value: Any, dim: int, shift: Shift, fill: float) -
     last = emit(operator.sub, sharder.size(value.meta["val"].shape[dim]), 1)
     made = _read(sharder, value, dim, emit(aten.clamp.default, at, 0, last), count)
     inside = emit(aten.logical_and.default, emit(aten.ge.Scalar, at, first), emit(aten.lt.Scalar, at, stop))
+    if (asked := within(sharder, shift.into)) is not None:
+        others = emit(aten.unsqueeze.default, emit(aten.logical_not.default, asked), 1)
+        inside = emit(aten.logical_or.default, inside, others)
     shape = [1] * made.meta["val"].dim()
     shape[dim : dim + 1 + (count > 1)] = [sharder.tables["n"], *[count] * (count > 1)]
     return where(sharder, emit(aten.reshape.default, inside, shape), made, fill)
@@ -131,7 +134,10 @@ def _masked(sharder: Sharder, value: Node, dim: int, shift: Shift, fill: float) 
     """Nothing moves: ``fill`` where the value is not seen."""
     if all(seen <= asked for seen, asked in zip(shift.source, shift.into, strict=True)):
         return value
-    return where(sharder, along(sharder, within(sharder, shift.source), value, dim), value, fill)
+    inside: Any = within(sharder, shift.source)
+    if (asked := within(sharder, shift.into)) is not None:
+        inside = sharder.emit(aten.logical_or.default, inside, sharder.emit(aten.logical_not.default, asked))
+    return where(sharder, along(sharder, inside, value, dim), value, fill)
 
 
 def where(sharder: Sharder, mask: Node, value: Node, other: Any) -> Node:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hsap_compile.passes import _reindex, _shifts, shard_tokens
+from hsap_compile.plan.shifts import Shift
 from strategies import documents
 from test_shifts import SHIFTS, WIDTH, Around, Pattern, check, trace
 
@@ -91,12 +93,22 @@ def _wide_view(view: _reindex.View, by: int, slack: int, fill: float | None = No
     return replace(view, by=view.by + by, fill=view.fill if fill is None else fill)
 
 
+_READS = Shift.reads
+
+
+def _nothing_outside(shift: Shift, columns: np.ndarray, tokens: int) -> np.ndarray:
+    """Rows that are no part of the result hold zeros."""
+    part = (columns >= shift.into[0]) & (columns < tokens - shift.into[1])
+    return np.where(part[:, None], _READS(shift, columns, tokens), -1)
+
+
 #: broken rule: (owner, name, what it becomes, the pattern that needs it)
 MUTATIONS: dict[str, tuple[Any, str, Any, Pattern]] = {
     "rows outside kept": (_reindex, "_masked", lambda s, value, *_: value, SHIFTS["padded in place"][0]),
     "cut rows seen": (_shifts, "moved", _wide_view, SHIFTS["padded and cut again"][0]),
     "starts ignored": (shard_tokens, "aligned", lambda s, n, _: s.home[n].node, SHIFTS["difference"][0]),
     "no seam": (_shifts, "taken", lambda *a, wraps=False: _reindex.taken(*a), SHIFTS["rolled"][0]),
+    "zeros outside": (Shift, "reads", _nothing_outside, SHIFTS["quotient"][0]),
     "every rank gives its row": (_shifts, "where", lambda s, mask, value, _: value, SHIFTS["first"][0]),
 }
 

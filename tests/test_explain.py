@@ -103,6 +103,20 @@ def test_bytes_balance_and_counts_are_those_of_a_step(mesh: tuple[int, int]) -> 
     assert sent.get("keys and values", 0) == wanted.inter_bytes
 
 
+@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)], ids=str)
+def test_rows_of_shifted_tokens(mesh: tuple[int, int]) -> None:
+    """Two convolutions, of 3 x 32 and of 32 channels; contiguous ranks send the tokens in front of them."""
+    options = {"intra": mesh[1], "placement": "contiguous", "outputs": "local"}
+    graph = only(
+        build("causal convolutions"), batch("causal convolutions", PACK), mesh[0] * mesh[1], **options
+    )
+    (found,) = [c for c in graph.collectives if c.what == "rows of shifted tokens"]
+    bytes_sent = (mesh[0] * mesh[1] - 1) * (3 * 96 + 4 * 32) * 8
+    assert (found.forward, found.backward, found.level) == (2, 2, "all ranks")
+    assert (found.forward_bytes, found.backward_bytes) == (bytes_sent, bytes_sent)
+    assert not graph.gathered and "rows of shifted tokens" in str(graph)
+
+
 def test_parameters_are_counted() -> None:
     size = sum(p.numel() * p.itemsize for p in build("nano").parameters())
     assert (nano().parameters, nano().parameter_bytes) == (PARAMETERS, size)

@@ -18,7 +18,7 @@ def wanted(shift: Shift, column: int, tokens: int) -> list[int]:
     """The columns that one column reads, -1 for none."""
     first, stop = shift.source[0], tokens - shift.source[1]
     if not shift.into[0] <= column < tokens - shift.into[1]:
-        return [-1] * len(shift.offsets)
+        return [column] * len(shift.offsets)
     if shift.wraps:
         ring = list(range(first, stop))
         return [ring[(ring.index(column) + k) % len(ring)] for k in shift.offsets]

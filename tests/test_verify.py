@@ -9,7 +9,7 @@ import torch
 
 from hsap_compile._torch import fake_mode_of, fake_table
 from hsap_compile.graph import Builder, placeholders
-from hsap_compile.kernels import dense
+from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.find_attention import find_attention
 from hsap_compile.passes.lift_mask import lift_mask
@@ -67,6 +67,19 @@ def test_rows_of_one_rank_that_meet_whole_tokens() -> None:
         ids = next(n for n in placeholders(graph) if _is_ids(n))
         Builder(graph.graph, mode)(aten.add.Tensor, aten_unsqueeze(graph, mode, ids), table)
     with pytest.raises(BrokenGraph, match="mixes rows of one rank with whole tokens"):
+        verify(graph, "shard_tokens")
+
+
+@pytest.mark.parametrize("splits", [("one shift", "splits"), None], ids=str)
+def test_an_exchange_whose_counts_are_of_another_table(splits: Any) -> None:
+    graph, mode = lifted()
+    node = next(n for n in graph.graph.nodes if n.target is dense.OP)
+    rows, where_to = _table(graph, mode), _table(graph, mode)
+    rows.meta["table"], where_to.meta["table"] = ("another shift", "arriving"), splits
+    with graph.graph.inserting_before(node):
+        build = Builder(graph.graph, mode)
+        build(exchange.ALL_TO_ALL, rows, where_to, build.size(rows, 0), False, "")
+    with pytest.raises(BrokenGraph, match="sends by the table .* and receives as many rows as the table"):
         verify(graph, "shard_tokens")
 
 

@@ -305,7 +305,7 @@ HUGGING_FACE: dict[str, Entry] = {
             hidden_size=WIDTH, num_hidden_layers=1, state_size=8, num_heads=8, head_dim=8, n_groups=1,
             chunk_size=8, pad_token_id=0,
         ),
-        without=("position_ids",), attention=("eager",), gathers=6, kind="state space",
+        without=("position_ids",), attention=("eager",), gathers=5, kind="state space",
     ),
     "Jamba": _causal(
         "JambaConfig",
@@ -313,10 +313,10 @@ HUGGING_FACE: dict[str, Entry] = {
             num_experts=2, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
             expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8, num_hidden_layers=2,
         ),
-        gathers=12, kind="state space",
+        gathers=10, kind="state space",
     ),
     "Qwen3-Next": _causal(
-        "Qwen3NextConfig", _text(head_dim=8, **_EXPERTS, **_LINEAR), gathers=6, kind="state space"
+        "Qwen3NextConfig", _text(head_dim=8, **_EXPERTS, **_LINEAR), gathers=5, kind="state space"
     ),
 }  # fmt: skip
 

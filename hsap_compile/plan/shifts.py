@@ -20,8 +20,12 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Shift:
-    """Column c in ``into`` reads columns c + k in ``source``, k of ``offsets``; outside it reads nothing.
-    ``wraps``: it is one ring of columns instead, and ``into`` is ``source``."""
+    """Column c in ``into`` reads columns c + k in ``source``, k of ``offsets``; elsewhere nothing.
+
+    ``wraps``: ``source`` is a ring of columns, and ``into`` the same.  Columns outside of ``into`` are no
+    part of the result.  They read themselves, a token's numbers, not zeros: a division by zero there would
+    reach the gradients of parameters, though nobody reads the result.
+    """
 
     offsets: tuple[int, ...]
     source: Range
@@ -41,8 +45,8 @@ class Shift:
         found = columns[:, None] + np.array(self.offsets, np.int64)
         if self.wraps:
             found = first + (found - first) % max(stop - first, 1)
-        some = (first <= found) & (found < stop) & ((start <= columns) & (columns < end))[:, None]
-        return np.where(some, found, -1)
+        result = np.where((first <= found) & (found < stop), found, -1)
+        return np.where(((start <= columns) & (columns < end))[:, None], result, columns[:, None])
 
 
 @dataclass(frozen=True, eq=False)
