@@ -6,7 +6,9 @@ least time of each: interference only ever adds.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import gc
 import json
 import multiprocessing
 import os
@@ -130,13 +132,23 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """Most resident memory of this process since ``reset_peak``, or ever where that is not possible."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
+    if Path("/proc/self/status").exists():
+        return _status_bytes("VmHWM")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now, once freed memory went back to the system (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(key: str) -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[key].split()[0]) * 1024
 
 
 def summary(seconds: Sequence[float]) -> Row:

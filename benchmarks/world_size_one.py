@@ -121,11 +121,12 @@ def step_of(contender: str, tokens: int, documents: int, threads: int) -> Callab
     return step
 
 
-def llama(tokens: int) -> torch.nn.Module:
+def llama(tokens: int, **changes: int) -> torch.nn.Module:
+    """``changes`` go to the configuration."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    sizes = dict(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
@@ -133,9 +134,8 @@ def llama(tokens: int) -> torch.nn.Module:
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=tokens,
-        attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}, attn_implementation="sdpa"))
 
 
 if __name__ == "__main__":

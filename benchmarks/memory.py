@@ -1,0 +1,227 @@
+"""What a step takes in memory: over the layers, and the longest row that fits.
+
+    python benchmarks/memory.py layers
+    python benchmarks/memory.py length --limit 512
+
+A step's memory is the peak of the process's resident memory during the step less what was resident before
+it, on the rank with most; nothing is killed at the limit.  Freed memory goes back to the system at once
+(glibc is told so), so that the peak is what lives at one time.  The second step of every kind counts.
+
+layers: a small Llama on two ranks, one document of all tokens, whose key/value rows cross ("exchange"),
+against as many tokens in documents that live whole on a rank ("none").  "saved" counts the bytes that
+autograd keeps, each storage once; "received" is what the plan says that the rank with most receives.
+
+length: a Llama of four layers, forward and backward, on packs in which one document has half of the tokens.
+S grows by steps of ``--step`` until a step takes more than ``--limit`` MiB.  Contenders: Inductor with the
+model's dense mask, and ours on 1, 2 and 4 ranks; each as it is, and with ``memory_budget``, which is torch's
+activation_memory_budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from _measure import Bar, Ranks, Row, peak_bytes, report, reset_peak, resident_bytes
+from world_size_one import lengths, llama
+
+MiB = 2**20
+LAYERS = (1, 2, 4, 8, 16, 32)
+SMALL = dict(
+    hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, vocab_size=64
+)
+MODEL = dict(
+    hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=4, vocab_size=1024
+)
+RETURNS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+SPARE = 1.0  # buffers of received rows: what the layers may add beyond what autograd must save
+
+
+def main() -> None:
+    arguments = parse()
+    {"layers": over_layers, "length": longest}[arguments.question](arguments)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("question", choices=["layers", "length"])
+    parser.add_argument("--tokens", type=int, default=8192, help="layers: of the row")
+    parser.add_argument("--limit", type=int, default=512, help="length: MiB of a step on a rank")
+    parser.add_argument("--first", type=int, default=2048, help="length: the shortest row")
+    parser.add_argument("--step", type=float, default=1.1, help="length: a row over the one before")
+    parser.add_argument("--budget", type=float, default=0.3, help="length: the memory_budget that is tried")
+    return parser.parse_args()
+
+
+# --- over the layers -----------------------------------------------------------------------------------
+
+
+def over_layers(arguments: argparse.Namespace) -> None:
+    rows: list[Row] = []
+    for layers in LAYERS:
+        for what in ("forward", "save", "again"):
+            options = {"intra": 1, "outputs": "local", "received": "save" if what == "forward" else what}
+            kinds = (options, SMALL | {"num_hidden_layers": layers}, what != "forward", None)
+            with Ranks(step_of, "hsap", *kinds, count=2, distributed=True, environment=RETURNS) as ranks:
+                found = {p: turns(ranks, pack) for p, pack in packs(arguments.tokens).items()}
+            rows.append(row_of_layers(layers, what, found))
+            print(rows[-1], flush=True)
+    bars = []
+    for what in ("forward", "save", "again"):
+        first, *_, last = (r for r in rows if r["pass"] == what)
+        grown = (last["extra MiB"] - first["extra MiB"]) / last["received MiB a layer"]
+        kept = LAYERS[-1] - LAYERS[0] if what == "save" else 0
+        bars.append(Bar(f"{what}: buffers that {LAYERS[-1]} layers add to {LAYERS[0]}", grown, kept + SPARE))
+    report("memory_layers", vars(arguments) | SMALL, rows, bars)
+
+
+def packs(tokens: int) -> dict[str, list[int]]:
+    """One document over both ranks, and documents that two ranks hold whole, equally many tokens each."""
+    return {"exchange": [tokens], "none": [tokens // 8] * 8}
+
+
+def turns(ranks: Ranks, documents: list[int]) -> Row:
+    """The second of two steps, on the rank with most memory."""
+    ranks.turn(documents, False)  # compiles, which no hook must see
+    return max(ranks.turn(documents, True), key=lambda found: found["bytes"])
+
+
+def row_of_layers(layers: int, what: str, found: dict[str, Row]) -> Row:
+    with_rows, without = found["exchange"], found["none"]
+    return {
+        "layers": layers,
+        "pass": what,
+        "exchange MiB": round(with_rows["bytes"] / MiB, 2),
+        "none MiB": round(without["bytes"] / MiB, 2),
+        "extra MiB": round((with_rows["bytes"] - without["bytes"]) / MiB, 2),
+        "received MiB a layer": round(with_rows["received"] / layers / MiB, 3),
+        "saved MiB, exchange": round(with_rows["saved"] / MiB, 3),
+        "saved MiB, none": round(without["saved"] / MiB, 3),
+    }
+
+
+# --- the longest row -----------------------------------------------------------------------------------
+
+
+def longest(arguments: argparse.Namespace) -> None:
+    rows: list[Row] = []
+    tried: list[Row] = []
+    for backend, count, budget, received in contenders(arguments.budget):
+        options: dict[str, Any] = {"outputs": "local", "received": received, "memory_budget": budget}
+        options |= {"intra": max(count // 2, 1)}
+        kinds = (options if backend == "hsap" else None, MODEL | {"num_hidden_layers": 4}, True, budget)
+        name = f"{backend}, {count} rank{'s' * (count > 1)}"
+        with Ranks(
+            step_of, backend, *kinds, count=count, distributed=count > 1, environment=RETURNS
+        ) as ranks:
+            fits: Row = {}
+            for tokens in lengths_to_try(arguments):
+                documents = [tokens // 2, *lengths(tokens - tokens // 2, 15).tolist()]
+                found = turns(ranks, documents)
+                tried.append(
+                    {"contender": name, "budget": budget, "received": received, "S": tokens, **found}
+                )
+                print(tried[-1], flush=True)
+                if found["bytes"] > arguments.limit * MiB:
+                    break
+                fits = found | {"S": tokens}
+        rows.append(
+            {
+                "contender": name,
+                "budget": budget or 1.0,
+                "received": received if count > 1 else "",
+                "longest S": fits["S"],
+                "MiB": round(fits["bytes"] / MiB, 1),
+                "s": round(fits["seconds"], 2),
+                "S / inductor": round(fits["S"] / (rows[0]["longest S"] if rows else fits["S"]), 2),
+            }
+        )
+    bars = [Bar("inductor / ours on one rank", rows[0]["longest S"] / rows[2]["longest S"], 1.0)]
+    report("memory_length", vars(arguments) | MODEL, rows, bars, tried)
+
+
+def contenders(budget: float) -> Iterator[tuple[str, int, float | None, str]]:
+    """Backend, ranks, memory_budget, what becomes of received rows."""
+    for share in (None, budget):
+        yield "inductor", 1, share, "save"
+    for count in (1, 2, 4):
+        yield "hsap", count, None, "save"
+        yield "hsap", count, budget, "save"
+        if count > 1:
+            yield "hsap", count, budget, "again"
+
+
+def lengths_to_try(arguments: argparse.Namespace) -> Iterator[int]:
+    tokens = float(arguments.first)
+    while True:
+        yield round(tokens / 64) * 64
+        tokens *= arguments.step
+
+
+# --- in a process of its own ---------------------------------------------------------------------------
+
+
+def step_of(
+    backend: str,
+    options: dict[str, Any] | None,
+    sizes: dict[str, int],
+    training: bool,
+    budget: float | None,
+) -> Callable[[list[int], bool], Row]:
+    """Steps on a row of documents, with one compiled model."""
+    from torch._functorch import config
+
+    torch.set_num_threads(1)
+    module = llama(2**20, **sizes)
+    reports: list[Any] = []
+    if backend == "hsap":
+        assert options is not None
+        model: Any = torch.compile(module, backend="hsap", options={**options, "on_step": reports.append})
+    else:
+        model = torch.compile(module, backend=backend)
+    share = config.patch(activation_memory_budget=budget) if budget and backend != "hsap" else nullcontext()
+    owned = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def step(documents: list[int], counted: bool) -> Row:
+        module.zero_grad()
+        tokens = sum(documents)
+        ids = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(1))
+        positions = torch.cat([torch.arange(n) for n in documents])[None]
+        for x in (ids, positions):
+            torch._dynamo.maybe_mark_dynamic(x, 1)
+        storages: dict[int, int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            if x.untyped_storage().data_ptr() not in owned:
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        before = resident_bytes()
+        reset_peak()
+        started = time.perf_counter()
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        with share, torch.set_grad_enabled(training):
+            with hooks if training and counted else nullcontext():
+                loss = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+            if training:
+                loss.backward()
+        return {
+            "bytes": peak_bytes() - before,
+            "resident": before,
+            "seconds": time.perf_counter() - started,
+            "saved": sum(storages.values()),
+            "received": reports[-1].received_bytes if reports else 0,
+            "loss": round(loss.item(), 5),
+        }
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

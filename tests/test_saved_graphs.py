@@ -1,0 +1,128 @@
+"""What is tagged for the backward, what Inductor and its caches make of it, and what explain says."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsap_compile import explain
+from hsap_compile._torch import FLEX_ATTENTION, SAVED
+from hsap_compile.kernels import attention, exchange
+from hsap_compile.options import parse
+from hsap_compile.passes import choose_saved
+from hsap_compile.pipeline import rewrite
+from models import batch, build
+from pool import Pool
+from simulate import traced
+from test_choose_saved import LAYERS, PACKS, row_bytes, steps
+from test_overlap import order_of_calls
+
+# --- in the graph -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def one_trace(name: str) -> Any:
+    return traced(build(name), batch(name, PACKS[0]))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([(2, 1), (3, 1), (1, 2), (2, 2), (4, 1)]),
+    st.sampled_from(["slices", "flex"]),
+    st.sampled_from(["nano", "llama", "gemma2"]),
+    st.booleans(),
+)
+def test_what_is_repeated_lies_between_keys_and_attention(
+    mesh: tuple[int, int], kernel: str, name: str, again: bool
+) -> None:
+    """Whatever holds received rows is repeated, and of what is sent only what nobody else keeps."""
+    inter, intra = mesh
+    options = {
+        "intra": intra,
+        "attention": kernel,
+        "lower": "eager",
+        "received": "again" if again else "save",
+    }
+    trace = one_trace(name)
+    graph = rewrite(trace.module, parse(options, None), trace.symbol, inter * intra, "").graph.graph
+    repeated = {n for n in graph.nodes if "ac_graph_id" in n.meta}
+    attentions = {n for n in graph.nodes if n.target in (attention.OP, FLEX_ATTENTION)}
+    exchanges = {n for n in graph.nodes if n.target is exchange.ALL_TO_ALL}
+    rows = {n for n in exchanges if choose_saved.sends_rows(n)}
+    assert len(rows) == LAYERS * (inter > 1) and len(attentions) >= LAYERS
+    assert repeated & (exchanges | attentions) == (rows if again else set())
+    assert all(n.meta["recompute"] is SAVED for n in (exchanges | attentions) - repeated)
+    for node in repeated:
+        assert repeated | attentions >= {user for user in node.users if _tensor(user)}
+        for source in {n for n in node.all_input_nodes if _tensor(n)} - repeated:
+            assert source.op == "placeholder" or any(user not in repeated for user in source.users)
+
+
+def _tensor(node: Any) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
+
+
+# --- in the code that Inductor writes -----------------------------------------------------------------
+
+
+def test_rows_that_are_received_again_travel_early(pool: Pool) -> None:
+    """Those of the first layer with the gradients of the second's, while own keys are worked on."""
+    options = {"intra": 1, "outputs": "local", "received": "again"}
+    for forward, backward in pool.run(order_of_calls, options, world=2):
+        assert forward.count("all_to_all_start") == LAYERS
+        start, wait, work = "all_to_all_start", "wait_tensor", "attend_backward"
+        assert backward[:4] == [start, wait, work, start]
+        assert backward[4:9] == [start, work, wait, wait, work]
+        assert backward[9:12] == [start, work, wait] and backward.count(start) == 2 * LAYERS
+
+
+def compiled_anew(choices: list[str]) -> list[tuple[bool, int]]:
+    """Whether AOTAutograd's cache had it, and how many exchanges a backward starts, for each choice."""
+    found = []
+    for received in choices:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        (seen,) = steps("nano", PACKS[:1], {"intra": 1, "received": received})
+        hits = torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
+        found.append((hits > 0, seen.calls[1]))
+    return found
+
+
+def test_no_choice_is_served_from_the_cache_of_another(pool: Pool) -> None:
+    for found in pool.run(compiled_anew, ["save", "save", "again", "again"], world=2):
+        assert [calls for _, calls in found] == [2, 2, 4, 4]
+        assert found[1][0] and found[3][0]
+
+
+# --- what a person reads ------------------------------------------------------------------------------
+
+
+def test_explain_says_what_each_choice_costs() -> None:
+    given_batch = batch("nano", [[40]])
+    kept, twice = (
+        explain(build("nano"), **given_batch, hsap_ranks=2, hsap_options={"intra": 1, "received": r}).graphs[
+            0
+        ]
+        for r in ("save", "again")
+    )
+    assert kept.step is not None and twice.step is not None
+    rows = kept.step.plan.masks[0].rows_sent
+    most, all_of_them = (int(n) * LAYERS * row_bytes("nano", 1) for n in (rows.sum(axis=0).max(), rows.sum()))
+    for step in (kept.step, twice.step):
+        assert (step.received_bytes, step.rows_bytes) == (most, all_of_them)
+    counts = [next(c for c in g.collectives if c.what == "keys and values") for g in (kept, twice)]
+    assert [(c.forward, c.backward) for c in counts] == [(2, 2), (2, 4)]
+    assert [(c.forward_bytes, c.backward_bytes) for c in counts] == [
+        (all_of_them, all_of_them),
+        (all_of_them, 2 * all_of_them),
+    ]
+    assert "received keys and values are kept for the backward: " in str(kept)
+    assert 'options={"received": "again"} would keep none and send ' in str(kept)
+    assert "received keys and values are sent once more in the backward, " in str(twice)
+    assert 'options={"received": "save"} would keep them instead: ' in str(twice)
+    nothing = explain(build("nano"), **batch("nano", [[20, 20]]), hsap_ranks=2, hsap_options={"intra": 1})
+    assert "received keys" not in str(nothing)
