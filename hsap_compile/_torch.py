@@ -130,11 +130,25 @@ def _tracing(mode: FakeTensorMode) -> Iterator[None]:
         mode.allow_non_fake_inputs = before
 
 
+class _Entering(torch.fx.Interpreter):
+    """Enters the autocast regions of what it runs.  Their borders, called, would only be recorded."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        enter, leave = AUTOCAST_BORDERS
+        if target is enter:
+            region = torch.autocast(*args, **kwargs)
+            region.__enter__()
+            return region
+        if target is leave:
+            return args[0].__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
+
+
 def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
     """``module`` as a graph of ATen operators as they are before autograd: composite ones stay whole."""
 
     def run(*args: Any) -> Any:
-        return torch.fx.Interpreter(module).run(*args)
+        return _Entering(module).run(*args)
 
     with _tracing(fake_mode_of(inputs)):
         return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)

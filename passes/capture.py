@@ -107,8 +107,6 @@ def _explicit_autocast(module: GraphModule, mode: Any) -> None:
 
     The traced graph stands above autocast: it records what autocast makes of an operator, not the casts.
     """
-    if any(n.target in AUTOCAST_BORDERS for n in module.graph.nodes):
-        _replay(module, mode)
     borders = [n for n in module.graph.nodes if n.target in AUTOCAST_BORDERS]
     for node in reversed(borders):
         module.graph.erase_node(node)
@@ -129,35 +127,6 @@ def _explicit_autocast(module: GraphModule, mode: Any) -> None:
                 if _floating(operand.meta["val"]) != wanted:
                     cast = _emit(module.graph, mode, node, aten.to.dtype, (operand, wanted), {})
                     node.replace_input_with(operand, cast)
-
-
-def _replay(module: GraphModule, mode: Any) -> None:
-    """Values as they are inside autocast regions: the trace records where these begin and end, but does
-    not enter them."""
-    enter, leave = AUTOCAST_BORDERS
-    regions: dict[Any, Any] = {}
-    allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
-    try:
-        for node in module.graph.nodes:
-            if node.target is enter:
-                regions[node] = enter(*positional(node))
-            elif node.target is leave:
-                leave(regions.pop(positional(node)[0]))
-            elif regions or any(n.meta.get("replayed") for n in node.all_input_nodes):
-                if not (is_operator(node.target) or node.target is operator.getitem) or not _tensors(node):
-                    continue
-                args, kwargs = torch.fx.node.map_arg((positional(node), node.kwargs), lambda n: n.meta["val"])
-                with mode:
-                    node.meta.update(val=node.target(*args, **kwargs), replayed=True)
-    finally:
-        mode.allow_non_fake_inputs = allowed
-        for region in reversed(regions.values()):
-            leave(region)
-
-
-def _tensors(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value[0] if isinstance(value, tuple | list) and value else value, torch.Tensor)
 
 
 def _floating(value: Any) -> torch.dtype | None:

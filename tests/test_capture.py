@@ -293,7 +293,8 @@ class Block(nn.Module):
         z = torch.softmax(q @ k.mT, -1) @ v
         with torch.autocast("cpu", enabled=False):
             w = torch.matmul(q.float(), k.float().mT).softmax(-1) @ v.float()
-        hidden = (y + z + w).transpose(1, 2).reshape(b, s, 16)
+        u = (q @ k.mT).float().softmax(-1).to(q.dtype) @ v  # a type that only autocast makes q have
+        hidden = (y + z + w + u).transpose(1, 2).reshape(b, s, 16)
         total = torch.cat([hidden, x], -1)[..., :16]
         residual = hidden.to(torch.bfloat16).clone()
         residual += x  # autocast leaves in-place operators alone
