@@ -109,7 +109,7 @@ def both(pool: Pool, name: str, packs: list[Any], options: dict[str, Any], world
 CASES = [
     ("nano", 2, {"intra": 1, "lower": "aot_eager"}),
     ("nano", 2, {"intra": 1}),
-    ("llama", 4, {"intra": 2, "lower": "aot_eager"}),
+    pytest.param("llama", 4, {"intra": 2, "lower": "aot_eager"}, marks=pytest.mark.slow),
     pytest.param("llama", 4, {"intra": 2}, marks=pytest.mark.slow),
 ]
 
@@ -163,6 +163,7 @@ def test_an_exchange_whose_copies_are_kept_is_noticed(pool: Pool) -> None:
         assert a.kept - b.kept < a.received * LAYERS * row_bytes("nano", 1)
 
 
+@pytest.mark.slow
 def test_a_budget_repeats_neither_attentions_nor_exchanges(pool: Pool) -> None:
     options = {"intra": 1, "outputs": "local"}
     (usual, *_), (less, *_) = (

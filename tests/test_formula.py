@@ -43,7 +43,8 @@ ATOMS: list[Pair] = [
 ]
 INTEGERS = st.one_of(
     st.integers(0, len(ATOMS) - 1).map(lambda i: ATOMS[i]),
-    st.integers(-(2**40), 2**40).map(lambda n: (sympy.Integer(n), torch.tensor(n))),
+    # times 7 again and again this passes 2**24, which float32 does not hold, and stays within int32
+    st.integers(-(2**18), 2**18).map(lambda n: (sympy.Integer(n), torch.tensor(n))),
 )
 
 
