@@ -35,7 +35,7 @@ def compare(name: str, lower: str) -> list[tuple[float, int]]:
     ("name", "world", "lower"),
     [
         ("token shift", 2, "inductor"),
-        ("causal convolutions", 2, "inductor"),
+        pytest.param("causal convolutions", 2, "inductor", marks=pytest.mark.slow),
         pytest.param("token shift", 4, "aot_eager", marks=pytest.mark.slow),
         pytest.param("causal convolutions", 4, "inductor", marks=pytest.mark.slow),
     ],

@@ -29,9 +29,9 @@ def compare(name: str, attention: str, lower: str) -> float:
 @pytest.mark.parametrize(
     ("name", "attention", "lower"),
     [
-        ("Mixtral", "sdpa", "inductor"),
+        pytest.param("Mixtral", "sdpa", "inductor", marks=pytest.mark.slow),
         pytest.param("Mixtral, checkpointed", "sdpa", "inductor", marks=pytest.mark.slow),
-        pytest.param("Mixtral, router loss", "sdpa", "aot_eager", marks=pytest.mark.slow),
+        ("Mixtral, router loss", "sdpa", "aot_eager"),
         pytest.param("Llama4", "sdpa", "aot_eager", marks=pytest.mark.slow),
         pytest.param("GPT-OSS", "eager", "inductor", marks=pytest.mark.slow),
         pytest.param("Bloom", "eager", "inductor", marks=pytest.mark.slow),
