@@ -46,8 +46,8 @@ class Options:
     received: key/value rows of other groups are kept for the backward ("save"), or received once more in it
         ("again"): less memory, half as much again is sent between groups.  ``explain`` says both costs.
     memory_budget: above 0 and up to 1, the share of the other activations that is kept for the backward; what
-        is cheapest is computed again, attentions and exchanges never.  Default: torch's own setting,
-        torch._functorch.config.activation_memory_budget, which is 1.
+        is cheapest is computed again, attentions and exchanges never.  Default: torch's own setting of its
+        activation memory budget, which is 1.
     inductor: configuration patches for Inductor.
     on_step: called before every step with its ``hsap_compile.runtime.StepReport`` (plan, balance, bytes).
     """

@@ -14,11 +14,8 @@ attention that does more to its scores than act on every one alone is left as it
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
 import operator
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +29,17 @@ from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
 from hsap_compile.graph import placeholders, positional, remove_dead
 from hsap_compile.kernels import dense
-from hsap_compile.masks import exclusive, normalise
+from hsap_compile.masks import normalise
+from hsap_compile.passes._elements import (
+    POINTWISE,
+    NotLiftable,
+    as_boolean,
+    as_constant,
+    as_dtype,
+    as_number,
+    cases_of,
+    of_choices,
+)
 from hsap_compile.passes.capture import capture_body
 from hsap_compile.passes.find_attention import Attention, Body, arguments, token_dims
 
@@ -133,14 +140,6 @@ def _rewrite(
     output.replace_all_uses_with(node)
 
 
-class NotLiftable(Exception):
-    """No rule carries an index through this node."""
-
-    def __str__(self) -> str:
-        node = self.args[0]
-        return operator_name(node.target) if isinstance(node, Node) else str(node)
-
-
 class _Lifter:
     """The formula of one attention's logits, and the tensors it reads."""
 
@@ -155,13 +154,13 @@ class _Lifter:
     def logits(self) -> sympy.Expr:
         attention = self.attention
         if attention.logits is not None:
-            found = _number(self.element(attention.logits, self._position(attention.logits)))
+            found = as_number(self.element(attention.logits, self._position(attention.logits)))
             if found.has(sympy.nan):
                 raise NotLiftable(attention.logits)
             if attention.sink is None:
                 return found
             position = (*self._position(attention.sink)[:-1], sympy.Integer(0))
-            return formula.sink(found, _number(self.element(attention.sink, position)))
+            return formula.sink(found, as_number(self.element(attention.sink, position)))
         logits: sympy.Expr = score
         if attention.score_mod is not None:
             return self._flex(attention.score_mod)
@@ -174,13 +173,13 @@ class _Lifter:
         if value.has(sympy.nan):
             value = self.leaf(attention.mask, position)
         if attention.mask.meta["val"].dtype == torch.bool:
-            return sympy.Piecewise((logits, _boolean(value)), (-sympy.oo, True))
-        return logits + _number(value)
+            return sympy.Piecewise((logits, as_boolean(value)), (-sympy.oo, True))
+        return logits + as_number(value)
 
     def _flex(self, score_mod: Body) -> sympy.Expr:
-        logits = _number(self._body(score_mod, (score, b, h, q, k)))
+        logits = as_number(self._body(score_mod, (score, b, h, q, k)))
         if self.attention.mask_mod is not None:
-            allowed = _boolean(self._body(self.attention.mask_mod, (b, h, q, k)))
+            allowed = as_boolean(self._body(self.attention.mask_mod, (b, h, q, k)))
             logits = sympy.Piecewise((logits, allowed), (-sympy.oo, True))
         if logits.has(sympy.nan):
             raise NotLiftable(self.attention.output)
@@ -221,7 +220,7 @@ class _Lifter:
         if isinstance(node, sympy.Basic):
             return node
         if not isinstance(node, Node):
-            return _constant(node)
+            return as_constant(node)
         if node in self.alias:
             if self.cut and self.alias[node] == score:
                 raise NotLiftable(self.attention.output)
@@ -274,7 +273,7 @@ class _Lifter:
     def broadcast(self, operand: Any, index: Index) -> sympy.Basic:
         """The element of an operand that is broadcast to the result's shape."""
         if not isinstance(operand, Node):
-            return _constant(operand)
+            return as_constant(operand)
         value = operand.meta["val"]
         if not isinstance(value, torch.Tensor):
             return self.size(value)
@@ -299,12 +298,12 @@ class _Lifter:
             if operator_name(node.target) != "aten::baddbmm":
                 return score
             given = arguments(node)
-            bias = _constant(given["beta"]) * _number(self.broadcast(given["self"], index))
-            return bias + _constant(given["alpha"]) * score
+            bias = as_constant(given["beta"]) * as_number(self.broadcast(given["self"], index))
+            return bias + as_constant(given["alpha"]) * score
         if node.op == "get_attr" and not index and node.graph.owning_module is not None:
             constant = getattr(node.graph.owning_module, str(node.target), None)
             if type(constant) is torch.Tensor:  # torch.tensor(-inf) in the model's forward
-                return _constant(constant.item())
+                return as_constant(constant.item())
         if node.op != "call_function":
             raise NotLiftable(node)
         name = operator_name(node.target).removeprefix("aten::")
@@ -315,7 +314,7 @@ class _Lifter:
             return _RULES[name](self, node, index)
         if value.is_floating_point() and len(token_dims(node)) < 2 and node not in self.inside:
             raise NotLiftable(node)  # read the rounded value rather than compute it anew
-        if name not in _POINTWISE or value.dtype in _NARROW_INTEGERS:
+        if name not in POINTWISE or value.dtype in _NARROW_INTEGERS:
             raise NotLiftable(node)
         if name in _OF_BITS and value.dtype != torch.bool:
             raise NotLiftable(node)
@@ -329,11 +328,11 @@ class _Lifter:
             name = "floor_divide"
         if alpha is not None and alpha != 1:
             scaled = 0 if name == "rsub" else 1
-            operands[scaled] = _arithmetic(operator.mul, operands[scaled], self.broadcast(alpha, ()))
-        result = _POINTWISE[name](*operands)
+            operands[scaled] = of_choices(operator.mul, operands[scaled], self.broadcast(alpha, ()))
+        result = POINTWISE[name](*operands)
         if value.dtype == torch.bool:
-            return _boolean(result)
-        return _rounded(result, value.dtype) if value.is_floating_point() else result
+            return as_boolean(result)
+        return as_dtype(result, value.dtype) if value.is_floating_point() else result
 
 
 _OF_BITS = ("__and__", "bitwise_and", "__or__", "bitwise_or", "bitwise_not")
@@ -342,154 +341,6 @@ _NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)  # their arithmetic ma
 
 def _is_one(size: Any) -> bool:
     return not free_symbols(size) and hint_of(size) == 1
-
-
-def _constant(value: Any) -> sympy.Basic:
-    if isinstance(value, bool):
-        return sympy.true if value else sympy.false
-    if isinstance(value, int):
-        return sympy.Integer(value)
-    if isinstance(value, float):
-        if math.isinf(value):
-            return sympy.oo if value > 0 else -sympy.oo
-        return sympy.Integer(int(value)) if value == int(value) and abs(value) < 2**31 else sympy.Float(value)
-    raise NotLiftable(value)
-
-
-def _number(x: sympy.Basic) -> sympy.Expr:
-    if isinstance(x, sympy.logic.boolalg.Boolean) and not isinstance(x, sympy.Symbol):
-        return sympy.Piecewise((sympy.Integer(1), x), (sympy.Integer(0), True))
-    return x
-
-
-def _boolean(x: sympy.Basic) -> sympy.Basic:
-    if isinstance(x, sympy.logic.boolalg.Boolean) and not isinstance(x, sympy.Symbol):
-        return x
-    return _arithmetic(sympy.Ne, x, sympy.Integer(0))
-
-
-def _cases(x: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Basic]] | None:
-    """The values of a choice among numbers, each with its condition; None for anything else."""
-    if x.is_number:
-        return [(x, sympy.true)]
-    if not isinstance(x, sympy.Piecewise):
-        return None
-    found: list[tuple[sympy.Expr, sympy.Basic]] = []
-    for value, condition in exclusive(x):
-        inner = _cases(value)
-        if inner is None:
-            return None
-        found += [(v, sympy.And(condition, c)) for v, c in inner]
-    return found
-
-
-def _arithmetic(function: Callable[..., Any], *operands: sympy.Basic) -> sympy.Basic:
-    """``function`` of numbers; of choices among numbers it is a choice, so that masks stay readable and
-    exact: ``score + (1 - mask) * -1e9`` must not add -1e9 to the score and take it away again."""
-    values = [_number(x) for x in operands]
-    cases = [_cases(x) for x in values]
-    known = [c for c in cases if c is not None]
-    if len(known) < len(cases) or math.prod(len(c) for c in known) not in range(2, 17):
-        return function(*values)
-    groups: dict[sympy.Basic, list[sympy.Basic]] = {}
-    for combination in itertools.product(*known):
-        result = function(*[value for value, _ in combination])
-        groups.setdefault(result, []).append(sympy.And(*[condition for _, condition in combination]))
-    if set(groups) <= {sympy.true, sympy.false}:
-        return (
-            _any(groups, sympy.true)
-            if len(groups.get(sympy.true, [])) <= len(groups.get(sympy.false, []))
-            else sympy.Not(_any(groups, sympy.false))
-        )
-    default = max(groups, key=lambda v: len(groups[v]))
-    pieces = [(value, _any(groups, value)) for value in groups if value != default]
-    return sympy.Piecewise(*pieces, (default, True))
-
-
-def _any(groups: dict[sympy.Basic, list[sympy.Basic]], value: sympy.Basic) -> sympy.Basic:
-    return sympy.Or(*groups.get(value, []))
-
-
-def _rounded(x: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
-    """``x`` as a tensor of type ``dtype`` holds it, where it is a choice among numbers."""
-
-    def rounded(number: sympy.Expr) -> sympy.Expr:
-        return _constant(float(torch.tensor(float(number), dtype=torch.float64).to(dtype)))
-
-    cases = _cases(_number(x))
-    if cases is None or any(value is sympy.nan for value, _ in cases):
-        return x
-    return _arithmetic(rounded, x) if len(cases) > 1 else rounded(_number(x))
-
-
-def _compare(relation: Any) -> Any:
-    def exact(x: sympy.Expr, y: sympy.Expr) -> sympy.Basic:
-        """x / 3 - y / 3 <= 1 as x - y <= 3: no division rounds."""
-        fractions = {a for a in (x - y).atoms(sympy.Rational) if not a.is_Integer} if x.has(q, k) else ()
-        if not fractions:
-            return relation(x, y)
-        _, whole = (x - y).primitive()
-        return relation(whole, 0)
-
-    return lambda x, y: _arithmetic(exact, x, y)
-
-
-def _logical(on_booleans: Any) -> Any:
-    return lambda *xs: on_booleans(*[_boolean(x) for x in xs])
-
-
-def _where(condition: Any, yes: Any, no: Any) -> sympy.Basic:
-    condition = _boolean(condition)
-    if all(isinstance(x, sympy.logic.boolalg.Boolean) and not isinstance(x, sympy.Symbol) for x in (yes, no)):
-        return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
-    return sympy.Piecewise((_number(yes), condition), (_number(no), True))
-
-
-def _numeric(function: Callable[..., Any]) -> Any:
-    return lambda *operands: _arithmetic(function, *operands)
-
-
-def _equal(x: Any, y: Any) -> sympy.Basic:
-    booleans = [
-        isinstance(v, sympy.logic.boolalg.Boolean) and not isinstance(v, sympy.Symbol) for v in (x, y)
-    ]
-    return sympy.Equivalent(x, y) if all(booleans) else _compare(sympy.Eq)(x, y)
-
-
-_POINTWISE: dict[str, Any] = {
-    "add": _numeric(operator.add),
-    "sub": _numeric(operator.sub),
-    "rsub": _numeric(lambda x, y: y - x),
-    "mul": _numeric(operator.mul),
-    "div": _numeric(operator.truediv),
-    "floor_divide": _numeric(
-        lambda x, y: x // y if x.is_Integer and y.is_Integer else formula.floordiv(x, y)
-    ),
-    "remainder": _numeric(sympy.Mod),
-    "neg": _numeric(operator.neg),
-    "abs": _numeric(sympy.Abs),
-    "tanh": _numeric(sympy.tanh),
-    "sigmoid": _numeric(lambda x: (sympy.tanh(x / 2) + 1) / 2),
-    "exp": _numeric(sympy.exp),
-    "minimum": _numeric(sympy.Min),
-    "maximum": _numeric(sympy.Max),
-    "eq": _equal,
-    "ne": lambda x, y: sympy.Not(_equal(x, y)),
-    "lt": _compare(sympy.Lt),
-    "le": _compare(sympy.Le),
-    "gt": _compare(sympy.Gt),
-    "ge": _compare(sympy.Ge),
-    "__and__": _logical(sympy.And),
-    "bitwise_and": _logical(sympy.And),
-    "logical_and": _logical(sympy.And),
-    "__or__": _logical(sympy.Or),
-    "bitwise_or": _logical(sympy.Or),
-    "logical_or": _logical(sympy.Or),
-    "bitwise_not": _logical(sympy.Not),
-    "logical_not": _logical(sympy.Not),
-    "where": _where,
-    "masked_fill": lambda x, mask, value: _where(mask, value, x),
-}
 
 
 def _unchanged(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
@@ -506,15 +357,15 @@ def _to(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
             raise NotLiftable(node)  # it rounds: read the rounded value
     value = _unchanged(lifter, node, index)
     if new.dtype == torch.bool:
-        return _boolean(value)
+        return as_boolean(value)
     if new.dtype in _NARROW_INTEGERS and old.dtype != torch.bool:
         raise NotLiftable(node)
-    return _rounded(_number(value), new.dtype) if new.is_floating_point() else _number(value)
+    return as_dtype(as_number(value), new.dtype) if new.is_floating_point() else as_number(value)
 
 
 def _filled(value: int) -> Any:
     def rule(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
-        return _constant(bool(value) if node.meta["val"].dtype == torch.bool else value)
+        return as_constant(bool(value) if node.meta["val"].dtype == torch.bool else value)
 
     return rule
 
@@ -525,8 +376,8 @@ def _full(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
     found = lifter.broadcast(value, ())
     dtype = node.meta["val"].dtype
     if dtype == torch.bool:
-        return _boolean(found)
-    return _rounded(found, dtype) if dtype.is_floating_point else found
+        return as_boolean(found)
+    return as_dtype(found, dtype) if dtype.is_floating_point else found
 
 
 def _arange(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
@@ -541,15 +392,15 @@ def _arange(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
 def _triangle(below: bool) -> Any:
     def rule(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
         given = arguments(node)
-        row, column = index[-2], index[-1] - _constant(given["diagonal"])
+        row, column = index[-2], index[-1] - as_constant(given["diagonal"])
         kept = sympy.Le(column, row) if below else sympy.Ge(column, row)
         value = lifter.element(given["self"], index)
         if node.meta["val"].dtype == torch.bool:
-            return sympy.And(kept, _boolean(value))
+            return sympy.And(kept, as_boolean(value))
         return (
-            _arithmetic(operator.mul, _number(kept), value)
-            if _cases(_number(value)) == [(value, sympy.true)] and value not in (sympy.oo, -sympy.oo)
-            else sympy.Piecewise((_number(value), kept), (sympy.Integer(0), True))
+            of_choices(operator.mul, as_number(kept), value)
+            if cases_of(as_number(value)) == [(value, sympy.true)] and value not in (sympy.oo, -sympy.oo)
+            else sympy.Piecewise((as_number(value), kept), (sympy.Integer(0), True))
         )
 
     return rule
@@ -600,7 +451,7 @@ def _slice(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
             raise NotLiftable(node)  # it may reach beyond the first element, where the slice then starts
         offset = offset + lifter.size(size)
     position = list(index)
-    position[dim] = position[dim] * _constant(step) + offset
+    position[dim] = position[dim] * as_constant(step) + offset
     return lifter.element(positional(node)[0], tuple(position))
 
 
@@ -624,7 +475,7 @@ def _gather(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
         raise NotLiftable(node)
     rank = max(indices[d].meta["val"].dim() for d in given)
     before, lead, rest = index[: given[0]], index[given[0] : given[0] + rank], index[given[0] + rank :]
-    position = [_number(lifter.broadcast(indices[d], lead)) for d in given]
+    position = [as_number(lifter.broadcast(indices[d], lead)) for d in given]
     place = (*before, *position, *rest)
     if all(x.is_nonnegative for x in position):
         return lifter.element(source, place)
@@ -645,7 +496,7 @@ def _embedding(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
     given = arguments(node)
     if given["padding_idx"] != -1 or given["scale_grad_by_freq"] or given["sparse"]:
         raise NotLiftable(node)
-    row = _number(lifter.broadcast(given["indices"], index[:-1]))
+    row = as_number(lifter.broadcast(given["indices"], index[:-1]))
     return lifter.element(given["weight"], (row, index[-1]))
 
 
@@ -655,9 +506,9 @@ def _clamp(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
         raise NotLiftable(node)  # at a limit, the gradients of max and clamp differ
     value = lifter.broadcast(given["self"], index)
     if given.get("min") is not None:
-        value = _arithmetic(sympy.Max, value, lifter.broadcast(given["min"], index))
+        value = of_choices(sympy.Max, value, lifter.broadcast(given["min"], index))
     if given.get("max") is not None:
-        value = _arithmetic(sympy.Min, value, lifter.broadcast(given["max"], index))
+        value = of_choices(sympy.Min, value, lifter.broadcast(given["max"], index))
     return value
 
 

@@ -12,6 +12,7 @@ from hsap_compile import formula
 from hsap_compile._torch import fake_mode_of
 from hsap_compile.graph import placeholders
 from hsap_compile.kernels import dense
+from hsap_compile.passes import _elements
 from hsap_compile.passes import lift_mask as lift_mask_pass
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.find_attention import find_attention, token_dims
@@ -141,7 +142,7 @@ def test_the_check_sees_a_wrong_rewrite(broken: str, monkeypatch: pytest.MonkeyP
         normalise = lift_mask_pass.normalise
         monkeypatch.setattr(lift_mask_pass, "normalise", lambda x: (normalise(x)[0], 2 * normalise(x)[1]))
     elif broken == "band":
-        monkeypatch.setitem(lift_mask_pass._POINTWISE, "ge", lift_mask_pass._compare(sympy.Gt))
+        monkeypatch.setitem(_elements.POINTWISE, "ge", _elements.comparison(sympy.Gt))
     elif broken == "leaf":
         monkeypatch.setattr(formula, "leaf", lambda i, *at: sympy.Function(f"leaf{i}")(*at[:-1], at[-1] * 0))
     else:
