@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from hsap_compile._torch import SET_GRAD_ENABLED, run_fake
 
 #: What a new node takes over from the node it stands for: where it came from, not what it is.
-_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
+_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id", "custom")
 
 
 class Builder:
@@ -36,6 +36,10 @@ class Builder:
         """The size of a dimension: an int, or a node."""
         size = tensor.meta["val"].shape[dim]
         return size if isinstance(size, int) else self(torch.ops.aten.sym_size.int, tensor, dim)
+
+    def sizes(self, tensor: Node) -> list[Any]:
+        """All of them."""
+        return [self.size(tensor, dim) for dim in range(tensor.meta["val"].dim())]
 
 
 def positional(node: Node) -> tuple[Any, ...]:

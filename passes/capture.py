@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import (
     AUTOCAST_BORDERS,
@@ -34,7 +34,7 @@ from hsap_compile._torch import (
     without_autocast,
 )
 from hsap_compile.errors import Refused, where
-from hsap_compile.graph import placeholders, positional, remove_dead, target
+from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
 from hsap_compile.passes._regions import expanded, put_back, set_aside
 from hsap_compile.passes._varlen import write_varlen_as_masked
 
@@ -125,7 +125,7 @@ def _explicit_autocast(module: GraphModule, mode: Any) -> None:
         with module.graph.inserting_before(node):
             for operand in operands:
                 if _floating(operand.meta["val"]) != wanted:
-                    cast = _emit(module.graph, mode, node, aten.to.dtype, (operand, wanted), {})
+                    cast = Builder(module.graph, mode, node)(aten.to.dtype, operand, wanted)
                     node.replace_input_with(operand, cast)
 
 
@@ -193,15 +193,16 @@ def _functionalize(module: GraphModule, mode: Any) -> None:
             (output,) = (n for n in graph.nodes if n.op == "output")
             output.args = ([*positional(output)[0], base],)  # the write replaces it, as all later uses
         with graph.inserting_before(node):
-            value = _value_after(graph, mode, node)
+            emit = Builder(graph, mode, node)
+            value = _value_after(emit, node)
             dtype = mutated.meta["val"].dtype
             if value.meta["val"].dtype != dtype:  # a write keeps the type of what is written to
-                value = _emit(graph, mode, node, aten.to.dtype, (value, dtype), {})
+                value = emit(aten.to.dtype, value, dtype)
             if changes_shape:  # of this one view: neither its base nor other views see it
                 replaced = {mutated: value}
                 views.add(value)
             else:
-                replaced = _write_back(graph, mode, node, chain, value, views)
+                replaced = _write_back(emit, node, chain, value, views)
         if node in tracked:
             tracked.update(replaced.values())
         later = set(_after(node))
@@ -277,15 +278,14 @@ def _mutated_argument(node: Node) -> Node:
     return argument
 
 
-def _value_after(graph: Graph, mode: Any, node: Node) -> Node:
+def _value_after(emit: Builder, node: Node) -> Node:
     """What the in-place ``node`` leaves in the tensor that it writes to."""
     if node.target is not aten.copy_.default:
-        return _emit(graph, mode, node, _functional_form(node), positional(node), node.kwargs)
+        return emit(_functional_form(node), *positional(node), **node.kwargs)
     old, value = positional(node)[:2]  # aten::copy has no derivative
-    sizes = [_size(graph, mode, node, old, d) for d in range(old.meta["val"].dim())]
-    value = _emit(graph, mode, node, aten.to.dtype, (value, old.meta["val"].dtype), {})
-    value = _emit(graph, mode, node, aten.expand.default, (value, sizes), {})
-    return _emit(graph, mode, node, aten.clone.default, (value,), {})  # a copy is no view of its source
+    value = emit(aten.to.dtype, value, old.meta["val"].dtype)
+    value = emit(aten.expand.default, value, emit.sizes(old))
+    return emit(aten.clone.default, value)  # a copy is no view of its source
 
 
 def _functional_form(node: Node) -> Any:
@@ -308,55 +308,45 @@ def _functional_form(node: Node) -> Any:
     return found
 
 
-def _emit(graph: Graph, mode: Any, origin: Node, target: Any, args: Any, kwargs: Any) -> Node:
-    new = graph.call_function(target, args, kwargs)
-    new.meta.update({k: v for k, v in origin.meta.items() if k != "val"})
-    values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    new.meta["val"] = run_fake(mode, target, *values)
-    return new
-
-
 def _write_back(
-    graph: Graph, mode: Any, node: Node, chain: list[Node], value: Node, views: set[Node]
+    emit: Builder, node: Node, chain: list[Node], value: Node, views: set[Node]
 ) -> dict[Node, Node]:
     """What stands for whom after ``chain[0]`` was overwritten by ``value``: a new base, and every view of
     it that was made before the write, made anew."""
     for child, parent in zip(chain, chain[1:], strict=False):
-        value = _put(graph, mode, node, child, parent, value)
+        value = _put(emit, node, child, parent, value)
     replaced = {chain[-1]: value}
-    for other in list(graph.nodes):
+    for other in list(emit.graph.nodes):
         if other is node:
             return replaced
         if other in views and positional(other)[0] in replaced:
             args, kwargs = torch.fx.node.map_arg(
                 (positional(other), other.kwargs), lambda n: replaced.get(n, n)
             )
-            replaced[other] = _emit(graph, mode, other, other.target, args, kwargs)
+            replaced[other] = Builder(emit.graph, emit.mode, other)(other.target, *args, **kwargs)
             views.add(replaced[other])
     raise AssertionError(f"{node} is not in its graph")
 
 
-def _put(graph: Graph, mode: Any, node: Node, child: Node, parent: Node, value: Node) -> Node:
+def _put(emit: Builder, node: Node, child: Node, parent: Node, value: Node) -> Node:
     """``parent`` with the elements that its view ``child`` shows replaced by ``value``."""
     name = operator_name(child.target)
     old, new = parent.meta["val"], value.meta["val"]
     if name in _SCATTER:
-        return _emit(graph, mode, node, _SCATTER[name], (parent, value, *positional(child)[1:]), child.kwargs)
+        return emit(_SCATTER[name], parent, value, *positional(child)[1:], **child.kwargs)
     if name in _EXCHANGES:
-        return _emit(graph, mode, node, aten.transpose.int, (value, *positional(child)[1:3]), {})
+        return emit(aten.transpose.int, value, *positional(child)[1:3])
     if name in _LAST_TWO:
-        return _emit(graph, mode, node, aten.transpose.int, (value, -1, -2), {}) if new.dim() > 1 else value
+        return emit(aten.transpose.int, value, -1, -2) if new.dim() > 1 else value
     if name == "aten::narrow":
         dim, start, length = positional(child)[1:]
-        stop = _emit(graph, mode, node, operator.add, (start, length), {})
-        return _emit(graph, mode, node, aten.slice_scatter.default, (parent, value, dim, start, stop), {})
+        stop = emit(operator.add, start, length)
+        return emit(aten.slice_scatter.default, parent, value, dim, start, stop)
     if name == "aten::permute":
         order = [d % new.dim() for d in positional(child)[1]]
-        back = [order.index(d) for d in range(new.dim())]
-        return _emit(graph, mode, node, aten.permute.default, (value, back), {})
+        return emit(aten.permute.default, value, [order.index(d) for d in range(new.dim())])
     if name in _RESHAPES and old.dtype == new.dtype and expr_of(old.numel()) == expr_of(new.numel()):
-        sizes = [_size(graph, mode, node, parent, d) for d in range(old.dim())]
-        return _emit(graph, mode, node, aten.reshape.default, (value, sizes), {})
+        return emit(aten.reshape.default, value, emit.sizes(parent))
     raise Refused(
         f"the model writes in place into a view ({operator_name(node.target)} into {name})",
         got="a write through a view that has no functional form",
@@ -364,13 +354,6 @@ def _put(graph: Graph, mode: Any, node: Node, child: Node, parent: Node, value: 
         do="write into a copy (x = x.clone()) instead",
         at=where(node),
     )
-
-
-def _size(graph: Graph, mode: Any, origin: Node, tensor: Node, dim: int) -> Any:
-    size = tensor.meta["val"].shape[dim]
-    if isinstance(size, int):
-        return size
-    return _emit(graph, mode, origin, aten.sym_size.int, (tensor, dim), {})
 
 
 def _after(node: Node) -> list[Node]:

@@ -24,10 +24,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
-from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, free_symbols, hint_of, operator_name, run_fake
+from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, free_symbols, hint_of, operator_name
 from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
-from hsap_compile.graph import placeholders, positional, remove_dead
+from hsap_compile.graph import Builder, placeholders, positional, remove_dead
 from hsap_compile.kernels import dense
 from hsap_compile.masks import normalise
 from hsap_compile.passes._elements import (
@@ -109,14 +109,7 @@ def _rewrite(
     scale: float,
 ) -> None:
     graph, output = module.graph, attention.output
-
-    def emit(target: Any, *args: Any) -> Node:
-        node = graph.call_function(target, args)
-        node.meta.update({key: value for key, value in output.meta.items() if key != "val"})
-        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        node.meta["val"] = run_fake(mode, target, values, {})
-        return node
-
+    emit = Builder(graph, mode, output)
     dtype = output.meta["val"].dtype
     with graph.inserting_before(output):
         key = attention.key

@@ -31,9 +31,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, operator_name, run_fake
+from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, operator_name
 from hsap_compile.errors import Refused, module_of, where
-from hsap_compile.graph import remove_dead
+from hsap_compile.graph import Builder, remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import is_random, rule_for
 from hsap_compile.passes._forms import Counts, Local, NotLocal
@@ -90,12 +90,7 @@ class Sharder:
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new call of ``target``, its value inferred; where it comes from is kept."""
-        node = self.graph.call_function(target, args, kwargs)
-        if self.origin is not None:
-            node.meta.update({k: v for k, v in self.origin.meta.items() if k not in ("val", "tokens")})
-        values = map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = run_fake(self.mode, target, *values)
-        return node
+        return Builder(self.graph, self.mode, self.origin)(target, *args, **kwargs)
 
     def size(self, expr: Any) -> Any:
         """A whole size: an int, or a node that computes it from the sizes of inputs."""
