@@ -29,6 +29,8 @@ from torch._inductor.compile_fx import compile_fx as compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
 from torch._inductor.lowering import add_layout_constraint, constrain_to_fx_strides, register_lowering
+from torch._inductor.utils import contains_collective as contains_collective
+from torch._inductor.utils import contains_wait as contains_wait
 from torch._logging import trace_structured as trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -243,13 +245,6 @@ def lower_as_collective(target: Any) -> None:
         return inductor_ir.TensorBox.create(made)
 
     register_lowering(target, type_promotion_kind=None)(start)
-
-
-#: What lets Inductor start collectives early and wait for them late.
-OVERLAP_PATCHES = {
-    "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"],
-}
 
 
 def mode_patches(mode: str) -> dict[str, Any]:

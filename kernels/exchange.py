@@ -12,16 +12,18 @@ all_to_all      rows to ranks by a table     all_to_all, the table reversed
 split           first and other tokens       join
 join            both together again          split
 pool            own, received, constant row  unpool
+pack            rows that others need        unpack
 ==============  ===========================  ==============================
 
 A *whole* tensor is the same on every rank, and so is its gradient; the gradients of ``share`` are parts
 of a sum that is taken outside of the graph.  Host tables (int64, CPU) say who
 gets what, so that nothing is compiled anew when documents change.
 
-split, join and pool stay on the rank.  They are operators because they copy: a view of an unknown number of
-rows, saved for the backward, has strides that Inductor does not promise to keep; and where Inductor (2.13)
-builds the operands of a ``cat`` inside of its result, it may write over one in place, save that for the
-backward, and give the memory of the whole to another value.
+split, join, pool and pack stay on the rank.  They are operators because they copy.  A view of an unknown
+number of rows, saved for the backward, has strides that Inductor does not promise to keep.  Where Inductor
+(2.13) builds the operands of a ``cat`` inside of its result, it may write over one in place, save that for
+the backward, and give the memory of the whole to another value.  And it fuses what reads one table, so that
+the rows of all layers would be packed, and held, at once.
 """
 
 from __future__ import annotations
@@ -320,6 +322,53 @@ POOL = _define(
     _pool_fake,
     _pool_backward,
     _pool_setup,
+)
+
+
+def _pack(k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` (R) of ``k`` (n, H, D) and ``v`` (n, H, Dv) side by side: (R, H * D + H * Dv)."""
+    flat = k.flatten(1), v.flatten(1)
+    made = k.new_empty((rows.shape[0], flat[0].shape[1] + flat[1].shape[1]))
+    for x, part in zip(flat, made.split([x.shape[1] for x in flat], 1), strict=True):
+        torch.index_select(x, 0, rows, out=part)
+    return made
+
+
+def _pack_fake(k: Any, v: Any, rows: Any) -> Any:
+    return k.new_empty((rows.shape[0], k.shape[1] * k.shape[2] + v.shape[1] * v.shape[2]))
+
+
+def _pack_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    k, v, rows = inputs
+    ctx.n, ctx.heads, ctx.widths = k.shape[0], k.shape[1], [k.shape[2], v.shape[2]]
+    ctx.save_for_backward(rows)
+
+
+def _pack_backward(ctx: Any, grad: torch.Tensor) -> Any:
+    (rows,) = ctx.saved_tensors
+    return *UNPACK(grad, rows, ctx.n, ctx.heads, ctx.widths), None
+
+
+def _unpack(
+    x: torch.Tensor, rows: torch.Tensor, n: int, heads: int, widths: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The transpose of pack: what several ranks send back for a row is added up."""
+    parts = x.split([heads * width for width in widths], 1)
+    k, v = (part.new_zeros((n, part.shape[1])).index_add_(0, rows, part) for part in parts)
+    return k.unflatten(1, (heads, widths[0])), v.unflatten(1, (heads, widths[1]))
+
+
+def _unpack_fake(x: Any, rows: Any, n: Any, heads: int, widths: list[int]) -> Any:
+    return x.new_empty((n, heads, widths[0])), x.new_empty((n, heads, widths[1]))
+
+
+UNPACK = _define(
+    "unpack(Tensor x, Tensor rows, SymInt n, int heads, int[] widths) -> (Tensor, Tensor)",
+    _unpack,
+    _unpack_fake,
+)
+PACK = _define(
+    "pack(Tensor k, Tensor v, Tensor rows) -> Tensor", _pack, _pack_fake, _pack_backward, _pack_setup
 )
 
 

@@ -159,12 +159,19 @@ class FlexAttention:
 
 
 def _heads_first(build: Builder, x: Node, padded: Any) -> Node:
-    """(rows, H, D) -> (1, H, padded, D) with zeros in the rows and widths that were not there."""
-    width = int(x.meta["val"].shape[2])
+    """(rows, H, D) -> (1, H, padded, D) with zeros in the rows and widths that were not there.
+
+    Rows are padded while they are flat: undoing that, the backward names their number.  Knowing it from the
+    padding alone, torch 2.14 writes a backward that uses it undefined.
+    """
+    heads, width = (int(size) for size in x.meta["val"].shape[1:])
     if width < _NARROWEST:
         x = build(aten.constant_pad_nd.default, x, [0, _NARROWEST - width])
+        width = _NARROWEST
     padding = build(operator.sub, padded, build.size(x, 0))
-    x = build(aten.constant_pad_nd.default, x, [0, 0, 0, 0, 0, padding])
+    x = build(aten.reshape.default, x, [-1, heads * width])
+    x = build(aten.constant_pad_nd.default, x, [0, 0, 0, padding])
+    x = build(aten.reshape.default, x, [-1, heads, width])
     return build(aten.unsqueeze.default, build(aten.permute.default, x, [1, 0, 2]), 0)
 
 
@@ -202,8 +209,9 @@ def _hard(value: torch.Tensor) -> torch.Tensor:
     return torch.where(value > _LOWEST, value, -torch.inf)
 
 
-def _bottom(value: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
-    zero = value - value.detach()  # score + finfo.min has the gradient of the score
+def _bottom(value: torch.Tensor, constant: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+    """``constant``: ``value`` detached.  In here, torch 2.14 would trace an alias instead."""
+    zero = value - constant  # score + finfo.min has the gradient of the score
     masked = torch.where((value > -torch.inf) & ~answered, zero, -torch.inf)
     return torch.where(value > _LOWEST, value, masked)
 
@@ -253,7 +261,7 @@ class _Formula:
             if formula.score not in mask.logits.free_symbols:  # flex attention wants a gradient of it
                 value = score.inline(lambda x, s: torch.where(s == s, x, s), value, score.indices["score"])
             if known is not None:
-                value = score.inline(_bottom, value, known)
+                value = score.inline(_bottom, value, score.build(aten.detach.default, value), known)
             elif mask.soft:
                 value = score.inline(_hard, value)
         skipped = 0 if answered is None else 1

@@ -8,7 +8,6 @@ from typing import Any
 from torch.fx import GraphModule
 
 from hsap_compile._torch import (
-    OVERLAP_PATCHES,
     compile_with_aot_eager,
     compile_with_inductor,
     keeping,
@@ -17,7 +16,7 @@ from hsap_compile._torch import (
 from hsap_compile.graph import placeholders
 from hsap_compile.kernels import exchange
 from hsap_compile.passes.choose_saved import choices
-from hsap_compile.passes.overlap import Overlap
+from hsap_compile.passes.overlap import PATCHES, Overlap
 
 
 def lower(
@@ -34,5 +33,5 @@ def lower(
             return compile_with_aot_eager(module, inputs)
         crossing = any(n.target is exchange.ALL_TO_ALL for n in module.graph.nodes)
         ours = {"post_grad_custom_post_pass": Overlap(saved=choices(module))}
-        overlapping = OVERLAP_PATCHES if crossing else {}
+        overlapping = PATCHES if crossing else {}
         return compile_with_inductor(module, inputs, {**ours, **overlapping, **patches})

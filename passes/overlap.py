@@ -17,7 +17,8 @@ before: f(broadcast(p)), f(share(p))                      copies that only the g
 after:  f(p)
 
 It runs inside Inductor on the forward's and on the backward's graph, after differentiation, so that nothing
-here needs a gradient.  How far start and wait move apart is Inductor's to decide (``OVERLAP_PATCHES``).
+here needs a gradient.  How far starts and waits move apart is decided when Inductor has put everything
+into an order (``start_early``).
 An attention whose masked logits are finite keeps one operator (the softmax of a row that sees nothing does
 not fit the one number l, see formula_blocks.forward), and so does one with a sink, which counts once.
 """
@@ -32,7 +33,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from hsap_compile._torch import CustomGraphPass, fake_mode_of, get_hash_for_files
+from hsap_compile._torch import (
+    CustomGraphPass,
+    contains_collective,
+    contains_wait,
+    fake_mode_of,
+    get_hash_for_files,
+)
 from hsap_compile.graph import Builder, ancestors
 from hsap_compile.kernels import attention, exchange, formula_blocks
 
@@ -108,6 +115,46 @@ def _start_together(graph: Graph) -> None:
                 moved.update(parts)
                 for part in parts:
                     order[wait].prepend(part)
+
+
+def start_early(order: list[Any]) -> list[Any]:
+    """The nodes of Inductor's scheduler: what a start needs before what it does not need, back to the start
+    before it, or to a wait that it needs.
+
+    Nothing is put off twice: work that no exchange waits for, gradients of parameters, would be put off to
+    the end of the backward, and all that it reads be kept until then.
+    """
+    found: list[Any] = []
+    later: set[Any] = set()
+    for node in order:
+        found.append(node)
+        if not contains_collective(node):
+            continue
+        border = len(found) - 1
+        while border and not _is_border(found[border - 1], node, later):
+            border -= 1
+        window = found[border:-1]
+        needed = [n for n in window if _needs(node, n)]
+        others = [n for n in window if not _needs(node, n)]
+        later.update(others)
+        found[border:] = [*needed, node, *others]
+    return found
+
+
+def _needs(node: Any, other: Any) -> bool:
+    return not node.ancestors.isdisjoint(other.get_operation_names())
+
+
+def _is_border(node: Any, start: Any, later: set[Any]) -> bool:
+    """Whether what ``start`` needs stays behind ``node``."""
+    return contains_collective(node) or node in later or (contains_wait(node) and _needs(start, node))
+
+
+#: What of Inductor's configuration makes it start exchanges early and wait for them late.
+PATCHES = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits", start_early],
+}
 
 
 def _leaves_as_it_is(node: Node) -> bool:

@@ -323,11 +323,9 @@ class _Site:
         build = self.build
         count = int(k.meta["val"].shape[1])
         widths = [count * self.widths[1], count * self.widths[2]]
-        flat = [build(aten.reshape.default, x, [-1, w]) for x, w in zip((k, v), widths, strict=True)]
         send = self.tables((self.index, "send_rows"), torch.zeros(7, dtype=torch.int64), (0,))
         splits = self.tables((self.index, "splits"), torch.zeros(2, self.mesh.size, dtype=torch.int64), ())
-        # selected, then joined: Inductor would build k and v, which live on, inside of what is joined
-        sent = build(aten.cat.default, [build(aten.index_select.default, x, 0, send) for x in flat], 1)
+        sent = build(exchange.PACK, k, v, send)
         arriving = build.size(self._remote(), 0)
         got = build(exchange.ALL_TO_ALL, sent, splits, arriving, False, self.group)
         parts = build(aten.split_with_sizes.default, got, widths, 1)

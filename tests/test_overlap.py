@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
@@ -182,6 +184,86 @@ def test_large_gradients_travel_in_several_buckets() -> None:
         assert buckets == [[0, 1], [2, 3], [4, 5], [6, 7]] and error == 0.0
 
 
+# --- starts and waits ---------------------------------------------------------------------------------
+
+
+class Scheduled:
+    """As much of a node of Inductor's scheduler as the pass reads."""
+
+    def __init__(self, name: str, kind: str, operands: list[Scheduled]) -> None:
+        self.name, self.kind = name, kind
+        self.ancestors = {name for x in operands for name in (x.name, *x.ancestors)}
+
+    def get_operation_names(self) -> set[str]:
+        return {self.name}
+
+
+def nodes_of(lines: str) -> list[Scheduled]:
+    """``a = work, s = start a, r = wait s``: what each line computes, and of what."""
+    nodes: dict[str, Scheduled] = {}
+    for line in lines.split(", "):
+        name, kind, *operands = line.replace(" =", "").split()
+        nodes[name] = Scheduled(name, kind, [nodes[x] for x in operands])
+    return list(nodes.values())
+
+
+@pytest.fixture
+def start_early(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Scheduled]], list[Scheduled]]:
+    monkeypatch.setattr(of, "contains_collective", lambda node: node.kind == "start")
+    monkeypatch.setattr(of, "contains_wait", lambda node: node.kind == "wait")
+    return of.start_early
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        # what the start does not need comes behind it
+        ("w1 = work, a = work, s = start a, r = wait s", "a s w1 r"),
+        # rows that wait for nothing travel together with those before them
+        ("s = start, r = wait s, w = work r, t = start, q = wait t", "s t r w q"),
+        # a start stays behind a wait that it needs, and so does what came before that wait
+        ("s = start, w1 = work, r = wait s, w2 = work, a = work r, t = start a", "s w1 r a t w2"),
+        # nothing is put off twice
+        ("w1 = work, s = start, w2 = work, a = work, t = start a, w3 = work, u = start", "s w1 a t w2 u w3"),
+    ],
+    ids=["needed first", "together", "behind its wait", "put off once"],
+)
+def test_order_of_starts(lines: str, wanted: str, start_early: Any) -> None:
+    assert [node.name for node in start_early(nodes_of(lines))] == wanted.split()
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> str:
+    """Lines of work, starts, and waits for them, in any order that can be computed."""
+    lines: list[str] = []
+    for i in range(draw(st.integers(1, 14))):
+        earlier = draw(st.lists(st.integers(0, i - 1), max_size=2, unique=True)) if i else []
+        starts = [
+            j for j, line in enumerate(lines) if "start" in line and f"wait n{j}" not in ", ".join(lines)
+        ]
+        kind = draw(st.sampled_from(["work", "start", *["wait"] * bool(starts)]))
+        operands = [draw(st.sampled_from(starts))] if kind == "wait" else earlier
+        lines.append(" ".join([f"n{i} = {kind}", *(f"n{j}" for j in operands)]))
+    return ", ".join(lines)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(schedules())
+def test_any_order_of_starts_can_be_computed(start_early: Any, lines: str) -> None:
+    before = nodes_of(lines)
+    after = start_early(before)
+    assert sorted(map(id, before)) == sorted(map(id, after))
+    seen: set[str] = set()
+    for node in after:
+        assert node.ancestors <= seen
+        seen.add(node.name)
+    starts = [[n for n in order if n.kind == "start"] for order in (before, after)]
+    assert starts[0] == starts[1]  # every rank starts the same one after the same
+    for node in before:
+        passed = set(before[before.index(node) :]) & set(after[: after.index(node)])
+        assert sum(other.kind == "start" for other in passed) <= 1
+
+
 # --- in the code that Inductor writes -----------------------------------------------------------------
 
 
@@ -195,24 +277,33 @@ def order_of_calls(options: dict[str, Any]) -> list[list[str]]:
         model(**batch("nano", [[20, 1, 6]]))[0].backward()
 
     _, code = run_and_get_code(step)
-    names = ("all_to_all_start", "wait_tensor", "attend_backward", "attend", "all_reduce_", "sum_ranks")
+    operators = "all_to_all_start|wait_tensor|attend_backward|attend|all_reduce_|sum_ranks|pack|unpack"
+    pattern = re.compile(
+        rf"^\s*(?:\w+ = )?(?:torch\.ops\.\w+\.({operators})\.default|extern_kernels\.(mm))\("
+    )
     found = []
     for graph in code:
-        lines = [line for line in graph.splitlines() if "torch.ops." in line and ".default(" in line]
-        found.append([name for line in lines for name in names[: _first(names, line)][-1:]])
+        matches = [pattern.search(line) for line in graph.splitlines()]
+        found.append([m.group(1) or m.group(2) for m in matches if m])
     return found
 
 
-def _first(names: tuple[str, ...], line: str) -> int:
-    return next((i + 1 for i, name in enumerate(names) if f".{name}.default(" in line), 0)
-
-
-def test_own_keys_are_attended_to_while_others_travel(pool: Pool) -> None:
-    options = {"intra": 1, "outputs": "local"}
+@pytest.mark.parametrize("received", ["save", "again"])
+def test_own_keys_are_attended_to_while_others_travel(pool: Pool, received: str) -> None:
+    options = {"intra": 1, "outputs": "local", "received": received}
     for forward, backward in pool.run(order_of_calls, options, world=2):
-        layer = ["all_to_all_start", "attend", "wait_tensor", "attend"]
-        assert forward == [*layer * 2, "all_reduce_", "wait_tensor"]  # the loss is summed last
-        assert backward[:4] == ["attend_backward", "all_to_all_start", "attend_backward", "wait_tensor"]
-        assert backward.count("all_to_all_start") == 2 and backward.count("attend_backward") == 4
-        assert backward.count("all_reduce_") == 1  # of all gradients, which are small
-        assert backward.count("wait_tensor") == 3
+        layer = ["pack", "all_to_all_start", "attend", "wait_tensor", "attend"]
+        assert forward == [*layer * 2, "mm", "all_reduce_", "wait_tensor"]  # the loss is summed last
+        products = [name for name in backward if name == "mm"]
+        calls = [name for name in backward if name != "mm"]
+        sums = ["all_reduce_", "wait_tensor"]  # of all gradients, which are small
+        if received == "save":
+            layer = ["attend_backward", "all_to_all_start", "attend_backward", "wait_tensor", "unpack"]
+            assert calls == [*layer * 2, *sums]
+        else:  # rows of the first layer travel with gradients of the second
+            start, wait, attend = "all_to_all_start", "wait_tensor", "attend_backward"
+            last = ["pack", start, attend, "pack", wait, attend, start, start, wait, "unpack"]
+            assert calls == [*last, attend, wait, attend, start, wait, "unpack", *sums]
+        # gradients of a layer's parameters are not put off until all layers are done
+        last = len(backward) - backward[::-1].index("all_to_all_start")
+        assert backward[last:].count("mm") < len(products) / 2
