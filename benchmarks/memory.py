@@ -30,7 +30,6 @@ from _measure import Bar, Ranks, Row, peak_bytes, report, reset_peak, resident_b
 from world_size_one import lengths, llama
 
 MiB = 2**20
-LAYERS = (1, 2, 4, 8, 16, 32)
 SMALL = dict(
     hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, vocab_size=64
 )
@@ -52,6 +51,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("question", choices=["layers", "length"])
     parser.add_argument("--tokens", type=int, default=8192, help="layers: of the row")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="layers: how many"
+    )
     parser.add_argument("--limit", type=int, default=512, help="length: MiB of a step on a rank")
     parser.add_argument("--first", type=int, default=2048, help="length: the shortest row")
     parser.add_argument("--step", type=float, default=1.1, help="length: a row over the one before")
@@ -64,7 +66,7 @@ def parse() -> argparse.Namespace:
 
 def over_layers(arguments: argparse.Namespace) -> None:
     rows: list[Row] = []
-    for layers in LAYERS:
+    for layers in arguments.layers:
         for what in ("forward", "save", "again"):
             options = {"intra": 1, "outputs": "local", "received": "save" if what == "forward" else what}
             kinds = (options, SMALL | {"num_hidden_layers": layers}, what != "forward", None)
@@ -76,8 +78,9 @@ def over_layers(arguments: argparse.Namespace) -> None:
     for what in ("forward", "save", "again"):
         first, *_, last = (r for r in rows if r["pass"] == what)
         grown = (last["extra MiB"] - first["extra MiB"]) / last["received MiB a layer"]
-        kept = LAYERS[-1] - LAYERS[0] if what == "save" else 0
-        bars.append(Bar(f"{what}: buffers that {LAYERS[-1]} layers add to {LAYERS[0]}", grown, kept + SPARE))
+        least, most = arguments.layers[0], arguments.layers[-1]
+        kept = most - least if what == "save" else 0
+        bars.append(Bar(f"{what}: buffers that {most} layers add to {least}", grown, kept + SPARE))
     report("memory_layers", vars(arguments) | SMALL, rows, bars)
 
 

@@ -65,14 +65,21 @@ def generate(module: torch.fx.GraphModule, config: Mapping[str, Any] | None = No
     found: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        found.append(graph)
+        found.insert(0, graph)
         return make_boxed_func(graph.forward)
+
+    def partition(
+        *args: Any, **kwargs: Any
+    ) -> Any:  # without symbols, no backward is compiled before its use
+        forward, backward = min_cut_rematerialization_partition(*args, **kwargs)
+        found.append(backward)
+        return forward, backward
 
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     with tracing(TracingContext(inputs[0].fake_mode)):
         aot_module_simplified(
-            module, inputs, fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table(),
-            partition_fn=min_cut_rematerialization_partition,
+            module, inputs, fw_compiler=keep, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+            decompositions=select_decomp_table(), partition_fn=partition,
         )  # fmt: skip
     with pretended_gpu():
         return [_generated(graph, inputs[0].fake_mode, config or {}) for graph in found]

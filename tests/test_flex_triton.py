@@ -54,7 +54,9 @@ def compiles(
     templates = [k for k in kernels if k.name.startswith("triton_tem")]
     backward = [k for k in templates if "backward" in k.name]
     assert (len(templates) - len(backward), len(backward)) == (runs, 2 if options.get("remote", True) else 1)
-    assert all(k.matrix_products > 0 for k in templates)
+    assert dtype == torch.float32 or all(
+        k.matrix_products > 0 for k in templates
+    )  # float32 is exact: no tf32
     for text in texts:  # rows are whole blocks, and no size is a number that a batch chose
         assert "'IS_DIVISIBLE': True" in text and "'IS_DIVISIBLE': False" not in text
         assert "extern_kernels." not in text.partition("class Runner")[2]

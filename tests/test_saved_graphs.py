@@ -19,7 +19,6 @@ from models import batch, build
 from pool import Pool
 from simulate import traced
 from test_choose_saved import LAYERS, PACKS, row_bytes, steps
-from test_overlap import order_of_calls
 
 # --- in the graph -------------------------------------------------------------------------------------
 
@@ -67,17 +66,6 @@ def _tensor(node: Any) -> bool:
 
 
 # --- in the code that Inductor writes -----------------------------------------------------------------
-
-
-def test_rows_that_are_received_again_travel_early(pool: Pool) -> None:
-    """Those of the first layer with the gradients of the second's, while own keys are worked on."""
-    options = {"intra": 1, "outputs": "local", "received": "again"}
-    for forward, backward in pool.run(order_of_calls, options, world=2):
-        assert forward.count("all_to_all_start") == LAYERS
-        start, wait, work = "all_to_all_start", "wait_tensor", "attend_backward"
-        assert backward[:4] == [start, wait, work, start]
-        assert backward[4:9] == [start, work, wait, wait, work]
-        assert backward[9:12] == [start, work, wait] and backward.count(start) == 2 * LAYERS
 
 
 def compiled_anew(choices: list[str]) -> list[tuple[bool, int]]:
