@@ -127,27 +127,22 @@ def start_early(order: list[Any]) -> list[Any]:
     found: list[Any] = []
     later: set[Any] = set()
     for node in order:
-        found.append(node)
         if not contains_collective(node):
+            found.append(node)
             continue
-        border = len(found) - 1
-        while border and not _is_border(found[border - 1], node, later):
-            border -= 1
-        window = found[border:-1]
-        needed = [n for n in window if _needs(node, n)]
-        others = [n for n in window if not _needs(node, n)]
+        wanted = set(node.ancestors)  # those of what was fused with an ancestor come with it
+        needed, others = [], []
+        while found and not contains_collective(found[-1]) and found[-1] not in later:
+            needs = not wanted.isdisjoint(found[-1].get_operation_names())
+            if needs and contains_wait(found[-1]):
+                break
+            last = found.pop()
+            (needed if needs else others).append(last)
+            if needs:
+                wanted |= last.ancestors
         later.update(others)
-        found[border:] = [*needed, node, *others]
+        found += [*reversed(needed), node, *reversed(others)]
     return found
-
-
-def _needs(node: Any, other: Any) -> bool:
-    return not node.ancestors.isdisjoint(other.get_operation_names())
-
-
-def _is_border(node: Any, start: Any, later: set[Any]) -> bool:
-    """Whether what ``start`` needs stays behind ``node``."""
-    return contains_collective(node) or node in later or (contains_wait(node) and _needs(start, node))
 
 
 #: What of Inductor's configuration makes it start exchanges early and wait for them late.

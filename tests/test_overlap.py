@@ -188,23 +188,31 @@ def test_large_gradients_travel_in_several_buckets() -> None:
 
 
 class Scheduled:
-    """As much of a node of Inductor's scheduler as the pass reads."""
+    """As much of a node of Inductor's scheduler as the pass reads.  It is fused of operations, each of which
+    knows its own ancestors only."""
 
-    def __init__(self, name: str, kind: str, operands: list[Scheduled]) -> None:
-        self.name, self.kind = name, kind
-        self.ancestors = {name for x in operands for name in (x.name, *x.ancestors)}
+    def __init__(self, name: str, kind: str, operations: dict[str, set[str]]) -> None:
+        self.name, self.kind, self.operations = name, kind, operations
+        self.ancestors = set().union(*operations.values()) - set(operations)
 
     def get_operation_names(self) -> set[str]:
-        return {self.name}
+        return set(self.operations)
 
 
 def nodes_of(lines: str) -> list[Scheduled]:
-    """``a = work, s = start a, r = wait s``: what each line computes, and of what."""
-    nodes: dict[str, Scheduled] = {}
+    """``a = work, f = work | a, s = start f.1, r = wait s``: what a line computes, and of what.  f is fused
+    of an operation that reads nothing, f or f.0, and one that reads a, f.1."""
+    nodes: list[Scheduled] = []
+    ancestors: dict[str, set[str]] = {}
     for line in lines.split(", "):
-        name, kind, *operands = line.replace(" =", "").split()
-        nodes[name] = Scheduled(name, kind, [nodes[x] for x in operands])
-    return list(nodes.values())
+        name, kind, *rest = line.replace(" =", "").split(" ")
+        operations = {}
+        for i, operands in enumerate(" ".join(rest).split("|")):
+            read = {x if "." in x else f"{x}.0" for x in operands.split()}
+            operations[f"{name}.{i}"] = read.union(*(ancestors[x] for x in read))
+        ancestors |= operations
+        nodes.append(Scheduled(name, kind, operations))
+    return nodes
 
 
 @pytest.fixture
@@ -225,8 +233,10 @@ def start_early(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Scheduled]], 
         ("s = start, w1 = work, r = wait s, w2 = work, a = work r, t = start a", "s w1 r a t w2"),
         # nothing is put off twice
         ("w1 = work, s = start, w2 = work, a = work, t = start a, w3 = work, u = start", "s w1 a t w2 u w3"),
+        # what was fused with something needed is computed with it, so its operands are needed, too
+        ("w1 = work, a = work, f = work | a, s = start f, r = wait s", "a f s w1 r"),
     ],
-    ids=["needed first", "together", "behind its wait", "put off once"],
+    ids=["needed first", "together", "behind its wait", "put off once", "fused"],
 )
 def test_order_of_starts(lines: str, wanted: str, start_early: Any) -> None:
     assert [node.name for node in start_early(nodes_of(lines))] == wanted.split()
@@ -237,13 +247,19 @@ def schedules(draw: st.DrawFn) -> str:
     """Lines of work, starts, and waits for them, in any order that can be computed."""
     lines: list[str] = []
     for i in range(draw(st.integers(1, 14))):
-        earlier = draw(st.lists(st.integers(0, i - 1), max_size=2, unique=True)) if i else []
         starts = [
             j for j, line in enumerate(lines) if "start" in line and f"wait n{j}" not in ", ".join(lines)
         ]
-        kind = draw(st.sampled_from(["work", "start", *["wait"] * bool(starts)]))
-        operands = [draw(st.sampled_from(starts))] if kind == "wait" else earlier
-        lines.append(" ".join([f"n{i} = {kind}", *(f"n{j}" for j in operands)]))
+        kind = draw(st.sampled_from(["work", "fused", "start", *["wait"] * bool(starts)]))
+        if kind == "wait":
+            lines.append(f"n{i} = wait n{draw(st.sampled_from(starts))}")
+            continue
+        read = []
+        for j in draw(st.lists(st.integers(0, i - 1), max_size=3, unique=True)) if i else []:
+            read.append(f"n{j}.1" if "|" in lines[j] and draw(st.booleans()) else f"n{j}")
+        if kind == "fused":
+            read.insert(draw(st.integers(0, len(read))), "|")
+        lines.append(" ".join([f"n{i} =", kind.replace("fused", "work"), *read]))
     return ", ".join(lines)
 
 
@@ -256,7 +272,7 @@ def test_any_order_of_starts_can_be_computed(start_early: Any, lines: str) -> No
     seen: set[str] = set()
     for node in after:
         assert node.ancestors <= seen
-        seen.add(node.name)
+        seen |= node.get_operation_names()
     starts = [[n for n in order if n.kind == "start"] for order in (before, after)]
     assert starts[0] == starts[1]  # every rank starts the same one after the same
     for node in before:
