@@ -117,6 +117,26 @@ def _start_together(graph: Graph) -> None:
                     order[wait].prepend(part)
 
 
+def wait_late(order: list[Any]) -> list[Any]:
+    """The nodes of Inductor's scheduler, each wait in front of the first that needs it.
+
+    Inductor's own pass puts everything that can be computed in front of a wait: the rows of all layers that
+    the backward sends again would be packed, and held, at its beginning.
+    """
+    found: list[Any] = []
+    waits: list[Any] = []
+    for node in order:
+        if contains_wait(node):
+            waits.append(node)
+            continue
+        for wait in list(waits):
+            if not node.ancestors.isdisjoint(wait.get_operation_names()):
+                waits.remove(wait)
+                found.append(wait)
+        found.append(node)
+    return found + waits
+
+
 def start_early(order: list[Any]) -> list[Any]:
     """The nodes of Inductor's scheduler: what a start needs before what it does not need, back to the start
     before it, or to a wait that it needs.
@@ -148,7 +168,7 @@ def start_early(order: list[Any]) -> list[Any]:
 #: What of Inductor's configuration makes it start exchanges early and wait for them late.
 PATCHES = {
     "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": ["sink_waits", start_early],
+    "reorder_for_compute_comm_overlap_passes": [wait_late, start_early],
 }
 
 
