@@ -75,6 +75,9 @@ def test_against_brute_force(drawn):
     plan = make(masks, mesh, kind)
     plan.verify()
     check(masks, mesh, plan)
+    for i, m in enumerate(plan.masks):  # a rank's own counts are a row and a column of everybody's
+        splits = np.stack([plan.tables(r).masks[i].splits for r in range(mesh.size)], axis=1)
+        assert splits[0].tolist() == m.rows_sent.tolist() == splits[1].T.tolist()
 
 
 @settings(max_examples=100, deadline=None)
