@@ -136,7 +136,9 @@ def _check_rows(plan: Plan, tables: Sequence[RankTables], i: int) -> None:
         parts = [out[source][ends[source, r] - sent[source, r] : ends[source, r]] for source in sources]
         row, column = t.masks[i].remote.T
         inside = bool(np.all((0 <= column) & (column < stride)))
-        _require(inside, f"mask {i}: rank {r} receives rows that are none", column, f"columns 0..{stride - 1}")
+        _require(
+            inside, f"mask {i}: rank {r} receives rows that are none", column, f"columns 0..{stride - 1}"
+        )
         wanted = row * stride + column
         wrong = np.flatnonzero(np.concatenate([np.empty(0, np.int64), *parts]) != wanted)
         if len(wrong):

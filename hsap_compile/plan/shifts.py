@@ -115,9 +115,7 @@ def shift_tables(placement: Placement, shift: Shift, rank: int) -> ShiftTables:
     held = np.concatenate((own, arriving))
     reads = shift.reads(own, placement.tokens)
     index = np.where(reads < 0, len(held), _where(held, np.maximum(reads, 0)))
-    return ShiftTables(
-        _where(own, expand(sent.start, sent.stop)), splits, arriving, index
-    )
+    return ShiftTables(_where(own, expand(sent.start, sent.stop)), splits, arriving, index)
 
 
 def _columns(of: Range, tokens: int) -> tuple[int, int]:

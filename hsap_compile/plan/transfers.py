@@ -31,9 +31,7 @@ class Transfers:
 
     def rows(self, groups: int) -> Ints:
         """(groups, groups) int64 [source, to]: rows sent."""
-        count = np.bincount(
-            self.source * groups + self.to, weights=self.size, minlength=groups * groups
-        )
+        count = np.bincount(self.source * groups + self.to, weights=self.size, minlength=groups * groups)
         return count.astype(np.int64).reshape(groups, groups)
 
     def sent_by(self, source: int) -> Transfers:
