@@ -10,8 +10,8 @@ most loaded group has, has to be split.  Beside them stand chunk-LPT (as MagiAtt
 for each group but at least 512 tokens, equally many on each group, the largest area first on the least
 loaded; ``its area`` in the worst seed: chunks of a long document may have more than a group's share; ``its
 least`` is the bound with its area, which allows fewer rows where it is uneven) and all-gather.  ``of its
-excess``: rows over the bound, over the same of chunk-LPT.  ``exchanged`` is the part of all
-columns whose heads are exchanged in groups, ``shared at least`` the part in documents longer than a rank's
+excess``: rows over the bound, over the same of chunk-LPT, where it is not 0.  ``exchanged`` is the part of
+all columns whose heads are exchanged in groups, ``shared at least`` the part in documents longer than a rank's
 share.  ``slowest`` is the predicted attention of the slowest rank (cost model H100: area, then links, nothing
 hidden) over the time of the mean area alone.
 """
@@ -112,7 +112,7 @@ def cell(packs: Sequence[tuple[Ints, Structure]], ranks: int, intra: int) -> Row
                 "its most": theirs.max() / share,
                 "its area": their_area,
                 "its least": its_least,
-                "of its excess": ratio(rows.mean() / share * its_least, theirs.mean() / share * least),
+                "of its excess": ratio(rows.sum() * its_least, theirs.sum() * least) if least else 0.0,
                 "of chunk-LPT": of_theirs,
                 "of even chunk-LPT": of_theirs if their_area <= 1.10 else 0.0,
                 "most of": ratio(rows.max(), theirs.max()),

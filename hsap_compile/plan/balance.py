@@ -6,7 +6,9 @@ Token counts are a hard rule and LIMIT a promise; under both, rows between group
      where plain parts are uneven;
   2. token counts are made equal by moving short documents and heads of documents: a causal document without
      its first n tokens needs n rows;
-  3. groups above LIMIT swap windows of equal length with light ones, those that need fewest rows (`swap`).
+  3. groups above LIMIT swap windows of equal length with light ones, those that need fewest rows (`swap`);
+  4. with few documents this is done once more, with long ones split into parts of even area from their end,
+     and the faster of the two is taken (`slowest`).
 
 Shapes: G groups, D documents (or atoms: what lies between two cuts).
 """
@@ -26,6 +28,7 @@ from hsap_compile.plan.swap import Reach, Spread, swap
 
 FEW = 64  # cuts: with more, a second placement takes longer than it saves
 WORTH = 1.01  # so much faster must it be: it has more and shorter pieces
+ALIKE = 0.98  # of the area that the emptiest group can take: groups that get their parts at once
 OVERFILL = 32  # a group's tokens over this: so much too much it may hold until counts are made equal
 
 
@@ -144,13 +147,13 @@ class _Tails(_Groups):
         self.pairs[document] -= pairs[0] - pairs[-1]
 
     def _edges(self, document: int, light: Ints, most: float) -> Ints:
-        """From the end down to where the head ends: between them are parts of area `most` at most, of as many
-        tokens as the groups `light` have room for, the fuller ones less."""
+        """From the end down to where the head ends: between them are parts for the first ones of the groups
+        `light`, as long as these are about as empty as the first and have room, up to area `most`."""
         start = int(self.cuts[document])
         stop = start + int(self.sizes[document])
         left = np.maximum(most - self.load[light], 0)
-        left = left[left >= min(most, left[0]) * 0.98]
-        left = left[: max(1, int(self.pairs[document] / most))]
+        alike = int(np.argmin(np.append(left >= ALIKE * left[0], False)))
+        left = left[: min(alike, max(1, int(self.pairs[document] / most)))]
         first, last = self.area.before(np.array([start, stop]))
         edges = np.append(stop, self.area.where(np.maximum(last - np.cumsum(left), first)))
         room = self.room[light[: len(left)]].astype(np.int64)

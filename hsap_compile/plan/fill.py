@@ -124,7 +124,7 @@ class Fill(ABC):
                 continue
             self.divide(document, np.argsort(full, kind="stable"), most)
             left, area_left = int(self.sizes[document]), int(self.pairs[document])
-            if left < n:
+            if 0 < left < n:
                 tokens, pairs = tokens + left, pairs + area_left
                 heapq.heappush(todo, (-area_left, i, document))
 
