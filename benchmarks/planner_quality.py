@@ -11,9 +11,9 @@ for each group but at least 512 tokens, equally many on each group, the largest 
 loaded; ``its area`` in the worst seed: chunks of a long document may have more than a group's share; ``its
 least`` is the bound with its area, which allows fewer rows where it is uneven) and all-gather.  ``of its
 excess``: rows over the bound, over the same of chunk-LPT, where it is not 0.  ``exchanged`` is the part of
-all columns whose heads are exchanged in groups, ``shared at least`` the part in documents longer than a rank's
-share.  ``slowest`` is the predicted attention of the slowest rank (cost model H100: area, then links, nothing
-hidden) over the time of the mean area alone.
+all columns whose heads are exchanged in groups, ``shared at least`` the part in documents longer than a
+rank's share.  ``slowest`` is the predicted attention of the slowest rank (cost model H100: area, then links,
+nothing hidden) over the time of the mean area alone.
 """
 
 from __future__ import annotations

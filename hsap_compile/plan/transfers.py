@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -36,8 +35,7 @@ class Transfers:
 
     def sent_by(self, source: int) -> Transfers:
         """What a group sends, by `to`."""
-        first, stop = np.searchsorted(self._by_source.source, (source, source + 1))
-        return self._by_source._take(slice(first, stop))
+        return self._take(np.flatnonzero(self.source == source))
 
     def sent_to(self, to: int) -> Transfers:
         """What a group receives, by `source`."""
@@ -46,11 +44,6 @@ class Transfers:
 
     def _take(self, i: Ints | slice) -> Transfers:
         return Transfers(self.to[i], self.source[i], self.start[i], self.stop[i])
-
-    @cached_property
-    def _by_source(self) -> Transfers:
-        """The same, sorted by (source, to, start)."""
-        return self._take(np.argsort(self.source, kind="stable"))
 
 
 def transfers(s: Structure, own: Owned) -> Transfers:
