@@ -5,13 +5,15 @@
 Each row is one source on one mesh over several seeds.  ``area`` is the largest area over the mean, by rank;
 no plan is below 1, and splitting documents anywhere reaches 1 to a column's area.  Rows are received by a
 group from other groups, in tokens of a group: ``rows`` of all groups on average and ``most`` of the one that
-receives most; ``least`` is a bound: a document longer than a group's share has to be split.  Beside them
-stand chunk-LPT (as MagiAttention does: equal chunks, 16 for each group but at least 512 tokens, equally many
-on each group, the largest area first on the least loaded; ``its area`` in the worst seed: chunks of a long
-document may have more than a group's share) and all-gather.  ``exchanged`` is the part of all
-columns whose heads are exchanged in groups, ``shared at least`` the part in documents longer than a rank's
-share.  ``slowest`` is the predicted attention of the slowest rank (cost model H100: area, then links, nothing
-hidden) over the time of the mean area alone.
+receives most; ``least`` is a bound: a document with more tokens than a group's share, or more area than the
+most loaded group has, has to be split.  Beside them stand chunk-LPT (as MagiAttention does: equal chunks, 16
+for each group but at least 512 tokens, equally many on each group, the largest area first on the least
+loaded; ``its area`` in the worst seed: chunks of a long document may have more than a group's share; ``its
+least`` is the bound with its area, which allows fewer rows where it is uneven) and all-gather.  ``of its
+excess``: rows over the bound, over the same of chunk-LPT, where it is not 0.  ``exchanged`` is the part of
+all columns whose heads are exchanged in groups, ``shared at least`` the part in documents longer than a
+rank's share.  ``slowest`` is the predicted attention of the slowest rank (cost model H100: area, then links,
+nothing hidden) over the time of the mean area alone.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from hsap_compile.plan import Attended, MeshShape, Plan, make
 from hsap_compile.plan.attended import Ints, Structure, area, structure
 from hsap_compile.plan.cost import H100
 from hsap_compile.plan.lengths import SOURCES, draw
+from hsap_compile.plan.pieces import least_rows
 from hsap_compile.plan.placement import Placement, owned
 from hsap_compile.plan.transfers import transfers
 
@@ -70,6 +73,7 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
         Bar("area max/mean, worst seed", most("area worst"), 1.10),
         Bar(f"{of_all}, worst seed", most("of chunk-LPT"), 1.0),
         Bar(f"{of_all}, worst seed where its area is at most 1.10 too", most("of even chunk-LPT"), 1.0),
+        Bar("rows over the least that its area allows, over chunk-LPT's", most("of its excess"), 1.0),
         Bar(f"{by_most} over chunk-LPT's, average over seeds", most("most of"), 1.0),
         Bar(f"{by_most} over chunk-LPT's, worst seed", most("most of, worst"), 1.0),
         Bar(f"{by_most} over all-gather's, worst seed", most("of all-gather"), 1.0),
@@ -93,15 +97,22 @@ def cell(packs: Sequence[tuple[Ints, Structure]], ranks: int, intra: int) -> Row
         rows = plan.masks[0].rows_sent.sum(axis=0).reshape(groups, intra)[:, 0]
         theirs, their_area = chunk_lpt(s, groups)
         of_theirs = ratio(rows.sum(), theirs.sum())
+        mean = float(np.sum(lengths * (lengths + 1) // 2)) / groups
+        least, its_least = (
+            least_rows(lengths, -(-tokens // ranks) * intra, (0, None), load * mean) / groups / share
+            for load in (group_area(plan), their_area)
+        )
         found.append(
             {
                 "area": plan.balance,
                 "rows": rows.mean() / share,
                 "most": rows.max() / share,
-                "least": least_rows(lengths, int(share)) / groups / share,
+                "least": least,
                 "chunk-LPT": theirs.mean() / share,
                 "its most": theirs.max() / share,
                 "its area": their_area,
+                "its least": its_least,
+                "of its excess": ratio(rows.sum() * its_least, theirs.sum() * least) if least else 0.0,
                 "of chunk-LPT": of_theirs,
                 "of even chunk-LPT": of_theirs if their_area <= 1.10 else 0.0,
                 "most of": ratio(rows.max(), theirs.max()),
@@ -114,21 +125,22 @@ def cell(packs: Sequence[tuple[Ints, Structure]], ranks: int, intra: int) -> Row
     table = {name: np.array([f[name] for f in found]) for name in found[0]}
     result: Row = {"ranks": f"{groups} x {intra}", "K tokens": tokens // 1024}
     for name, values in table.items():
-        worst = name in ("its area", "of chunk-LPT", "of even chunk-LPT", "of all-gather")
+        worst = name in ("its area", "of chunk-LPT", "of even chunk-LPT", "of its excess", "of all-gather")
         result[name] = round(float(values.max() if worst else values.mean()), 4)
     result["area worst"] = round(float(table["area"].max()), 4)
     result["most of, worst"] = round(float(table["most of"].max()), 4)
     return result
 
 
+def group_area(plan: Plan) -> float:
+    """The largest area of a group over the mean."""
+    mesh = plan.placement.mesh
+    found = np.bincount(mesh.group, plan.area, mesh.inter)
+    return float(found.max() / found.mean())
+
+
 def ratio(ours: float, theirs: float) -> float:
     return float(ours / theirs) if theirs else float(ours > 0)
-
-
-def least_rows(lengths: Ints, share: int) -> int:
-    """A document on parties that hold at most `share` of its tokens each: of all but one of them, ordered by
-    their last token, the j-th from the end sees all before it and holds at most `share` of that."""
-    return sum(int(np.sum(np.arange(n - share, 0, -share))) for n in lengths.tolist() if n > share)
 
 
 def chunk_lpt(s: Structure, groups: int) -> tuple[Ints, float]:

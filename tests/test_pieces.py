@@ -97,7 +97,9 @@ def test_counts_against_brute_force(drawn: tuple[list[int], Pieces, int], band: 
 def test_no_placement_sends_less_than_the_bound(drawn: tuple[list[int], Pieces, int], band: Band) -> None:
     lengths, pieces, parties = drawn
     share = int(np.bincount(pieces.party, weights=pieces.size).max())
-    assert least_rows(lengths, share, band) <= rows_needed(pieces, parties, band).sum()
+    most = float(np.bincount(pieces.party, weights=total_pairs(pieces, band)).max())
+    sent = rows_needed(pieces, parties, band).sum()
+    assert least_rows(lengths, share, band) <= least_rows(lengths, share, band, most) <= sent
 
 
 @settings(max_examples=100, deadline=None)
@@ -108,6 +110,17 @@ def test_one_document_in_full_shares_reaches_the_bound(tokens: int, share: int, 
     edges = np.array([0, *range(tokens % share or share, tokens + 1, share)])
     pieces = cut([tokens], edges, np.arange(len(edges) - 1))
     assert least_rows([tokens], share, band) == rows_needed(pieces, len(edges), band).sum()
+
+
+def test_one_document_in_parts_of_even_area_reaches_the_bound() -> None:
+    """100 * 101 / 2 pairs in three parts that end at 1683 and 3366 of them, next after a whole token."""
+    edges = np.array([0, 58, 82, 100])
+    pieces = cut([100], edges, np.arange(3))
+    most = float(total_pairs(pieces, (0, None)).max())
+    assert most == 58 * 59 / 2
+    assert rows_needed(pieces, 3, (0, None)).sum() == 58 + 82
+    assert least_rows([100], 100, (0, None), most) == 57 + 82
+    assert least_rows([100], 100, (0, 9), most) == 0  # said of causal masks only
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsap_compile.plan import Attended, make, slices
+from hsap_compile.plan.attended import area, structure
 from test_plan import MESHES, check, mesh_of
 
 BANDS = st.one_of(
@@ -75,6 +76,20 @@ def test_against_brute_force(drawn):
     plan = make(masks, mesh, kind)
     plan.verify()
     check(masks, mesh, plan)
+    for i, m in enumerate(plan.masks):  # a rank's own counts are a row and a column of everybody's
+        splits = np.stack([plan.tables(r).masks[i].splits for r in range(mesh.size)], axis=1)
+        assert splits[0].tolist() == m.rows_sent.tolist() == splits[1].T.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(attended(2, 23))
+def test_columns_by_their_area(mask):
+    """`where` undoes `before`; between two columns it finds one of them."""
+    found = area([structure(mask)])
+    before = found.before(np.arange(24))
+    assert found.before(found.where(before.astype(np.float64))).tolist() == before.tolist()
+    between = found.before(found.where((before[1:] + before[:-1]) / 2))
+    assert ((between == before[1:]) | (between == before[:-1])).all()
 
 
 @settings(max_examples=100, deadline=None)

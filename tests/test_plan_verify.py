@@ -90,6 +90,10 @@ BROKEN: dict[str, tuple[Callable[[RankTables], RankTables], str]] = {
     "send order": (of_mask(send_rows=lambda x: x[::-1]), "rank 3 takes rows of rank 1 for others"),
     "send a row not held": (of_mask(send_rows=put(0, 99)), "rank 1 sends rows that it does not hold"),
     "a received row": (of_mask(remote=add((0, 1), 1)), "rank 1 takes rows of rank 3 for others"),
+    "a received row beyond the row": (
+        of_mask(remote=add(0, (-1, MASKS[0].tokens))),
+        "rank 1 receives rows that are none",
+    ),
     "a slice out of bounds": (
         of_mask(slices=add((0, 1), 99)),
         "rank 1, shared rows: a slice is out of",

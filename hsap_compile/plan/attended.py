@@ -244,6 +244,15 @@ class Area:
         t = columns - self.knots[i]
         return self.total[i] + self.first[i] * t + self.slope[i] * (t * (t - 1) // 2)
 
+    def where(self, pairs: Floats) -> Ints:
+        """(n,) the columns before which there are nearest to so many attended pairs."""
+        i = np.searchsorted(self.total[1:-1], pairs, side="right")
+        more, slope = pairs - self.total[i], self.slope[i]
+        linear = self.first[i] - slope / 2
+        root = linear + np.sqrt(np.maximum(linear * linear + 2 * slope * more, 0))
+        t = np.rint(2 * more / np.maximum(root, 0.5)).astype(np.int64)
+        return self.knots[i] + np.clip(t, 0, self.knots[i + 1] - self.knots[i])
+
 
 def area(structures: Sequence[Structure]) -> Area:
     """Exact; linear in the number of runs, however the labels interleave."""

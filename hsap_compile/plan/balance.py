@@ -6,7 +6,9 @@ Token counts are a hard rule and LIMIT a promise; under both, rows between group
      where plain parts are uneven;
   2. token counts are made equal by moving short documents and heads of documents: a causal document without
      its first n tokens needs n rows;
-  3. groups above LIMIT swap windows of equal length with light ones, those that need fewest rows (`swap`).
+  3. groups above LIMIT swap windows of equal length with light ones, those that need fewest rows (`swap`);
+  4. with few documents this is done once more, with long ones split into parts of even area from their end,
+     and the faster of the two is taken (`slowest`).
 
 Shapes: G groups, D documents (or atoms: what lies between two cuts).
 """
@@ -19,21 +21,39 @@ from typing import Any
 
 import numpy as np
 
-from hsap_compile.plan.attended import Area, Ints
+from hsap_compile.plan.attended import Area, Floats, Ints
 from hsap_compile.plan.fill import LIMIT, PATIENCE, TOLERANCE, Fill
+from hsap_compile.plan.slowest import Price, slowest
 from hsap_compile.plan.swap import Reach, Spread, swap
 
+FEW = 64  # cuts: with more, a second placement takes longer than it saves
+WORTH = 1.01  # so much faster must it be: it has more and shorter pieces
+ALIKE = 0.98  # of the area that the emptiest group can take: groups that get their parts at once
 OVERFILL = 32  # a group's tokens over this: so much too much it may hold until counts are made equal
 
 
-def balance(area: Area, cuts: Ints, reach: Reach, shares: Ints, price: float) -> Spread:
+def balance(area: Area, cuts: Ints, reach: Reach, shares: Ints, price: Price) -> Spread:
     """Spread the atoms between `cuts` (D + 1,) over groups that hold `shares` (G,) tokens each.
 
-    `price`: pairs that one group could attend in the time in which it receives a row.
+    With few atoms another way to split long ones is tried too. It is taken where its slowest group is faster
+    and none has more area than LIMIT allows, or than in the first way.
     """
-    fill = _Groups(area, cuts, reach, shares, price)
-    fill.place()
-    return swap(_even(fill), area, reach, len(shares), price)
+    found = []
+    for way in (_Groups, _Tails) if len(cuts) <= FEW else (_Groups,):
+        fill = way(area, cuts, reach, shares, price.row)
+        fill.place()
+        found.append(swap(_even(fill), area, reach, len(shares), price.row))
+    if len(found) == 1:
+        return found[0]
+    loads = [_load(spread, area, len(shares)) for spread in found]
+    first, other = (slowest(s, load, reach, price) for s, load in zip(found, loads, strict=True))
+    even = loads[1].max() <= max(LIMIT * loads[0].mean(), loads[0].max())
+    return found[1] if even and WORTH * other < first else found[0]
+
+
+def _load(spread: Spread, area: Area, groups: int) -> Floats:
+    before = area.before(np.stack((spread.start, spread.stop)))
+    return np.bincount(spread.group, before[1] - before[0], groups).astype(np.float64)
 
 
 class _Groups(Fill):
@@ -101,10 +121,50 @@ class _Groups(Fill):
         self.parts.append((groups[some], edges[:-1][some], edges[1:][some]))
 
 
+class _Tails(_Groups):
+    """Long atoms give parts of even area from their end to the lightest groups; the head stays to be placed.
+
+    The head needs no rows, and the parts of a causal document fewer than zigzag halves; but these parts have
+    many pairs and few tokens, and other atoms must fill their groups.
+    """
+
+    def state(self) -> tuple[Any, ...]:
+        return *super().state(), self.sizes.copy(), self.pairs.copy()
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        super().restore(state)
+        self.sizes, self.pairs = (x.copy() for x in state[4:])
+
+    def divide(self, document: int, light: Ints, most: float | None = None) -> None:
+        edges = None if most is None else self._edges(document, light, most)
+        if edges is None or len(edges) == 1:
+            return super().divide(document, light, most)
+        groups, pairs = light[: len(edges) - 1], self.area.before(edges)
+        self.room[groups] += np.diff(edges)
+        self.load[groups] -= np.diff(pairs)
+        self.parts.append((groups, edges[1:], edges[:-1]))
+        self.sizes[document] -= edges[0] - edges[-1]
+        self.pairs[document] -= pairs[0] - pairs[-1]
+
+    def _edges(self, document: int, light: Ints, most: float) -> Ints:
+        """From the end down to where the head ends: between them are parts for the first ones of the groups
+        `light`, as long as these are about as empty as the first and have room, up to area `most`."""
+        start = int(self.cuts[document])
+        stop = start + int(self.sizes[document])
+        left = np.maximum(most - self.load[light], 0)
+        alike = int(np.argmin(np.append(left >= ALIKE * left[0], False)))
+        left = left[: min(alike, max(1, int(self.pairs[document] / most)))]
+        first, last = self.area.before(np.array([start, stop]))
+        edges = np.append(stop, self.area.where(np.maximum(last - np.cumsum(left), first)))
+        room = self.room[light[: len(left)]].astype(np.int64)
+        fits = np.append(True, np.cumprod((-np.diff(edges) > 0) & (-np.diff(edges) <= room)).astype(np.bool_))
+        return edges[fits]
+
+
 def _even(fill: _Groups) -> Spread:
     """All pieces; groups that hold too many tokens give short documents and heads to those with room."""
     whole = np.flatnonzero(fill.owner >= 0)
-    pieces = Spread(fill.owner[whole], fill.cuts[whole], fill.cuts[whole + 1])
+    pieces = Spread(fill.owner[whole], fill.cuts[whole], fill.cuts[whole] + fill.sizes[whole])
     for part in fill.parts:
         pieces = pieces.append(*part)
     room = fill.room.astype(np.int64).tolist()

@@ -120,31 +120,35 @@ def _check_rows(plan: Plan, tables: Sequence[RankTables], i: int) -> None:
         most = plan.masks[i].capacity
         received = int(got[r].sum())
         _require(received <= most, f"mask {i}: rank {r} receives more rows than fit", received, most)
-    ends = np.cumsum(got, axis=1)
+    stride = plan.placement.tokens
+    out = []  # what each rank sends: row * S + column
     for r, t in enumerate(tables):
-        n = len(t.group_columns)
-        rows = t.masks[i].send_rows[: int(sent[r].sum())]
+        n, rows = len(t.group_columns), t.masks[i].send_rows
         inside = rows.size == 0 or (0 <= rows.min() and rows.max() < batch * n)
         _require(
             bool(inside), f"mask {i}: rank {r} sends rows that it does not hold", rows, f"0..{batch * n}"
         )
         b, index = np.divmod(rows, max(1, n))
-        out = np.stack((b, t.group_columns[index]), axis=1)
-        for other, part in zip(*_parts(out, sent[r]), strict=True):
-            stop = ends[other, r]
-            wanted = tables[other].masks[i].remote[stop - sent[r, other] : stop]
-            _require(
-                np.array_equal(part, wanted),
-                f"mask {i}: rank {other} takes rows of rank {r} for others",
-                f"(row, column) {part[:3].tolist()}... sent",
-                f"{wanted[:3].tolist()}... as expected there",
+        out.append(b * stride + t.group_columns[index])
+    ends = np.cumsum(sent, axis=1)
+    for r, t in enumerate(tables):
+        sources = np.flatnonzero(got[r]).tolist()
+        parts = [out[source][ends[source, r] - sent[source, r] : ends[source, r]] for source in sources]
+        row, column = t.masks[i].remote.T
+        inside = bool(np.all((0 <= column) & (column < stride)))
+        _require(
+            inside, f"mask {i}: rank {r} receives rows that are none", column, f"columns 0..{stride - 1}"
+        )
+        wanted = row * stride + column
+        wrong = np.flatnonzero(np.concatenate([np.empty(0, np.int64), *parts]) != wanted)
+        if len(wrong):
+            k = int(np.searchsorted(np.cumsum(got[r, sources]), wrong[0], side="right"))
+            first = int(np.sum(got[r, sources[:k]]))
+            raise BrokenPlan(
+                f"mask {i}: rank {r} takes rows of rank {sources[k]} for others",
+                f"(row, column) {np.stack(np.divmod(parts[k][:3], stride), axis=1).tolist()}... sent",
+                f"{t.masks[i].remote[first : first + 3].tolist()}... as expected there",
             )
-
-
-def _parts(rows: Ints, counts: Ints) -> tuple[list[int], list[Ints]]:
-    """The ranks that are sent anything, and what."""
-    some = np.flatnonzero(counts)
-    return some.tolist(), np.split(rows, np.cumsum(counts[some])[:-1]) if len(some) else []
 
 
 # --- slices ---

@@ -58,7 +58,8 @@ class Fill(ABC):
     @abstractmethod
     def divide(self, document: int, light: Ints, most: float | None = None) -> None:
         """Place a document on several parties; `light` are those with room, the lightest first. A long one
-        has at most area `most` on each, and what is left must still be spread evenly."""
+        has at most area `most` on each, and what is left must still be spread evenly; of such a one a part
+        may be left, which `sizes` and `pairs` then say."""
 
     def put(self, document: int, party: int) -> None:
         """Place a document whole."""
@@ -110,7 +111,9 @@ class Fill(ABC):
 
     def _place_long(self, documents: Ints, most: float) -> None:
         tokens, pairs = int(self.sizes.sum()), int(self.pairs.sum())
-        for document in documents.tolist():
+        todo = [(-int(self.pairs[d]), i, d) for i, d in enumerate(documents.tolist())]  # a heap: it is sorted
+        while todo:
+            _, i, document = heapq.heappop(todo)
             n, area = int(self.sizes[document]), int(self.pairs[document])
             tokens, pairs = tokens - n, pairs - area
             density = pairs / max(tokens, 1)
@@ -118,8 +121,12 @@ class Fill(ABC):
             party = int(np.argmin(full))
             if self.room[party] + self.overfill >= n and full[party] + area - density * n <= self.limit:
                 self.put(document, party)
-            else:
-                self.divide(document, np.argsort(full, kind="stable"), most)
+                continue
+            self.divide(document, np.argsort(full, kind="stable"), most)
+            left, area_left = int(self.sizes[document]), int(self.pairs[document])
+            if 0 < left < n:
+                tokens, pairs = tokens + left, pairs + area_left
+                heapq.heappush(todo, (-area_left, i, document))
 
     def _place_short(self, documents: Ints) -> None:
         """Python lists and a heap: a numpy call for each document would take longer than all the rest."""

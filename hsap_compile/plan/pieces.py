@@ -120,17 +120,29 @@ def rows_needed(p: Pieces, parties: int, band: Band) -> Ints:
     return _sums(p.party[j] * parties + to[i], last - first, parties**2).reshape(parties, parties)
 
 
-def least_rows(lengths: Sequence[int] | Ints, share: int, band: Band) -> int:
+def least_rows(lengths: Sequence[int] | Ints, share: int, band: Band, most: float | None = None) -> int:
     """The fewest rows that any placement can send between parties that hold at most `share` tokens each.
 
     Let the parties of a document of L tokens be ordered by the last token each holds. All that the earlier
     ones hold lies before the j-th from the end, at least L - j * share tokens; of these it needs the nearest
     `hi`, or all in a mask without limit. A mask without a lower limit needs all of the others' tokens.
+
+    most: attended pairs of each party at most, where that is known. In a causal mask without a window the
+    last j parties have no more than j * most pairs, so that what lies before them is also so many tokens, m,
+    that m * (m + 1) is at least L * (L + 1) - 2 * j * most.
     """
     lo, hi = band
     total = 0
     for n, times in zip(*np.unique(np.asarray(lengths, np.int64), return_counts=True), strict=True):
-        missing = np.arange(n - share, 0, -share)
+        parties = n // share
+        if most is not None and band == (0, None):
+            parties = max(parties, int(n * (n + 1) / 2 / most))
+        j = np.arange(1, parties + 1)
+        missing = n - j * share
+        if most is not None and band == (0, None):
+            before = np.sqrt(np.maximum(4 * (n * (n + 1.0) - 2 * j * most) + 1, 1))
+            missing = np.maximum(missing, np.ceil((before - 1) / 2 - 1e-6).astype(np.int64))
+        missing = missing[missing > 0]
         if lo is None and hi is None:
             missing = np.full(len(missing), n)
         total += int(times) * int(np.minimum(missing, UNBOUNDED if hi is None else hi).sum())

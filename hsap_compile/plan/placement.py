@@ -30,6 +30,7 @@ from hsap_compile.plan.attended import (
 from hsap_compile.plan.balance import balance
 from hsap_compile.plan.cost import H100, CostModel
 from hsap_compile.plan.fill import LIMIT, NOBODY
+from hsap_compile.plan.slowest import Price
 from hsap_compile.plan.swap import Reach, Spread
 
 Kind = Literal["balanced", "contiguous"]
@@ -236,7 +237,7 @@ def place_structures(
         spread = Spread(np.arange(mesh.inter), ends - shares, ends)
     else:
         reach = Reach(units, *_widest(structures))
-        spread = balance(before, _cuts(structures, hulls), reach, shares, _pairs_per_row(cost))
+        spread = balance(before, _cuts(structures, hulls), reach, shares, Price.of(cost))
     line = 2 * tokens  # of each group, so that groups do not touch
     runs = np.stack(union(spread.group * line + spread.start, spread.group * line + spread.stop))
     alone = np.empty((3, 0), np.int64)
@@ -245,14 +246,9 @@ def place_structures(
     return _placed(mesh, tokens, runs, line, counts, alone)
 
 
-def _pairs_per_row(cost: CostModel) -> float:
-    """Pairs attended in the time in which a key/value row, and later its gradient, passes between groups."""
-    seconds = 2 * cost.shape.kv_row_bytes / cost.inter.bandwidth_bytes_per_s
-    return seconds / cost.attention_seconds(1.0)
-
-
 def _pairs_per_column(cost: CostModel, ranks: int) -> float:
-    """The same for a column's queries, keys, values and outputs, exchanged in a group."""
+    """Pairs attended in the time in which a column's queries, keys, values and outputs, and later their
+    gradients, are exchanged in a group."""
     row_bytes = 2 * cost.shape.query_row_bytes + cost.shape.kv_row_bytes
     seconds = 2 * row_bytes * (ranks - 1) / ranks / cost.intra.bandwidth_bytes_per_s
     return seconds / cost.attention_seconds(1.0)

@@ -107,15 +107,15 @@ def shifted(placement: Placement, shift: Shift) -> Transfers:
 def shift_tables(placement: Placement, shift: Shift, rank: int) -> ShiftTables:
     """This rank's part."""
     moved, own = shifted(placement, shift), placement.columns_of(rank)
-    sent, received = moved.select(source=rank), moved.select(to=rank)
-    rows = moved.rows(placement.mesh.size)
+    sent, received = moved.sent_by(rank), moved.sent_to(rank)
+    splits = np.zeros((2, placement.mesh.size), np.int64)
+    np.add.at(splits[0], sent.to, sent.size)
+    np.add.at(splits[1], received.source, received.size)
     arriving = expand(received.start, received.stop)
     held = np.concatenate((own, arriving))
     reads = shift.reads(own, placement.tokens)
     index = np.where(reads < 0, len(held), _where(held, np.maximum(reads, 0)))
-    return ShiftTables(
-        _where(own, expand(sent.start, sent.stop)), np.stack((rows[rank], rows[:, rank])), arriving, index
-    )
+    return ShiftTables(_where(own, expand(sent.start, sent.stop)), splits, arriving, index)
 
 
 def _columns(of: Range, tokens: int) -> tuple[int, int]:

@@ -118,7 +118,7 @@ class MaskPlan:
     @cached_property
     def capacity(self) -> int:
         """Rows that a receive buffer must hold on every rank."""
-        return int(self.rows_sent.sum(axis=0).max())
+        return int(np.bincount(self.transfers.to, self.transfers.size, 1).max())
 
     def tables(self, rank: int) -> MaskTables:
         """This rank's part."""
@@ -129,17 +129,17 @@ class MaskPlan:
         own = self.owned.of(group)
         rows = int(np.sum(own.stop - own.start))
 
-        send = _by_rank(self.transfers.select(source=group), peers, by="to")
+        send = _by_rank(self.transfers.sent_by(group), peers, by="to")
         i = np.searchsorted(own.start, send.start, side="right") - 1
         send_rows = expand(send.start + own.offset[i], send.stop + own.offset[i])
 
-        receive = _by_rank(self.transfers.select(to=group), peers, by="source")
+        receive = _by_rank(self.transfers.sent_to(group), peers, by="source")
         stride = self.structure.stride
         remote = np.stack(np.divmod(expand(receive.start, receive.stop), stride), axis=1)
 
-        sent = self.transfers.rows(mesh.inter)
         splits = np.zeros((2, mesh.size), np.int64)
-        splits[0, peers], splits[1, peers] = sent[group], sent[:, group]
+        np.add.at(splits[0], peers[send.to], send.size)
+        np.add.at(splits[1], peers[receive.source], receive.size)
         found = slices(self.structure, Buffer(own.start, own.stop, own.offset), _buffer(receive, rows))
         alone = owned_alone(placement, rank, batch)
         nothing = Buffer(*[np.empty(0, np.int64)] * 3)

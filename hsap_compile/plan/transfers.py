@@ -23,19 +23,26 @@ class Transfers:
     start: Ints
     stop: Ints
 
+    @property
+    def size(self) -> Ints:
+        """(n,) int64 rows of each interval."""
+        return self.stop - self.start
+
     def rows(self, groups: int) -> Ints:
         """(groups, groups) int64 [source, to]: rows sent."""
-        count = np.bincount(
-            self.source * groups + self.to, weights=self.stop - self.start, minlength=groups * groups
-        )
+        count = np.bincount(self.source * groups + self.to, weights=self.size, minlength=groups * groups)
         return count.astype(np.int64).reshape(groups, groups)
 
-    def select(self, source: int | None = None, to: int | None = None) -> Transfers:
-        i = np.ones(len(self.to), np.bool_)
-        if source is not None:
-            i &= self.source == source
-        if to is not None:
-            i &= self.to == to
+    def sent_by(self, source: int) -> Transfers:
+        """What a group sends, by `to`."""
+        return self._take(np.flatnonzero(self.source == source))
+
+    def sent_to(self, to: int) -> Transfers:
+        """What a group receives, by `source`."""
+        first, stop = np.searchsorted(self.to, (to, to + 1))
+        return self._take(slice(first, stop))
+
+    def _take(self, i: Ints | slice) -> Transfers:
         return Transfers(self.to[i], self.source[i], self.start[i], self.stop[i])
 
 
