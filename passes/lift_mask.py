@@ -14,6 +14,7 @@ attention that does more to its scores than act on every one alone is left as it
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 from dataclasses import replace
@@ -52,7 +53,9 @@ log = logging.getLogger("hsap_compile")
 def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any) -> int:
     """Rewrite each of ``attentions`` into the canonical operator.  Returns how many kept a dense mask."""
     dense_masks, no_grad = 0, _without_gradient(module)
+    written: dict[Node, Node] = {}
     for attention in attentions:
+        attention = _of_written(attention, written)
         lifter = _Lifter(attention, set() if attention.output in no_grad else no_grad)
         try:
             logits = lifter.logits()
@@ -70,7 +73,7 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         mask = _renumbered(mask, numbers)
         leaves = [lifter.leaves[i] for i in used]
         dense_masks += any(len(token_dims(leaf)) > 1 for leaf, _ in leaves)
-        _rewrite(module, mode, attention, leaves, mask, attention.scale * scale)
+        written[attention.output] = _rewrite(module, mode, attention, leaves, mask, attention.scale * scale)
     remove_dead(module)
     return dense_masks
 
@@ -84,6 +87,12 @@ def _without_gradient(module: GraphModule) -> set[Node]:
         elif not grad:
             found.add(node)
     return found
+
+
+def _of_written(attention: Attention, written: dict[Node, Node]) -> Attention:
+    """``attention``, whose operands may be attentions that are written anew."""
+    operands = {name: getattr(attention, name) for name in ("query", "key", "value", "mask", "sink")}
+    return replace(attention, **{name: written.get(node, node) for name, node in operands.items()})
 
 
 def _renumbered(mask: Any, numbers: dict[int, int]) -> Any:
@@ -107,7 +116,8 @@ def _rewrite(
     leaves: list[tuple[Node, bool]],
     mask: Any,
     scale: float,
-) -> None:
+) -> Node:
+    """The result's node, which stands for ``attention.output`` from now on."""
     graph, output = module.graph, attention.output
 
     def emit(target: Any, *args: Any) -> Node:
@@ -138,6 +148,7 @@ def _rewrite(
         elif flat:
             node = emit(aten.squeeze.dim, node, 0)
     output.replace_all_uses_with(node)
+    return node
 
 
 class _Lifter:
@@ -232,25 +243,28 @@ class _Lifter:
             if key not in self.memo:
                 self.memo[key] = self._element(node, index)
         except NotLiftable:
-            if node in self.inside or self._reaches_product(node):
+            if node in self.inside or node in self.of_scores:
                 raise
             self.memo[key] = self.leaf(node, index)
         finally:
             self.cut = before
         return self.memo[key]
 
-    def _reaches_product(self, node: Node) -> bool:
-        product, stack, seen = self.attention.product, [node], set()
-        while product is not None and stack:
-            current = stack.pop()
-            if current is product:
-                return True
-            if current not in seen and len(token_dims(current)) > 1:
-                seen.add(current)
-                stack.extend(current.all_input_nodes)
-        return False
+    @functools.cached_property
+    def of_scores(self) -> set[Node]:
+        """The scores and all that is computed from them, up to the logits.  None of it is a leaf: scores
+        that are computed once more round differently, and ``score < topk(scores)`` would not hold."""
+        found: set[Node] = set()
+        node, logits = self.attention.product, self.attention.logits
+        while node is not None and logits is not None and logits not in found:
+            if node is self.attention.product or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+            node = node.next
+        return found
 
     def leaf(self, node: Node, index: Index) -> sympy.Basic:
+        if node in self.of_scores:
+            raise NotLiftable(node)
         read = (node, self.cut and node.meta["val"].is_floating_point())
         if read not in self.leaves:
             self.leaves.append(read)

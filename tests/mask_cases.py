@@ -126,6 +126,12 @@ def without_batch(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
 
 
 @case()
+def of_an_attention(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    first = attention(q, k, v, packed(q, doc))
+    return attention(first, attention(k, first, v), first, packed(q, doc))
+
+
+@case()
 def float_infinite(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     s = q.shape[2]
     return attention(q, k, v, q.new_zeros(2, 1, s, s).masked_fill(~packed(q, doc), -math.inf))
