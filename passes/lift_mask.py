@@ -32,6 +32,7 @@ from hsap_compile.graph import placeholders, positional, remove_dead
 from hsap_compile.kernels import dense
 from hsap_compile.masks import normalise
 from hsap_compile.passes._elements import (
+    COMPARISONS,
     POINTWISE,
     NotLiftable,
     as_boolean,
@@ -40,6 +41,7 @@ from hsap_compile.passes._elements import (
     as_number,
     cases_of,
     of_choices,
+    rounds,
 )
 from hsap_compile.passes.capture import capture_body
 from hsap_compile.passes.find_attention import Attention, Body, arguments, token_dims
@@ -257,7 +259,7 @@ class _Lifter:
         found: set[Node] = set()
         node, logits = self.attention.product, self.attention.logits
         while node is not None and logits is not None and logits not in found:
-            if node is self.attention.product or not found.isdisjoint(node.all_input_nodes):
+            if node is self.attention.product or not found.isdisjoint(_read_by(node)):
                 found.add(node)
             node = node.next
         return found
@@ -343,14 +345,35 @@ class _Lifter:
         if alpha is not None and alpha != 1:
             scaled = 0 if name == "rsub" else 1
             operands[scaled] = of_choices(operator.mul, operands[scaled], self.broadcast(alpha, ()))
+        if name in COMPARISONS and rounds(operands[0], operands[1], _dtypes(node)):
+            raise NotLiftable(node)
+        if name == "mul" and value.dtype == torch.int32 and any(_is_large(x) for x in operands):
+            raise NotLiftable(node)
         result = POINTWISE[name](*operands)
         if value.dtype == torch.bool:
             return as_boolean(result)
         return as_dtype(result, value.dtype) if value.is_floating_point() else result
 
 
+def _read_by(node: Node) -> list[Node]:
+    """The nodes whose elements, and not only whose size, ``node`` reads."""
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return []
+    return node.all_input_nodes[operator_name(node.target) in _LIKE :]
+
+
+_LIKE = {f"aten::{name}" for x in ("ones", "zeros", "full", "empty") for name in (f"{x}_like", f"new_{x}")}
 _OF_BITS = ("__and__", "bitwise_and", "__or__", "bitwise_or", "bitwise_not")
 _NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)  # their arithmetic may wrap
+
+
+def _dtypes(node: Node) -> set[torch.dtype]:
+    return {n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)}
+
+
+def _is_large(x: sympy.Basic) -> bool:
+    """Whether a product with ``x`` may wrap in 32 bits at lengths that people use."""
+    return bool(x.is_Integer) and abs(int(x)) >= 1 << 12
 
 
 def _is_one(size: Any) -> bool:

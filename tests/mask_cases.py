@@ -202,6 +202,32 @@ def cut_from_a_larger_mask(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def
 
 
 @case(dense_masks=1)
+def tenths_apart(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    i = columns(q)
+    far = (i[:, None] - i).float() * 0.1  # 3 * 0.1 is more than 0.3
+    return attention(q, k, v, (far <= 0.3) & (far >= 0.0))
+
+
+@case()
+def halves_apart(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    i = columns(q)
+    return attention(q, k, v, ((i[:, None] - i).float() * 0.5 - 1.25).abs() <= 1.5)
+
+
+@case(dense_masks=1)
+def apart_in_half_precision(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    i = columns(q)
+    far = (i[:, None] - i + 300).bfloat16()  # 301 is 300
+    return attention(q, k, v, (far <= 300) & (far >= 297))
+
+
+@case()
+def hashed(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    i = columns(q).int()  # products wrap
+    return attention(q, k, v, ((i[:, None] * 715827882 + i * 40503) % 7 < 4) | (i[:, None] == i))
+
+
+@case(dense_masks=1)
 def a_product_as_mask(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     one_hot = F.one_hot(doc, 9).double()
     return attention(q, k, v, (one_hot @ one_hot.mT > 0)[:, None])
@@ -322,6 +348,14 @@ def masks_by_score(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     a = scores(q, k)
     i = columns(q)
     return a.masked_fill((a < 0) & (i[:, None] != i), -math.inf).softmax(-1) @ v
+
+
+@case()
+def as_wide_as_the_scores(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    a = scores(q, k)
+    far = torch.arange(a.size(-1)).to(a.dtype).log1p()
+    allowed = torch.ones_like(a, dtype=torch.bool).tril()
+    return (a + far).masked_fill(~allowed, -math.inf).softmax(-1) @ v
 
 
 @case()
