@@ -44,6 +44,10 @@ from hsap_compile.passes.infer_tokens import MANY, TokenAxis
 aten = torch.ops.aten
 
 
+#: What is known of a node's value, and not of where it comes from.
+_OF_THE_VALUE = ("val", "tokens", "unbacked_bindings")
+
+
 @dataclass(frozen=True)
 class Fallback:
     """An operator that runs on gathered tokens.  ``module``: whose forward it stands in, if it has a name."""
@@ -92,7 +96,7 @@ class Sharder:
         """A new call of ``target``, its value inferred; where it comes from is kept."""
         node = self.graph.call_function(target, args, kwargs)
         if self.origin is not None:
-            node.meta.update({k: v for k, v in self.origin.meta.items() if k not in ("val", "tokens")})
+            node.meta.update({k: v for k, v in self.origin.meta.items() if k not in _OF_THE_VALUE})
         values = map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta["val"] = run_fake(self.mode, target, *values)
         return node

@@ -165,6 +165,9 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     "weight in both": (
         lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0], 1
     ),
+    "counted words": (
+        lambda p, x, i: x * torch.bincount(x.argmax(-1).flatten(), minlength=WIDTH)[:WIDTH] / x.shape[1], 1
+    ),
     "some tokens": (lambda p, x, i: x * (1 + x[i > 4].mean() + x[i < 4].sum() / x.shape[1]), 2),
     "attention of five dimensions": (
         lambda p, x, i: x + F.scaled_dot_product_attention(*[(x @ p.square)[None, None]] * 3)[0, 0], 1
@@ -228,8 +231,11 @@ def test_falls_back(name: str) -> None:
     assert all(re.search(r" on every rank \(.+\), at .+\.py:\d+, `", text) for text in found), found
 
 
-def test_sizes_that_depend_on_data_are_lowered() -> None:
-    assert len(check(trace(Program((GATHERED["some tokens"][0],))), 2, 1, lower="aot_eager")) == 2
+@pytest.mark.parametrize("name", ["some tokens", "counted words"])
+def test_sizes_that_depend_on_data_are_lowered(name: str) -> None:
+    pattern, count = GATHERED[name]
+    of = trace(Program((LOCAL["linear"], pattern)), rows=2)
+    assert len(check(of, 2, 1, lower="aot_eager")) == count
 
 
 @pytest.mark.parametrize("name", GATHERED)
