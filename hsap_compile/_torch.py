@@ -163,11 +163,17 @@ def trace_below_autograd(module: torch.fx.GraphModule, inputs: Sequence[Any]) ->
 
 
 def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What ``target`` would return, as fake tensors and symbolic sizes."""
+    """What ``target`` would return, as fake tensors and symbolic sizes.
+
+    A size that depends on data (``x[mask]``) gets a new symbol, which the next trace in this mode must not
+    look for in its graph.
+    """
     before = mode.allow_non_fake_inputs
     mode.allow_non_fake_inputs = True
+    env = mode.shape_env
+    fresh = nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
     try:
-        with mode, enable_python_dispatcher(), torch._C._DisableAutocast():
+        with mode, enable_python_dispatcher(), torch._C._DisableAutocast(), fresh:
             return target(*args, **kwargs)
     finally:
         mode.allow_non_fake_inputs = before

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from hsap_compile import formula
 from hsap_compile._torch import operator_name
-from hsap_compile.formula import k, q
+from hsap_compile.formula import k, q, score
 from hsap_compile.masks import exclusive
 
 
@@ -119,6 +119,32 @@ def comparison(relation: Any) -> Any:
         return relation(whole, 0)
 
     return lambda x, y: of_choices(exact, x, y)
+
+
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+def rounds(x: sympy.Basic, y: sympy.Basic, dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether the two sides of a comparison are numbers of a pair's columns that ``dtypes`` do not hold
+    exactly, as (q - k) * 0.1: what is then less may depend on rounding, which a formula does elsewhere.
+    Scores are continuous and meet no limit; what is read of a tensor is rounded already."""
+    sides = [as_number(side) for side in (x, y)]
+    if any(side.has(score) for side in sides):
+        return False
+    bare = [
+        side.replace(lambda e: formula.leaf_index(e) is not None, lambda e: sympy.Dummy()) for side in sides
+    ]
+    of_columns = [side for side in bare if side.has(q, k) and cases_of(side) is None]
+    if not of_columns or not any(dtype.is_floating_point for dtype in dtypes):
+        return False
+    return any(dtype in (torch.float16, torch.bfloat16) for dtype in dtypes) or any(
+        _digits(number) > 8 for side in of_columns for number in side.atoms(sympy.Float)
+    )
+
+
+def _digits(number: sympy.Float) -> int:
+    """The binary digits of a number: with a few, its product with a column is exact."""
+    return float(number).as_integer_ratio()[0].bit_length()
 
 
 def _logical(on_booleans: Any) -> Any:

@@ -74,7 +74,8 @@ def is_random(node: Node) -> bool:
     if not is_operator(target) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     given = arguments(node)
-    return bool(given.get("p", 1.0)) and bool(given.get("train", True))
+    probability = given.get("p", given.get("dropout_p", 1.0))
+    return bool(probability) and bool(given.get("train", True))
 
 
 def rule_for(node: Node) -> Any:
@@ -457,10 +458,10 @@ def _loss(sharder: Sharder, node: Node) -> Any:
             continue
         raise NotLocal("token dimensions of the operands differ")
     start = sharder.start_of(*node.all_input_nodes)
-    schema = [a.name for a in _schema(node)]
-    values = {k: map_arg(given[k], lambda n: sharder.operand(n, start)) for k in schema if k in given}
+    values = {k: map_arg(v, lambda n: sharder.operand(n, start)) for k, v in given.items()}
     values["reduction"] = 0
-    rows = sharder.emit(node.target, *[values[k] for k in schema])
+    named = {a.name: values[a.name] for a in _schema(node) if a.kwarg_only}
+    rows = sharder.emit(node.target, *[values[a.name] for a in _schema(node) if a.name not in named], **named)
     if reduction == 0:
         return Local(rows, start)
     shape = [expr_of(size) for size in rows.meta["val"].shape]

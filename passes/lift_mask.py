@@ -14,6 +14,7 @@ attention that does more to its scores than act on every one alone is left as it
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 from dataclasses import replace
@@ -31,6 +32,7 @@ from hsap_compile.graph import Builder, placeholders, positional, remove_dead
 from hsap_compile.kernels import dense
 from hsap_compile.masks import normalise
 from hsap_compile.passes._elements import (
+    COMPARISONS,
     POINTWISE,
     NotLiftable,
     as_boolean,
@@ -39,6 +41,7 @@ from hsap_compile.passes._elements import (
     as_number,
     cases_of,
     of_choices,
+    rounds,
 )
 from hsap_compile.passes.capture import capture_body
 from hsap_compile.passes.find_attention import Attention, Body, arguments, token_dims
@@ -52,7 +55,9 @@ log = logging.getLogger("hsap_compile")
 def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any) -> int:
     """Rewrite each of ``attentions`` into the canonical operator.  Returns how many kept a dense mask."""
     dense_masks, no_grad = 0, _without_gradient(module)
+    written: dict[Node, Node] = {}
     for attention in attentions:
+        attention = _of_written(attention, written)
         lifter = _Lifter(attention, set() if attention.output in no_grad else no_grad)
         try:
             logits = lifter.logits()
@@ -70,7 +75,7 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         mask = _renumbered(mask, numbers)
         leaves = [lifter.leaves[i] for i in used]
         dense_masks += any(len(token_dims(leaf)) > 1 for leaf, _ in leaves)
-        _rewrite(module, mode, attention, leaves, mask, attention.scale * scale)
+        written[attention.output] = _rewrite(module, mode, attention, leaves, mask, attention.scale * scale)
     remove_dead(module)
     return dense_masks
 
@@ -84,6 +89,12 @@ def _without_gradient(module: GraphModule) -> set[Node]:
         elif not grad:
             found.add(node)
     return found
+
+
+def _of_written(attention: Attention, written: dict[Node, Node]) -> Attention:
+    """``attention``, whose operands may be attentions that are written anew."""
+    operands = {name: getattr(attention, name) for name in ("query", "key", "value", "mask", "sink")}
+    return replace(attention, **{name: written.get(node, node) for name, node in operands.items()})
 
 
 def _renumbered(mask: Any, numbers: dict[int, int]) -> Any:
@@ -107,7 +118,8 @@ def _rewrite(
     leaves: list[tuple[Node, bool]],
     mask: Any,
     scale: float,
-) -> None:
+) -> Node:
+    """The result's node, which stands for ``attention.output`` from now on."""
     graph, output = module.graph, attention.output
     emit = Builder(graph, mode, output)
     dtype = output.meta["val"].dtype
@@ -131,6 +143,7 @@ def _rewrite(
         elif flat:
             node = emit(aten.squeeze.dim, node, 0)
     output.replace_all_uses_with(node)
+    return node
 
 
 class _Lifter:
@@ -225,25 +238,28 @@ class _Lifter:
             if key not in self.memo:
                 self.memo[key] = self._element(node, index)
         except NotLiftable:
-            if node in self.inside or self._reaches_product(node):
+            if node in self.inside or node in self.of_scores:
                 raise
             self.memo[key] = self.leaf(node, index)
         finally:
             self.cut = before
         return self.memo[key]
 
-    def _reaches_product(self, node: Node) -> bool:
-        product, stack, seen = self.attention.product, [node], set()
-        while product is not None and stack:
-            current = stack.pop()
-            if current is product:
-                return True
-            if current not in seen and len(token_dims(current)) > 1:
-                seen.add(current)
-                stack.extend(current.all_input_nodes)
-        return False
+    @functools.cached_property
+    def of_scores(self) -> set[Node]:
+        """The scores and all that is computed from them, up to the logits.  None of it is a leaf: scores
+        that are computed once more round differently, and ``score < topk(scores)`` would not hold."""
+        found: set[Node] = set()
+        node, logits = self.attention.product, self.attention.logits
+        while node is not None and logits is not None and logits not in found:
+            if node is self.attention.product or not found.isdisjoint(_read_by(node)):
+                found.add(node)
+            node = node.next
+        return found
 
     def leaf(self, node: Node, index: Index) -> sympy.Basic:
+        if node in self.of_scores:
+            raise NotLiftable(node)
         read = (node, self.cut and node.meta["val"].is_floating_point())
         if read not in self.leaves:
             self.leaves.append(read)
@@ -322,14 +338,35 @@ class _Lifter:
         if alpha is not None and alpha != 1:
             scaled = 0 if name == "rsub" else 1
             operands[scaled] = of_choices(operator.mul, operands[scaled], self.broadcast(alpha, ()))
+        if name in COMPARISONS and rounds(operands[0], operands[1], _dtypes(node)):
+            raise NotLiftable(node)
+        if name == "mul" and value.dtype == torch.int32 and any(_is_large(x) for x in operands):
+            raise NotLiftable(node)
         result = POINTWISE[name](*operands)
         if value.dtype == torch.bool:
             return as_boolean(result)
         return as_dtype(result, value.dtype) if value.is_floating_point() else result
 
 
+def _read_by(node: Node) -> list[Node]:
+    """The nodes whose elements, and not only whose size, ``node`` reads."""
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return []
+    return node.all_input_nodes[operator_name(node.target) in _LIKE :]
+
+
+_LIKE = {f"aten::{name}" for x in ("ones", "zeros", "full", "empty") for name in (f"{x}_like", f"new_{x}")}
 _OF_BITS = ("__and__", "bitwise_and", "__or__", "bitwise_or", "bitwise_not")
 _NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)  # their arithmetic may wrap
+
+
+def _dtypes(node: Node) -> set[torch.dtype]:
+    return {n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)}
+
+
+def _is_large(x: sympy.Basic) -> bool:
+    """Whether a product with ``x`` may wrap in 32 bits at lengths that people use."""
+    return bool(x.is_Integer) and abs(int(x)) >= 1 << 12
 
 
 def _is_one(size: Any) -> bool:

@@ -126,6 +126,12 @@ def without_batch(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
 
 
 @case()
+def of_an_attention(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    first = attention(q, k, v, packed(q, doc))
+    return attention(first, attention(k, first, v), first, packed(q, doc))
+
+
+@case()
 def float_infinite(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     s = q.shape[2]
     return attention(q, k, v, q.new_zeros(2, 1, s, s).masked_fill(~packed(q, doc), -math.inf))
@@ -193,6 +199,32 @@ def distance(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
 def cut_from_a_larger_mask(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     i = torch.arange(q.shape[2] + 3)
     return attention(q, k, v, (i[:, None] >= i)[: q.shape[2], : q.shape[2]])
+
+
+@case(dense_masks=1)
+def tenths_apart(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    i = columns(q)
+    far = (i[:, None] - i).float() * 0.1  # 3 * 0.1 is more than 0.3
+    return attention(q, k, v, (far <= 0.3) & (far >= 0.0))
+
+
+@case()
+def halves_apart(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    i = columns(q)
+    return attention(q, k, v, ((i[:, None] - i).float() * 0.5 - 1.25).abs() <= 1.5)
+
+
+@case(dense_masks=1)
+def apart_in_half_precision(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    i = columns(q)
+    far = (i[:, None] - i + 300).bfloat16()  # 301 is 300
+    return attention(q, k, v, (far <= 300) & (far >= 297))
+
+
+@case()
+def hashed(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    i = columns(q).int()  # products wrap
+    return attention(q, k, v, ((i[:, None] * 715827882 + i * 40503) % 7 < 4) | (i[:, None] == i))
 
 
 @case(dense_masks=1)
@@ -316,6 +348,14 @@ def masks_by_score(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     a = scores(q, k)
     i = columns(q)
     return a.masked_fill((a < 0) & (i[:, None] != i), -math.inf).softmax(-1) @ v
+
+
+@case()
+def as_wide_as_the_scores(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    a = scores(q, k)
+    far = torch.arange(a.size(-1)).to(a.dtype).log1p()
+    allowed = torch.ones_like(a, dtype=torch.bool).tril()
+    return (a + far).masked_fill(~allowed, -math.inf).softmax(-1) @ v
 
 
 @case()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from torch import Tensor
 
 from hsap_compile import formula
 from hsap_compile._torch import fake_mode_of
@@ -18,7 +19,7 @@ from hsap_compile.passes.capture import capture
 from hsap_compile.passes.find_attention import find_attention, token_dims
 from hsap_compile.passes.lift_mask import lift_mask
 from hsap_compile.verify import verify
-from mask_cases import CASES, PACKS, Attend, Model, attention, error, packed, scores, trace
+from mask_cases import CASES, PACKS, Attend, Model, attention, columns, error, packed, scores, trace
 from simulate import Traced, eager, traced
 from strategies import dynamic, pack
 
@@ -30,8 +31,18 @@ LEFT: dict[str, Attend] = {
     ),
     "scores of other pairs": lambda m, q, k, v, doc, pos: (k @ q.mT).mT.softmax(-1) @ v,
     "scores summed up": lambda m, q, k, v, doc, pos: scores(q, k).cumsum(-1).softmax(-1) @ v,
+    "the best of the scores": lambda m, q, k, v, doc, pos: best(scores(q, k), 3).softmax(-1) @ v,
+    "scores of a permutation": lambda m, q, k, v, doc, pos: (
+        scores(q, k)[..., columns(q).flip(0) - k.shape[2]].softmax(-1) @ v
+    ),
     "five dimensions": lambda m, q, k, v, doc, pos: attention(q[None], k[None], v[None])[0],
 }
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Of scores that are equal only to themselves, the ``count`` largest of a query."""
+    least = scores.topk(min(count, scores.shape[-1]), -1).values[..., -1:]
+    return scores.masked_fill(scores < least, -torch.inf)
 
 
 def lifted(call: Traced) -> tuple[Traced, int]:

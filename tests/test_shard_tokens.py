@@ -134,6 +134,9 @@ LOCAL: dict[str, Pattern] = {
     "tail labels": lambda p, x, i: x * F.cross_entropy(x[:, :-1].flatten(0, 1), i[:, 1:].flatten() % WIDTH),
     "head labels": lambda p, x, i: x * F.cross_entropy(x[:, 1:].mT, i[:, :-1] % WIDTH, reduction="sum"),
     "losses": lambda p, x, i: x + F.huber_loss(x, p.vector.expand_as(x)) + F.l1_loss(x, x.flip(-1)),
+    "divergence": lambda p, x, i: (
+        x * F.kl_div(x.log_softmax(-1), (-x).log_softmax(-1), reduction="batchmean", log_target=True)
+    ),
     "likelihood": lambda p, x, i: x * F.nll_loss(x.log_softmax(-1).mT, i % WIDTH, p.vector.detach() ** 2),
     "cut": lambda p, x, i: x.detach() * p.scalar + x,
     "no grad": _detached,
@@ -161,6 +164,13 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     ),
     "weight in both": (
         lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0], 1
+    ),
+    "counted words": (
+        lambda p, x, i: x * torch.bincount(x.argmax(-1).flatten(), minlength=WIDTH)[:WIDTH] / x.shape[1], 1
+    ),
+    "some tokens": (lambda p, x, i: x * (1 + x[i > 4].mean() + x[i < 4].sum() / x.shape[1]), 2),
+    "attention of five dimensions": (
+        lambda p, x, i: x + F.scaled_dot_product_attention(*[(x @ p.square)[None, None]] * 3)[0, 0], 1
     ),
     "rows mixed": (lambda p, x, i: x + F.layer_norm(x.mT, x.shape[1:2]).mT, 1),
 }  # fmt: skip
@@ -219,6 +229,13 @@ def test_falls_back(name: str) -> None:
     found = check(trace(Program((LOCAL["linear"], pattern, LOCAL["affine"])), rows=2), 3, 1)
     assert len(found) == count, found
     assert all(re.search(r" on every rank \(.+\), at .+\.py:\d+, `", text) for text in found), found
+
+
+@pytest.mark.parametrize("name", ["some tokens", "counted words"])
+def test_sizes_that_depend_on_data_are_lowered(name: str) -> None:
+    pattern, count = GATHERED[name]
+    of = trace(Program((LOCAL["linear"], pattern)), rows=2)
+    assert len(check(of, 2, 1, lower="aot_eager")) == count
 
 
 @pytest.mark.parametrize("name", GATHERED)
