@@ -45,7 +45,9 @@ def _names(text: str) -> frozenset[str]:
 #: Element-wise, but composite or without torch's pointwise tag.
 _ELEMENTWISE = _names(
     "to _to_copy type_as clone contiguous alias detach lift_fresh_copy dropout native_dropout feature_dropout"
-    " zeros_like ones_like full_like empty_like rand_like silu gelu celu selu mish prelu log_sigmoid"
+    " zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli uniform"
+    " normal_functional exponential cauchy log_normal geometric random"
+    " silu gelu celu selu mish prelu log_sigmoid"
     " __and__ __or__ __xor__ masked_fill where one_hot square float expand_as"
     " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide fill"
     " broadcast_tensors"
@@ -290,6 +292,15 @@ def _new(sharder: Sharder, node: Node) -> Any:
     if not isinstance(node.meta["tokens"], TokenAxis):
         return sharder.emit(node.target, source, map_arg(given["size"], sharder.whole), *extra, **rest)
     return Local(sharder.emit(node.target, source, sharder.local_shape(node), *extra, **rest))
+
+
+def _drawn(sharder: Sharder, node: Node) -> Any:
+    """rand(size) and its like: every rank draws for its own tokens."""
+    if (_output_axis(node).length - sharder.symbol).is_positive:
+        raise NotLocal("a value of more tokens than the batch has")
+    args = list(map_arg(node.args, sharder.whole))
+    args[[argument.name for argument in _schema(node)].index("size")] = sharder.local_shape(node)
+    return Local(sharder.emit(node.target, *args, **node.kwargs))
 
 
 def _linear(sharder: Sharder, node: Node) -> Any:
@@ -573,6 +584,7 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("expand"), _expand),
     **dict.fromkeys(_names("permute t mT numpy_T"), _permutation),
     **dict.fromkeys(_names("new_zeros new_ones new_full new_empty"), _new),
+    **dict.fromkeys(_names("rand randn randint"), _drawn),
     **dict.fromkeys(_names("linear"), _linear),
     **dict.fromkeys(_names("matmul mm bmm addmm baddbmm"), _matmul),
     **dict.fromkeys(_NORMS, _norm),

@@ -37,6 +37,7 @@ from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
 from hsap_compile.passes._regions import expanded, put_back, set_aside
 from hsap_compile.passes._varlen import write_varlen_as_masked
+from hsap_compile.passes.find_attention import arguments
 
 aten = torch.ops.aten
 
@@ -281,11 +282,22 @@ def _mutated_argument(node: Node) -> Node:
 def _value_after(emit: Builder, node: Node) -> Node:
     """What the in-place ``node`` leaves in the tensor that it writes to."""
     if node.target is not aten.copy_.default:
-        return emit(_functional_form(node), *positional(node), **node.kwargs)
+        form, args, given = _functional_form(node), positional(node), arguments(node)
+        named = [argument.name for argument in form._schema.arguments if not argument.kwarg_only]
+        rest = [given[name] for name in named[len(args) :]]  # what may be left out in place may not be here
+        return emit(form, *args, *rest, **{k: v for k, v in node.kwargs.items() if k not in named})
     old, value = positional(node)[:2]  # aten::copy has no derivative
     value = emit(aten.to.dtype, value, old.meta["val"].dtype)
     value = emit(aten.expand.default, value, emit.sizes(old))
     return emit(aten.clone.default, value)  # a copy is no view of its source
+
+
+#: Functional forms whose name or overload is another.
+_NAMED_OTHERWISE: dict[str, Any] = {
+    "transpose.default": aten.transpose.int,
+    "normal.default": aten.normal_functional.default,
+    "bernoulli.float": aten.bernoulli.p,
+}
 
 
 def _functional_form(node: Node) -> Any:
@@ -294,9 +306,10 @@ def _functional_form(node: Node) -> Any:
         name = f"__{name.removeprefix('__i')}"
     else:
         name = name.removesuffix("_")
-    packet = getattr(aten, name, None)
-    overload = "int" if name == "transpose" else target(node)._overloadname
-    found = getattr(packet, overload) if packet is not None and overload in packet.overloads() else None
+    packet, overload = getattr(aten, name, None), target(node)._overloadname
+    found = _NAMED_OTHERWISE.get(f"{name}.{overload}")
+    if found is None and packet is not None and overload in packet.overloads():
+        found = getattr(packet, overload)
     if found is None or found._schema.is_mutable or name in ("resize", "set"):
         raise Refused(
             f"{operator_name(node.target)} has no form that returns a new tensor",

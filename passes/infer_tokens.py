@@ -84,11 +84,13 @@ def _tokens(node: Node, symbol: sympy.Symbol) -> TokenAxis | Tokens | None:
     return _folded(node, dims[0], int(factor), length) or MANY
 
 
-_CONSTANTS = frozenset(f"aten::{name}" for name in ("zeros", "ones", "full", "empty"))
+_CONSTANTS = frozenset(
+    f"aten::{name}" for name in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
+)
 
 
 def _settle_constants(node: Node) -> None:
-    """A constant of B * S rows may have its rows in any order: in that of what it is used with first."""
+    """A constant (or a draw) of B * S rows may have its rows in any order: in that of its first partner."""
     for constant in node.all_input_nodes:
         if operator_name(constant.target) not in _CONSTANTS or constant.meta.get("tokens") is not MANY:
             continue

@@ -151,7 +151,8 @@ def start_early(order: list[Any]) -> list[Any]:
             found.append(node)
             continue
         wanted = set(node.ancestors)  # those of what was fused with an ancestor come with it
-        needed, others = [], []
+        needed: list[Any] = []
+        others: list[Any] = []
         while found and not contains_collective(found[-1]) and found[-1] not in later:
             needs = not wanted.isdisjoint(found[-1].get_operation_names())
             if needs and contains_wait(found[-1]):

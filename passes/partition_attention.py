@@ -33,6 +33,7 @@ from hsap_compile.kernels import attention, dense, exchange
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.kernels.flex import FlexAttention, Keys
 from hsap_compile.masks import Mask
+from hsap_compile.passes._families import is_random
 from hsap_compile.passes._tables import Tables
 from hsap_compile.plan import MeshShape
 
@@ -173,6 +174,7 @@ def _from_inputs(leaves: list[Node]) -> bool:
     return not any(
         (n.op == "placeholder" and (n.meta.get("parameter") or "table" in n.meta))
         or n.target in (exchange.GATHER, exchange.SUM_RANKS, exchange.BROADCAST, exchange.SHARD)
+        or is_random(n)
         for n in ancestors(leaves)
     )
 

@@ -138,20 +138,14 @@ class Sharder:
         elif node in self.home or node in self.longer:  # its rows have no place in the caller's order
             if node in self.longer:
                 self._report(node, "a value of more tokens than the batch has, of which no slice is taken")
+            if is_random(node):  # drawn once already
+                raise self._disagreed(node)
             self.wholes[node] = self._cut(node, self._recomputed(node))
         else:  # cheap
             self.wholes[node] = self._recomputed(node)
         return self.wholes[node]
 
     def _recomputed(self, node: Node) -> Any:
-        if is_random(node):
-            raise Refused(
-                f"{operator_name(node.target)} draws random numbers that every rank would have to agree on",
-                got="a random value that is not computed on one rank's tokens",
-                wanted="random numbers only in dropout on token values",
-                do="draw them outside of the compiled model and pass them in",
-                at=where(node),
-            )
         if node.target in _SIZES and isinstance(node.meta["val"], torch.SymInt):
             try:
                 return self.size(node.meta["val"])
@@ -161,7 +155,33 @@ class Sharder:
         made = self.emit(node.target, *args[0], **args[1])
         if node.target is dense.OP:
             made.meta["partition"] = False  # every rank computes all of it
-        return made
+        return self._agreed(node, made) if is_random(node) else made
+
+    def _agreed(self, node: Node, drawn: Node) -> Node:
+        """What the first rank drew, on every rank.  What dropout keeps of ones is what it keeps of any x."""
+        value = drawn.meta["val"]
+        if isinstance(value, torch.Tensor) and not (
+            node in self.differentiable and value.is_floating_point()
+        ):
+            kind = torch.uint8 if value.dtype == torch.bool else value.dtype
+            sent = self.emit(exchange.ON_FIRST, self.emit(aten.to.dtype, drawn, kind), self.group)
+            return self.emit(aten.to.dtype, self.emit(exchange.SUM_RANKS, sent, self.group), value.dtype)
+        if node.target is not aten.dropout.default:
+            raise self._disagreed(node)
+        x, *rest = drawn.args
+        ones = self.emit(aten.ones_like.default, self.emit(aten.detach.default, x))
+        kept = self.emit(aten.dropout.default, ones, *rest, **drawn.kwargs)
+        sent = self.emit(exchange.ON_FIRST, kept, self.group)
+        return self.emit(aten.mul.Tensor, x, self.emit(exchange.SUM_RANKS, sent, self.group))
+
+    def _disagreed(self, node: Node) -> Refused:
+        return Refused(
+            f"{operator_name(node.target)} draws random numbers that every rank would have to agree on",
+            got="a random function, of a value with a gradient, that is not computed on one rank's tokens",
+            wanted="dropout, random functions of token values, or draws that no gradient flows through",
+            do="draw the numbers apart from the value, or outside of the compiled model and pass them in",
+            at=where(node),
+        )
 
     def _gathered(self, node: Node) -> Node:
         axis, home = self.axis(node), self.home[node]
@@ -201,7 +221,7 @@ class Sharder:
     def _local_from_cheap(self, node: Node, start: int) -> Node | None:
         """Computed on local rows, when the operator can be; None otherwise."""
         axis = self.axis(node)
-        if node.op != "call_function" or axis.length != self.symbol or start != 0 or is_random(node):
+        if node.op != "call_function" or axis.length != self.symbol or start != 0:
             return None
         try:
             result = self._by_rule(node)
@@ -270,7 +290,7 @@ class Sharder:
         if node.op == "get_attr":
             self.wholes[node] = self._attribute(node)
             return
-        if not any(n in self.heavy for n in node.all_input_nodes):
+        if not is_random(node) and not any(n in self.heavy for n in node.all_input_nodes):
             return  # cheap: emitted when asked for
         if isinstance(node.meta["val"], torch.SymInt | int):
             return  # so is a size, whatever it is the size of
