@@ -55,6 +55,8 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
     """
     _check_inputs(module)
     size = _sequence_size(module)
+    if ranks > 1 and isinstance(size, torch.SymInt):
+        _share_length(module, size)
     try:
         return None if size is None else _symbol(module, example_inputs, size)
     except Refused as reason:
@@ -116,6 +118,20 @@ def _sequence_size(module: GraphModule) -> Any:
 def _operand(node: Node) -> torch.Tensor:
     """The query of an attention."""
     return positional(node)[0].meta["example_value"]
+
+
+def _share_length(module: GraphModule, size: torch.SymInt) -> None:
+    """Inputs as long as the rows are of the rows' length: adding them up would say so, a gather does not
+    (``logits.gather(-1, labels[..., None])``).  A batch in which they are not compiles again."""
+    for node in placeholders(module):
+        value = node.meta["example_value"]
+        if not isinstance(value, torch.Tensor) or belongs_to_module(node):
+            continue
+        sizes: list[Any] = list(value.shape[1:] if value.dim() > 1 else value.shape)
+        for other in sizes:
+            if isinstance(other, torch.SymInt) and other.node.hint is not None is not size.node.hint:
+                if expr_of(other).is_Symbol and other.node.hint == size.node.hint:
+                    bool(size == other)  # asked, it becomes a guard, and both one symbol
 
 
 def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sympy.Symbol | None:

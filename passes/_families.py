@@ -562,7 +562,9 @@ def _attention(sharder: Sharder, node: Node) -> Any:
     q, k, v, leaves, logits, scale = _args(node)
     axes = [x.meta.get("tokens") for x in (q, k, v)]
     if _reads_context(sharder, node, axes):
-        return _as_is(sharder, node)
+        made = _as_is(sharder, node)
+        made.node.meta.update(mask=node.meta["mask"], reads=node.meta["reads"])
+        return made
     if any(not isinstance(a, TokenAxis) or (a.dim, *a.layout) != (2, 1, sharder.symbol, 1) for a in axes):
         raise NotLocal("an attention whose queries and keys are not the same tokens")
     operands = [sharder.local(x) for x in (q, k, v)]

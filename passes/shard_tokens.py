@@ -153,8 +153,8 @@ class Sharder:
                 pass
         args = map_arg((node.args, node.kwargs), self.whole)
         made = self.emit(node.target, *args[0], **args[1])
-        if node.target is dense.OP:
-            made.meta["partition"] = False  # every rank computes all of it
+        if node.target is dense.OP:  # every rank computes all of it
+            made.meta.update(partition=False, mask=node.meta["mask"], reads=node.meta["reads"])
         return self._agreed(node, made) if is_random(node) else made
 
     def _agreed(self, node: Node, drawn: Node) -> Node:

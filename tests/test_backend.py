@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from hsap_compile.errors import Refused
+from pool import Pool
 from simulate import eager, relative, simulate, traced, worst
 
 EAGER = {"lower": "eager"}
@@ -287,3 +288,40 @@ def test_a_trace_holds_the_graph_after_every_pass(tmp_path: Path) -> None:
     assert "scaled_dot_product_attention" in found["hsap_capture"]
     assert "torch.ops.hsap.attention" in found["hsap_lift_mask"]
     assert "torch.ops.hsap.attend" in found["hsap_partition_attention"]
+
+
+class Likelihood(Tiny):
+    """The mean log-probability of each row's labels, which nothing but a gather combines with the tokens."""
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(ids, documents)[:, :-1].log_softmax(-1)
+        return logits.gather(-1, labels[:, 1:, None]).squeeze(-1).mean(-1).sum()
+
+
+def test_labels_as_long_as_the_rows_stay_with_them() -> None:
+    given = batch([0, 0, 1, 1, 1, 2, 2, 2, 0])
+    trace = traced(Likelihood(), given | {"labels": given["ids"].flip(1) % 8})
+    found = simulate(trace, 3, 1)
+    assert found.program.fallbacks == ()
+    assert max(max(worst(step, eager(trace))) for step in found.ranks) <= 1e-12
+
+
+class Beside(Tiny):
+    """The tokens, and how many others there are."""
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, documents) * others.sum(1)[:, None, None] * others.shape[1]
+
+
+def _beside() -> list[float]:
+    """Errors when another input is first as long as the rows, and then is not."""
+    model, errors = Beside(), []
+    compiled = torch.compile(model, backend="hsap", options=EAGER)
+    for tokens, others in ((9, 9), (9, 7), (8, 8), (6, 11)):
+        given = batch(list(range(tokens))) | {"others": torch.arange(1, others + 1)[None]}
+        errors.append(relative(compiled(**given).detach(), model(**given).detach()))
+    return errors
+
+
+def test_another_input_may_be_as_long_by_chance(pool: Pool) -> None:
+    assert max(max(errors) for errors in pool.run(_beside, world=2)) <= 1e-12
