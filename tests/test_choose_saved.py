@@ -108,7 +108,7 @@ def both(pool: Pool, name: str, packs: list[Any], options: dict[str, Any], world
 
 CASES = [
     ("nano", 2, {"intra": 1, "lower": "aot_eager"}),
-    ("nano", 2, {"intra": 1}),
+    pytest.param("nano", 2, {"intra": 1}, marks=pytest.mark.slow),
     pytest.param("llama", 4, {"intra": 2, "lower": "aot_eager"}, marks=pytest.mark.slow),
     pytest.param("llama", 4, {"intra": 2}, marks=pytest.mark.slow),
 ]
@@ -135,6 +135,7 @@ def test_received_rows_are_kept_or_sent_once_more(
     assert [any(ranks[i].received for ranks in kept) for i in range(len(PACKS))] == [True, True, False, True]
 
 
+@pytest.mark.slow
 def test_batches_of_several_rows(pool: Pool) -> None:
     kept, less = both(pool, "llama", [[[20, 7], [3, 24]]], {"intra": 1, "lower": "aot_eager"}, 2)
     for (a,), (b,) in zip(kept, less, strict=True):

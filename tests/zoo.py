@@ -166,6 +166,11 @@ def _embedded() -> Batch:
     return {"inputs_embeds": embeds, **batch}
 
 
+def _summary() -> Batch:
+    batch = _packed("position_ids")
+    return batch | {"labels": batch["labels"][:, : S // 2]}
+
+
 def _spoken() -> Batch:
     batch = _packed()
     g = torch.Generator().manual_seed(1)
@@ -190,6 +195,14 @@ _LINEAR = {
     "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 32,
 }  # fmt: skip
+_T5 = (
+    "T5ForConditionalGeneration",
+    "T5Config",
+    {
+        "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 1,
+        "num_heads": HEADS, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
+    },
+)  # fmt: skip
 _WHISPER = {
     "vocab_size": VOCABULARY, "num_mel_bins": 16, "encoder_layers": 1, "encoder_attention_heads": HEADS,
     "decoder_layers": 1, "decoder_attention_heads": HEADS, "d_model": WIDTH, "encoder_ffn_dim": 48,
@@ -285,16 +298,9 @@ HUGGING_FACE: dict[str, Entry] = {
         lambda: _packed("use_cache"),
         kind="encoder",
     ),
-    "T5": _other(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {
-            "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 1,
-            "num_heads": HEADS, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
-        },
-        lambda: _packed("position_ids"),
-        gathers=1,
-        kind="encoder-decoder",
+    "T5": _other(*_T5, lambda: _packed("position_ids"), kind="encoder-decoder"),
+    "T5, shorter labels": _other(
+        *_T5, _summary, attention=("sdpa",), gathers=1, kind="encoder-decoder"
     ),
     "Whisper": _other(
         "WhisperForConditionalGeneration", "WhisperConfig", _WHISPER, _spoken, kind="encoder-decoder"
