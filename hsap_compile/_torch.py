@@ -289,6 +289,12 @@ def break_of(module: torch.fx.GraphModule) -> str:
     return said if frame is None else f"{said}, at {frame.filename}:{frame.lineno}, `{frame.line}`"
 
 
+def equal_now(size: Any, other: Any) -> bool:
+    """Whether two sizes were equal while tracing, as far as both were known then; asking adds no guard."""
+    hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in (size, other)]
+    return hints[0] is not None and hints[0] == hints[1]
+
+
 def mark_symbolic(tensor: torch.Tensor, dim: int, unknown: bool) -> bool:
     """Ask dynamo for a symbol in place of the size of ``dim``; ``unknown``: where that was asked before, for
     one of which nothing is known but that it is no larger.  False: there is nothing left to ask for."""

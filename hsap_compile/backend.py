@@ -16,6 +16,7 @@ from hsap_compile._torch import (
     RetraceWithSymbols,
     belongs_to_module,
     check_version,
+    equal_now,
     expr_of,
     mark_symbolic,
 )
@@ -127,11 +128,9 @@ def _share_length(module: GraphModule, size: torch.SymInt) -> None:
         value = node.meta["example_value"]
         if not isinstance(value, torch.Tensor) or belongs_to_module(node):
             continue
-        sizes: list[Any] = list(value.shape[1:] if value.dim() > 1 else value.shape)
-        for other in sizes:
-            if isinstance(other, torch.SymInt) and other.node.hint is not None is not size.node.hint:
-                if expr_of(other).is_Symbol and other.node.hint == size.node.hint:
-                    bool(size == other)  # asked, it becomes a guard, and both one symbol
+        for other in value.shape[1:] if value.dim() > 1 else value.shape:
+            if expr_of(other).is_Symbol and equal_now(size, other):
+                bool(size == other)  # asked, it becomes a guard, and both one symbol
 
 
 def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sympy.Symbol | None:

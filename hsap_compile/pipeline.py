@@ -22,7 +22,7 @@ from hsap_compile.graph import extract, placeholders
 from hsap_compile.kernels import dense
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
-from hsap_compile.passes._families import is_random
+from hsap_compile.passes._random import is_random
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.choose_saved import choose_saved
 from hsap_compile.passes.find_attention import Attention, find_attention

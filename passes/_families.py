@@ -6,9 +6,7 @@ and by the names of the arguments in the operator's schema; what neither shows s
 
 from __future__ import annotations
 
-import functools
 import operator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +16,6 @@ from torch.fx.node import map_arg
 from hsap_compile import formula
 from hsap_compile._torch import (
     CUSTOM_FUNCTION,
-    expr_of,
     hint_of,
     is_operator,
     is_pointwise,
@@ -27,8 +24,18 @@ from hsap_compile._torch import (
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
+from hsap_compile.passes._operands import (
+    args_of,
+    only_source,
+    output_axis,
+    source_of,
+    tensor_inputs,
+    value_of,
+)
+from hsap_compile.passes._random import drawn
 from hsap_compile.passes._routing import row_counts, row_sort
 from hsap_compile.passes._shifts import ALONG_TOKENS, concatenation, convolution, pad
+from hsap_compile.passes._totals import LOSSES, cross_entropy, loss, reduced
 from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis, rows_in_front
 
@@ -62,22 +69,7 @@ _BY_DIM = _names(
     " std norm linalg_vector_norm scatter scatter_add cummax kthvalue tensor_split"
     " slice_scatter select_scatter unfold var_mean std_mean cosine_similarity"
 )
-#: f(x, y, ..., reduction) with one loss for every element of the broadcast operands.
-_LOSSES = _names(
-    "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div"
-    " soft_margin_loss poisson_nll_loss hinge_embedding_loss margin_ranking_loss"
-)
 _NORMS = _names("layer_norm rms_norm native_layer_norm _fused_rms_norm")
-
-
-def is_random(node: Node) -> bool:
-    """Whether the operator draws random numbers with these arguments."""
-    target: Any = node.target
-    if not is_operator(target) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    given = arguments(node)
-    probability = given.get("p", given.get("dropout_p", 1.0))
-    return bool(probability) and bool(given.get("train", True))
 
 
 def rule_for(node: Node) -> Any:
@@ -93,25 +85,11 @@ def rule_for(node: Node) -> Any:
     name = operator_name(node.target)
     if name in RULES:
         return RULES[name]
-    if name in _LOSSES:
-        return _loss
+    if name in LOSSES:
+        return loss
     if name in _ELEMENTWISE or is_pointwise(node.target):
         return _elementwise
     return _by_dim if name in _BY_DIM else None
-
-
-def _args(node: Node) -> Any:
-    """The arguments, whose types the operator's schema knows and Python does not."""
-    return node.args
-
-
-def _schema(node: Node) -> Any:
-    target: Any = node.target
-    return target._schema.arguments
-
-
-def _tensor_inputs(node: Node) -> list[Node]:
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
 def _as_is(sharder: Sharder, node: Node) -> Any:
@@ -122,11 +100,11 @@ def _as_is(sharder: Sharder, node: Node) -> Any:
 
 
 def _getitem(sharder: Sharder, node: Node) -> Any:
-    source = _args(node)[0]
+    source = args_of(node)[0]
     if source not in sharder.home:
         raise NotLocal("a part of several values that are not local")
     home = sharder.home[source]
-    return Local(sharder.emit(operator.getitem, home.node, _args(node)[1]), home.start)
+    return Local(sharder.emit(operator.getitem, home.node, args_of(node)[1]), home.start)
 
 
 def _elementwise(sharder: Sharder, node: Node) -> Any:
@@ -136,9 +114,9 @@ def _elementwise(sharder: Sharder, node: Node) -> Any:
 
 def _check_aligned(node: Node) -> None:
     """All operands have the tokens where the result has them."""
-    out = _output_axis(node)
-    value = _value_of(node)
-    for source in _tensor_inputs(node):
+    out = output_axis(node)
+    value = value_of(node)
+    for source in tensor_inputs(node):
         axis = source.meta.get("tokens")
         if axis is MANY:
             raise NotLocal("a value with several token dimensions")
@@ -149,42 +127,9 @@ def _check_aligned(node: Node) -> None:
                 raise NotLocal("token dimensions of the operands differ")
 
 
-def _value_of(node: Node) -> Any:
-    value = node.meta["val"]
-    return value[0] if isinstance(value, tuple | list) else value
-
-
-def _output_axis(node: Node) -> TokenAxis:
-    axis = node.meta.get("tokens")
-    if axis is None and isinstance(node.meta["val"], tuple | list):
-        axes = [n.meta.get("tokens") for n in node.users]
-        axis = next((a for a in axes if isinstance(a, TokenAxis)), None)
-    if not isinstance(axis, TokenAxis):
-        raise NotLocal("the result has no single token dimension")
-    return axis
-
-
-def _source(node: Node) -> tuple[Node, TokenAxis]:
-    """The first operand with tokens."""
-    for source in _tensor_inputs(node):
-        axis = source.meta.get("tokens")
-        if isinstance(axis, TokenAxis):
-            return source, axis
-    raise NotLocal("no operand has a single token dimension")
-
-
-def _only_source(node: Node) -> tuple[Node, TokenAxis]:
-    """The first argument, which must be the one with tokens."""
-    source = _args(node)[0]
-    axis = source.meta.get("tokens")
-    if not isinstance(axis, TokenAxis):
-        raise NotLocal("a value without a single token dimension")
-    return source, axis
-
-
 def _view(sharder: Sharder, node: Node) -> Any:
-    source, axis = _only_source(node)
-    out = _output_axis(node)
+    source, axis = only_source(node)
+    out = output_axis(node)
     if out.length != axis.length or rows_in_front(source, axis) != rows_in_front(node, out):
         raise NotLocal("a view that changes the tokens of a row")
     start = sharder.start_of(source)
@@ -193,7 +138,7 @@ def _view(sharder: Sharder, node: Node) -> Any:
 
 
 def _expand(sharder: Sharder, node: Node) -> Any:
-    source = _args(node)[0]
+    source = args_of(node)[0]
     start = sharder.start_of(source)
     shape = sharder.local_shape(node)
     return Local(sharder.emit(aten.expand.default, sharder.operand(source, start), shape), start)
@@ -202,17 +147,17 @@ def _expand(sharder: Sharder, node: Node) -> Any:
 def _copy(sharder: Sharder, node: Node) -> Any:
     """copy(x, y): y in the shape and type of x."""
     _check_aligned(node)
-    start = sharder.start_of(*_tensor_inputs(node))
-    value = sharder.operand(_args(node)[1], start)
+    start = sharder.start_of(*tensor_inputs(node))
+    value = sharder.operand(args_of(node)[1], start)
     value = sharder.emit(aten.expand.default, value, sharder.local_shape(node))
     return Local(sharder.emit(aten.to.dtype, value, node.meta["val"].dtype), start)
 
 
 def _repeat(sharder: Sharder, node: Node) -> Any:
     """repeat(x, times): all tokens again and again are more rows in front of them."""
-    source, axis = _only_source(node)
-    times = _args(node)[1][axis.dim - source.meta["val"].dim()]
-    if times != 1 and _output_axis(node).outer != axis.outer * times:
+    source, axis = only_source(node)
+    times = args_of(node)[1][axis.dim - source.meta["val"].dim()]
+    if times != 1 and output_axis(node).outer != axis.outer * times:
         raise NotLocal("it repeats the tokens")
     return _as_is(sharder, node)
 
@@ -220,10 +165,10 @@ def _repeat(sharder: Sharder, node: Node) -> Any:
 def _each_repeated(sharder: Sharder, node: Node) -> Any:
     """repeat_interleave(x, times, dim): every token again and again are more rows behind it."""
     given = arguments(node)
-    source, axis = _only_source(node)
+    source, axis = only_source(node)
     if given["dim"] is None or not isinstance(given["repeats"], int):
         raise NotLocal("it repeats the tokens")
-    if _output_axis(node).inner != axis.inner * (
+    if output_axis(node).inner != axis.inner * (
         given["repeats"] if _along(source, axis, given["dim"]) else 1
     ):
         raise NotLocal("it repeats the tokens")
@@ -239,7 +184,7 @@ def _along(source: Node, axis: TokenAxis, dim: int) -> bool:
 
 def _concatenation(sharder: Sharder, node: Node) -> Any:
     """cat(xs, dim) along the tokens: rows of tokens one after the other are more rows in front."""
-    parts, out = _args(node)[0], _output_axis(node)
+    parts, out = args_of(node)[0], output_axis(node)
     axes = [part.meta.get("tokens") for part in parts]
     if all(isinstance(axis, TokenAxis) and axis.layout[1:] == out.layout[1:] for axis in axes):
         return _as_is(sharder, node)
@@ -248,8 +193,8 @@ def _concatenation(sharder: Sharder, node: Node) -> Any:
 
 def _pairs(sharder: Sharder, node: Node) -> Any:
     """Complex numbers: as element-wise, but for a last dimension of two."""
-    source, axis = _source(node)
-    out = _output_axis(node)
+    source, axis = source_of(node)
+    out = output_axis(node)
     if (axis.dim, axis.layout) != (out.dim, out.layout):
         raise NotLocal("complex numbers made of tokens")
     return _as_is(sharder, node)
@@ -257,20 +202,20 @@ def _pairs(sharder: Sharder, node: Node) -> Any:
 
 def _pad(sharder: Sharder, node: Node) -> Any:
     """pad(x, [last dimension's left, right, ...])"""
-    source, axis = _only_source(node)
+    source, axis = only_source(node)
     behind = source.meta["val"].dim() - 1 - axis.dim
-    if tuple(_args(node)[1][2 * behind : 2 * behind + 2]) not in ((), (0, 0)):
+    if tuple(args_of(node)[1][2 * behind : 2 * behind + 2]) not in ((), (0, 0)):
         return pad(sharder, node)
     return _as_is(sharder, node)
 
 
 def _einsum(sharder: Sharder, node: Node) -> Any:
     """einsum("bsd,df->bsf", ..): the tokens' letter is kept, and no other dimension holds tokens."""
-    equation, operands = _args(node)[0].replace(" ", ""), _args(node)[1]
+    equation, operands = args_of(node)[0].replace(" ", ""), args_of(node)[1]
     if "->" not in equation or "." in equation:
         raise NotLocal("an einsum without explicit dimensions")
     inputs, result = equation.split("->")
-    out = _output_axis(node)
+    out = output_axis(node)
     for letters, operand in zip(inputs.split(","), operands, strict=True):
         axis = operand.meta.get("tokens")
         if axis is MANY or (isinstance(axis, TokenAxis) and letters[axis.dim] != result[out.dim]):
@@ -279,7 +224,7 @@ def _einsum(sharder: Sharder, node: Node) -> Any:
 
 
 def _permutation(sharder: Sharder, node: Node) -> Any:
-    _output_axis(node)
+    output_axis(node)
     return _as_is(sharder, node)
 
 
@@ -287,33 +232,24 @@ def _new(sharder: Sharder, node: Node) -> Any:
     """new_zeros(x, size) and its like: the size is this rank's when it counts tokens."""
     given = arguments(node)
     rest = {k: v for k, v in node.kwargs.items() if k not in ("size", "fill_value")}
-    source = sharder.operand(_args(node)[0], sharder.start_of(_args(node)[0]))
+    source = sharder.operand(args_of(node)[0], sharder.start_of(args_of(node)[0]))
     extra = [map_arg(given["fill_value"], sharder.whole)] if "fill_value" in given else []
     if not isinstance(node.meta["tokens"], TokenAxis):
         return sharder.emit(node.target, source, map_arg(given["size"], sharder.whole), *extra, **rest)
     return Local(sharder.emit(node.target, source, sharder.local_shape(node), *extra, **rest))
 
 
-def _drawn(sharder: Sharder, node: Node) -> Any:
-    """rand(size) and its like: every rank draws for its own tokens."""
-    if (_output_axis(node).length - sharder.symbol).is_positive:
-        raise NotLocal("a value of more tokens than the batch has")
-    args = list(map_arg(node.args, sharder.whole))
-    args[[argument.name for argument in _schema(node)].index("size")] = sharder.local_shape(node)
-    return Local(sharder.emit(node.target, *args, **node.kwargs))
-
-
 def _linear(sharder: Sharder, node: Node) -> Any:
-    source, axis = _source(node)
-    if source is not _args(node)[0] or axis.dim == source.meta["val"].dim() - 1:
+    source, axis = source_of(node)
+    if source is not args_of(node)[0] or axis.dim == source.meta["val"].dim() - 1:
         raise NotLocal("a linear layer over the token dimension")
     return _as_is(sharder, node)
 
 
 def _matmul(sharder: Sharder, node: Node) -> Any:
     """Products whose token dimension is a row of the left operand or a batch dimension of both."""
-    out = _output_axis(node)
-    left, right = _args(node)[-2:]
+    out = output_axis(node)
+    left, right = args_of(node)[-2:]
     rank = node.meta["val"].dim()
     for side, contracted in ((left, -1), (right, -2)):
         axis = side.meta.get("tokens")
@@ -333,21 +269,23 @@ def _matmul(sharder: Sharder, node: Node) -> Any:
 
 
 def _norm(sharder: Sharder, node: Node) -> Any:
-    source, axis = _source(node)
+    source, axis = source_of(node)
     given = arguments(node)
-    if source is not _args(node)[0] or axis.dim >= source.meta["val"].dim() - len(given["normalized_shape"]):
+    if source is not args_of(node)[0] or axis.dim >= source.meta["val"].dim() - len(
+        given["normalized_shape"]
+    ):
         raise NotLocal("a normalisation over tokens")
     return _as_is(sharder, node)
 
 
 def _embedding(sharder: Sharder, node: Node) -> Any:
-    if _args(node)[0].meta.get("tokens") is not None:
+    if args_of(node)[0].meta.get("tokens") is not None:
         raise NotLocal("a table whose rows are tokens")
     return _as_is(sharder, node)
 
 
 def _index(sharder: Sharder, node: Node) -> Any:
-    table, indices = _args(node)
+    table, indices = args_of(node)
     if isinstance(axis := table.meta.get("tokens"), TokenAxis):
         numbers = [i for i in indices if i is not None]
         if (axis.dim < len(indices) and indices[axis.dim] is not None) or any(
@@ -357,7 +295,7 @@ def _index(sharder: Sharder, node: Node) -> Any:
         return _as_is(sharder, node)
     if axis is MANY or any(i is None for i in indices):
         raise NotLocal("an index into tokens")
-    out = _output_axis(node)
+    out = output_axis(node)
     rank = max(i.meta["val"].dim() for i in indices)
     for i in indices:
         axis = i.meta.get("tokens")
@@ -368,7 +306,7 @@ def _index(sharder: Sharder, node: Node) -> Any:
 
 def _by_dim(sharder: Sharder, node: Node) -> Any:
     """Operators that mix the dimensions they name and leave the others alone."""
-    source, axis = _source(node)
+    source, axis = source_of(node)
     name = operator_name(node.target)
     given = arguments(node)
     rank = source.meta["val"].dim() + (name == "aten::stack")
@@ -391,14 +329,14 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     dims = {d % rank for d in named}
     here = axis.dim + (name == "aten::stack" and min(dims) <= axis.dim)
     if here not in dims:
-        for other in _tensor_inputs(node):
+        for other in tensor_inputs(node):
             other_axis = other.meta.get("tokens")
             same = isinstance(other_axis, TokenAxis) and other_axis == axis
             if not same:
                 raise NotLocal("token dimensions of the operands differ")
         return _as_is(sharder, node)
     if name in _SUMS:
-        return _reduction(sharder, node, source, axis, dims)
+        return reduced(sharder, node, source, axis, dims)
     if name in ALONG_TOKENS:
         return ALONG_TOKENS[name](sharder, node)
     if name == "aten::cat":
@@ -413,153 +351,16 @@ _SUMS = _names("sum mean")
 REDUCTIONS = _names("sum mean amax amin max min any all prod var std norm linalg_vector_norm argmax argmin")
 
 
-def _reduction(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
-    """sum(x) = sum_ranks(sum(x_local)); a mean divides by the whole count."""
-    start = sharder.start_of(source)
-    value = sharder.local(source, start)
-    given = arguments(node)
-    asked = given.get("dtype")
-    wide = _wide(source.meta["val"].dtype if asked is None else asked) or asked
-    keep = bool(given.get("keepdim", False))
-    rank = source.meta["val"].dim()
-    total = _rank_sum(sharder, value, axis, start, rank, sorted(dims), keep, wide)
-    if operator_name(node.target) == "aten::mean":
-        count: Any = 1
-        for dim in dims:
-            count = count * expr_of(source.meta["val"].shape[dim])
-        total = sharder.emit(aten.div.Tensor, total, sharder.size(count))
-    result = node.meta["val"].dtype
-    return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype | None:
-    """What to sum ``dtype`` in: low precision in float32, the rest as torch does."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
-
-
-def _rank_sum(
-    sharder: Sharder,
-    value: Node,
-    axis: TokenAxis,
-    start: int,
-    rank: int,
-    dims: list[int],
-    keep: bool,
-    dtype: torch.dtype | None,
-) -> Node:
-    valid = sharder.valid_rows(axis, start, rank)
-    if valid is not None:
-        value = sharder.emit(aten.where.ScalarOther, valid, value, 0)
-    part = sharder.emit(aten.sum.dim_IntList, value, dims, keep, dtype=dtype)
-    return sharder.emit(exchange.SUM_RANKS, part, sharder.group)
-
-
-def _loss(sharder: Sharder, node: Node) -> Any:
-    """loss(x, y, reduction): rows without reduction, then a sum or mean over all tokens."""
-    given = arguments(node)
-    reduction = given["reduction"]
-    source, axis = _source(node)
-    behind = source.meta["val"].dim() - axis.dim
-    for other in _tensor_inputs(node):
-        its = other.meta.get("tokens")
-        if its is None:
-            continue
-        same = its is not MANY and its.layout == axis.layout
-        if same and other.meta["val"].dim() - its.dim == behind:
-            continue
-        raise NotLocal("token dimensions of the operands differ")
-    start = sharder.start_of(*node.all_input_nodes)
-    values = {k: map_arg(v, lambda n: sharder.operand(n, start)) for k, v in given.items()}
-    values["reduction"] = 0
-    named = {a.name: values[a.name] for a in _schema(node) if a.kwarg_only}
-    rows = sharder.emit(node.target, *[values[a.name] for a in _schema(node) if a.name not in named], **named)
-    if reduction == 0:
-        return Local(rows, start)
-    shape = [expr_of(size) for size in rows.meta["val"].shape]
-    rows_axis = replace(axis, dim=axis.dim + len(shape) - source.meta["val"].dim())
-    shape[rows_axis.dim] = axis.outer * axis.length * axis.inner
-    wide = _wide(node.meta["val"].dtype)
-    total = _rank_sum(sharder, rows, rows_axis, start, len(shape), list(range(len(shape))), False, wide)
-    if reduction == 1:
-        count = functools.reduce(operator.mul, shape)
-        total = sharder.emit(aten.div.Tensor, total, sharder.size(count))
-    result = node.meta["val"].dtype
-    return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
-
-
-def _cross_entropy(sharder: Sharder, node: Node) -> Any:
-    """mean over kept labels = sum_ranks(sum of rows) / sum_ranks(their weights), in one all-reduce.
-    nll_loss is the same on log-probabilities."""
-    given = arguments(node)
-    logits, target, weight = given["self"], given["target"], given["weight"]
-    axis = logits.meta.get("tokens")
-    target_axis = target.meta.get("tokens")
-    rank = logits.meta["val"].dim()
-    class_dim = 1 if rank > 1 else 0
-    if not isinstance(axis, TokenAxis) or not isinstance(target_axis, TokenAxis) or axis.dim == class_dim:
-        raise NotLocal("a cross entropy whose classes are tokens")
-    probabilities = target.meta["val"].is_floating_point()
-    row_dim = axis.dim if probabilities else axis.dim - (axis.dim > class_dim)
-    if target_axis.dim != row_dim or target_axis.layout != axis.layout:
-        raise NotLocal("token dimensions of logits and labels differ")
-    start = sharder.start_of(logits, target)
-    x, y = sharder.operand(logits, start), sharder.operand(target, start)
-    w = None if weight is None else sharder.operand(weight)
-    result = node.meta["val"].dtype
-    if _wide(x.meta["val"].dtype) is not None and given["reduction"] != 0:
-        x = sharder.emit(aten.to.dtype, x, torch.float32)
-        w = None if w is None else sharder.emit(aten.to.dtype, w, torch.float32)
-    ignore = given["ignore_index"]
-    more = [given["label_smoothing"]] if "label_smoothing" in given else []
-    rows = sharder.emit(node.target, x, y, w, 0, ignore, *more)
-    if given["reduction"] == 0:
-        return Local(rows, start)
-    rows_rank = rows.meta["val"].dim()
-    rows_dim = axis.dim - (axis.dim > class_dim)
-    rows_axis = replace(axis, dim=rows_dim)
-    valid = sharder.valid_rows(rows_axis, start, rows_rank)
-    if valid is not None:
-        rows = sharder.emit(aten.where.ScalarOther, valid, rows, 0)
-    # float64: generated kernels may add up a rank's rows one after the other
-    total = sharder.emit(aten.sum.default, rows, dtype=torch.float64)
-    if given["reduction"] == 2:
-        total = sharder.emit(exchange.SUM_RANKS, total, sharder.group)
-        return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
-    if probabilities:
-        count: Any = 1
-        for size in (s for d, s in enumerate(logits.meta["val"].shape) if d != class_dim):
-            count = count * expr_of(size)
-        total = sharder.emit(exchange.SUM_RANKS, total, sharder.group)
-        mean = sharder.emit(aten.div.Tensor, total, sharder.size(count))
-    else:
-        kept = sharder.emit(aten.ne.Scalar, y, ignore)
-        if valid is not None:
-            kept = sharder.emit(aten.logical_and.default, kept, valid)
-        if w is not None:
-            label = sharder.emit(aten.where.ScalarOther, kept, y, 0)
-            share = sharder.emit(aten.index.Tensor, w, [label])
-            kept = sharder.emit(aten.where.ScalarOther, kept, share, 0)
-        weights = sharder.emit(aten.sum.default, kept, dtype=total.meta["val"].dtype)
-        both = sharder.emit(aten.stack.default, [total, weights])
-        both = sharder.emit(exchange.SUM_RANKS, both, sharder.group)
-        mean = sharder.emit(
-            aten.div.Tensor,
-            sharder.emit(aten.select.int, both, 0, 0),
-            sharder.emit(aten.select.int, both, 0, 1),
-        )
-    return mean if mean.meta["val"].dtype == result else sharder.emit(aten.to.dtype, mean, result)
-
-
 def _reads_context(sharder: Sharder, node: Node, axes: list[Any]) -> bool:
     """Whether every query, on its own, attends to keys that are no tokens and that all queries see alike."""
     ours = isinstance(axes[0], TokenAxis) and (axes[0].dim, axes[0].layout) == (2, (1, sharder.symbol, 1))
-    read = formula.loads(_args(node)[4]).free_symbols
+    read = formula.loads(args_of(node)[4]).free_symbols
     return ours and axes[1] is None and axes[2] is None and not read & {formula.q, formula.S}
 
 
 def _attention(sharder: Sharder, node: Node) -> Any:
     """The canonical attention stays one operator on local rows: ``partition_attention`` comes next."""
-    q, k, v, leaves, logits, scale = _args(node)
+    q, k, v, leaves, logits, scale = args_of(node)
     axes = [x.meta.get("tokens") for x in (q, k, v)]
     if _reads_context(sharder, node, axes):
         made = _as_is(sharder, node)
@@ -586,13 +387,13 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("expand"), _expand),
     **dict.fromkeys(_names("permute t mT numpy_T"), _permutation),
     **dict.fromkeys(_names("new_zeros new_ones new_full new_empty"), _new),
-    **dict.fromkeys(_names("rand randn randint"), _drawn),
+    **dict.fromkeys(_names("rand randn randint"), drawn),
     **dict.fromkeys(_names("linear"), _linear),
     **dict.fromkeys(_names("matmul mm bmm addmm baddbmm"), _matmul),
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(_names("embedding"), _embedding),
     **dict.fromkeys(_names("index"), _index),
-    **dict.fromkeys(_names("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"), _cross_entropy),
+    **dict.fromkeys(_names("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"), cross_entropy),
     **dict.fromkeys(_names("copy"), _copy),
     **dict.fromkeys(_names("repeat"), _repeat),
     **dict.fromkeys(_names("repeat_interleave"), _each_repeated),

@@ -33,7 +33,7 @@ from hsap_compile.kernels import attention, dense, exchange
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.kernels.flex import FlexAttention, Keys
 from hsap_compile.masks import Mask
-from hsap_compile.passes._families import is_random
+from hsap_compile.passes._random import is_random
 from hsap_compile.passes._tables import Tables
 from hsap_compile.plan import MeshShape
 

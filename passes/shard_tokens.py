@@ -33,10 +33,11 @@ from torch.fx.node import map_arg
 
 from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, operator_name
 from hsap_compile.errors import Refused, module_of, where
-from hsap_compile.graph import Builder, remove_dead
+from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
-from hsap_compile.passes._families import is_random, rule_for
+from hsap_compile.passes._families import rule_for
 from hsap_compile.passes._forms import Counts, Local, NotLocal
+from hsap_compile.passes._random import agreed, disagreed, is_random
 from hsap_compile.passes._reindex import Longer, aligned, common_start, within
 from hsap_compile.passes._routing import is_count, routed, whole_counts
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis
@@ -139,7 +140,7 @@ class Sharder:
             if node in self.longer:
                 self._report(node, "a value of more tokens than the batch has, of which no slice is taken")
             if is_random(node):  # drawn once already
-                raise self._disagreed(node)
+                raise disagreed(node)
             self.wholes[node] = self._cut(node, self._recomputed(node))
         else:  # cheap
             self.wholes[node] = self._recomputed(node)
@@ -155,33 +156,7 @@ class Sharder:
         made = self.emit(node.target, *args[0], **args[1])
         if node.target is dense.OP:  # every rank computes all of it
             made.meta.update(partition=False, mask=node.meta["mask"], reads=node.meta["reads"])
-        return self._agreed(node, made) if is_random(node) else made
-
-    def _agreed(self, node: Node, drawn: Node) -> Node:
-        """What the first rank drew, on every rank.  What dropout keeps of ones is what it keeps of any x."""
-        value = drawn.meta["val"]
-        if isinstance(value, torch.Tensor) and not (
-            node in self.differentiable and value.is_floating_point()
-        ):
-            kind = torch.uint8 if value.dtype == torch.bool else value.dtype
-            sent = self.emit(exchange.ON_FIRST, self.emit(aten.to.dtype, drawn, kind), self.group)
-            return self.emit(aten.to.dtype, self.emit(exchange.SUM_RANKS, sent, self.group), value.dtype)
-        if node.target is not aten.dropout.default:
-            raise self._disagreed(node)
-        x, *rest = drawn.args
-        ones = self.emit(aten.ones_like.default, self.emit(aten.detach.default, x))
-        kept = self.emit(aten.dropout.default, ones, *rest, **drawn.kwargs)
-        sent = self.emit(exchange.ON_FIRST, kept, self.group)
-        return self.emit(aten.mul.Tensor, x, self.emit(exchange.SUM_RANKS, sent, self.group))
-
-    def _disagreed(self, node: Node) -> Refused:
-        return Refused(
-            f"{operator_name(node.target)} draws random numbers that every rank would have to agree on",
-            got="a random function, of a value with a gradient, that is not computed on one rank's tokens",
-            wanted="dropout, random functions of token values, or draws that no gradient flows through",
-            do="draw the numbers apart from the value, or outside of the compiled model and pass them in",
-            at=where(node),
-        )
+        return agreed(self, node, made) if is_random(node) else made
 
     def _gathered(self, node: Node) -> Node:
         axis, home = self.axis(node), self.home[node]
@@ -442,9 +417,8 @@ def shard_tokens(
     )
     _settle_parameters(sharder)
     new = GraphModule(module, sharder.graph)
-    for placeholder in new.graph.nodes:
-        if placeholder.op == "placeholder":
-            placeholder.meta.setdefault("tokens", None)
+    for placeholder in placeholders(new):
+        placeholder.meta.setdefault("tokens", None)
     remove_dead(new)
     for placeholder in [n for n in new.graph.nodes if isinstance(n.meta.get("table"), tuple) and not n.users]:
         new.graph.erase_node(placeholder)  # of a rule that gave up
@@ -461,9 +435,7 @@ def _one_row_a_column(sharder: Sharder, node: Node) -> bool:
 
 def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:
     """The old inputs, then the tables; S and n as nodes."""
-    for node in sharder.old.graph.nodes:
-        if node.op != "placeholder":
-            continue
+    for node in placeholders(sharder.old):
         new = sharder.graph.placeholder(node.name)
         new.meta.update(node.meta)
         sharder.wholes[node] = new
@@ -480,10 +452,8 @@ def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> Non
         table.meta.update(val=value, table=name, parameter=False)
         sharder.tables[name] = table
     sharder.tables["n"] = sharder.emit(aten.sym_size.int, sharder.tables["columns"], 0)
-    for node in sharder.old.graph.nodes:
+    for node in placeholders(sharder.old):
         value = node.meta.get("val")
-        if node.op != "placeholder":
-            continue
         if isinstance(value, torch.SymInt):
             sharder.symbols.setdefault(expr_of(value), sharder.wholes[node])
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
@@ -504,8 +474,8 @@ def _settle_parameters(sharder: Sharder) -> None:
     """Every rank has its share of a parameter's gradient, to be summed: local uses give their rows' part,
     whole ones (alike on every rank) count on one rank only."""
     varying = _varying(sharder)
-    for old in sharder.old.graph.nodes:
-        if old.op != "placeholder" or not (old in sharder.locally_used or old.meta["parameter"]):
+    for old in placeholders(sharder.old):
+        if not (old in sharder.locally_used or old.meta["parameter"]):
             continue
         new = sharder.wholes[old]
         whole_users = {u for u in new.users if u not in varying and u.target is not aten.detach.default}

@@ -13,7 +13,7 @@ from hsap_compile import formula
 from hsap_compile._torch import fake_mode_of
 from hsap_compile.graph import placeholders
 from hsap_compile.kernels import dense
-from hsap_compile.passes import _elements
+from hsap_compile.passes import _elements, _positions
 from hsap_compile.passes import lift_mask as lift_mask_pass
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.find_attention import find_attention, token_dims
@@ -148,7 +148,7 @@ def test_library_models(name: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("broken", ["scale", "band", "leaf", "index"])
 def test_the_check_sees_a_wrong_rewrite(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = lift_mask_pass._RULES
+    rules = _positions.RULES
     if broken == "scale":
         normalise = lift_mask_pass.normalise
         monkeypatch.setattr(lift_mask_pass, "normalise", lambda x: (normalise(x)[0], 2 * normalise(x)[1]))

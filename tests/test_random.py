@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hsap_compile.errors import Refused
 from hsap_compile.kernels import exchange
-from hsap_compile.passes.shard_tokens import Sharder
+from hsap_compile.passes import shard_tokens
 from simulate import Simulated, simulate, traced
 
 B, S, D = 2, 13, 4
@@ -108,6 +108,6 @@ def test_a_random_function_that_ranks_cannot_agree_on_is_refused() -> None:
 
 
 def test_a_draw_that_ranks_do_not_agree_on_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sharder, "_agreed", lambda self, node, drawn: drawn)
+    monkeypatch.setattr(shard_tokens, "agreed", lambda sharder, node, draw: draw)
     with pytest.raises(AssertionError):
         test_what_is_drawn_is_drawn_once("a row each", (3, 1))

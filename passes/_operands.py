@@ -1,0 +1,58 @@
+"""What rules read of an operator's node, and where its operands and its result have their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from hsap_compile.passes._forms import NotLocal
+from hsap_compile.passes.infer_tokens import TokenAxis
+
+
+def args_of(node: Node) -> Any:
+    """The arguments, whose types the operator's schema knows and Python does not."""
+    return node.args
+
+
+def schema_of(node: Node) -> Any:
+    target: Any = node.target
+    return target._schema.arguments
+
+
+def tensor_inputs(node: Node) -> list[Node]:
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def value_of(node: Node) -> Any:
+    value = node.meta["val"]
+    return value[0] if isinstance(value, tuple | list) else value
+
+
+def output_axis(node: Node) -> TokenAxis:
+    axis = node.meta.get("tokens")
+    if axis is None and isinstance(node.meta["val"], tuple | list):
+        axes = [n.meta.get("tokens") for n in node.users]
+        axis = next((a for a in axes if isinstance(a, TokenAxis)), None)
+    if not isinstance(axis, TokenAxis):
+        raise NotLocal("the result has no single token dimension")
+    return axis
+
+
+def source_of(node: Node) -> tuple[Node, TokenAxis]:
+    """The first operand with tokens."""
+    for source in tensor_inputs(node):
+        axis = source.meta.get("tokens")
+        if isinstance(axis, TokenAxis):
+            return source, axis
+    raise NotLocal("no operand has a single token dimension")
+
+
+def only_source(node: Node) -> tuple[Node, TokenAxis]:
+    """The first argument, which must be the one with tokens."""
+    source = args_of(node)[0]
+    axis = source.meta.get("tokens")
+    if not isinstance(axis, TokenAxis):
+        raise NotLocal("a value without a single token dimension")
+    return source, axis

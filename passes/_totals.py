@@ -1,0 +1,172 @@
+"""Rules of what sums tokens away: this rank's part of a sum, a mean or a loss, and the sum over ranks."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from hsap_compile._torch import expr_of, operator_name
+from hsap_compile.kernels import exchange
+from hsap_compile.passes._forms import Local, NotLocal
+from hsap_compile.passes._operands import schema_of, source_of, tensor_inputs
+from hsap_compile.passes.find_attention import arguments
+from hsap_compile.passes.infer_tokens import MANY, TokenAxis
+
+if TYPE_CHECKING:
+    from hsap_compile.passes.shard_tokens import Sharder
+
+aten = torch.ops.aten
+
+#: f(x, y, ..., reduction) with one loss for every element of the broadcast operands.
+LOSSES = frozenset(
+    f"aten::{name}"
+    for name in (
+        "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits"
+        " kl_div soft_margin_loss poisson_nll_loss hinge_embedding_loss margin_ranking_loss"
+    ).split()
+)
+
+
+def reduced(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
+    """sum(x) = sum_ranks(sum(x_local)); a mean divides by the whole count."""
+    start = sharder.start_of(source)
+    value = sharder.local(source, start)
+    given = arguments(node)
+    asked = given.get("dtype")
+    wide = _wide(source.meta["val"].dtype if asked is None else asked) or asked
+    keep = bool(given.get("keepdim", False))
+    rank = source.meta["val"].dim()
+    total = _rank_sum(sharder, value, axis, start, rank, sorted(dims), keep, wide)
+    if operator_name(node.target) == "aten::mean":
+        count: Any = 1
+        for dim in dims:
+            count = count * expr_of(source.meta["val"].shape[dim])
+        total = sharder.emit(aten.div.Tensor, total, sharder.size(count))
+    result = node.meta["val"].dtype
+    return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype | None:
+    """What to sum ``dtype`` in: low precision in float32, the rest as torch does."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _rank_sum(
+    sharder: Sharder,
+    value: Node,
+    axis: TokenAxis,
+    start: int,
+    rank: int,
+    dims: list[int],
+    keep: bool,
+    dtype: torch.dtype | None,
+) -> Node:
+    valid = sharder.valid_rows(axis, start, rank)
+    if valid is not None:
+        value = sharder.emit(aten.where.ScalarOther, valid, value, 0)
+    part = sharder.emit(aten.sum.dim_IntList, value, dims, keep, dtype=dtype)
+    return sharder.emit(exchange.SUM_RANKS, part, sharder.group)
+
+
+def loss(sharder: Sharder, node: Node) -> Any:
+    """loss(x, y, reduction): rows without reduction, then a sum or mean over all tokens."""
+    given = arguments(node)
+    reduction = given["reduction"]
+    source, axis = source_of(node)
+    behind = source.meta["val"].dim() - axis.dim
+    for other in tensor_inputs(node):
+        its = other.meta.get("tokens")
+        if its is None:
+            continue
+        same = its is not MANY and its.layout == axis.layout
+        if same and other.meta["val"].dim() - its.dim == behind:
+            continue
+        raise NotLocal("token dimensions of the operands differ")
+    start = sharder.start_of(*node.all_input_nodes)
+    values = {k: map_arg(v, lambda n: sharder.operand(n, start)) for k, v in given.items()}
+    values["reduction"] = 0
+    named = {a.name: values[a.name] for a in schema_of(node) if a.kwarg_only}
+    rows = sharder.emit(
+        node.target, *[values[a.name] for a in schema_of(node) if a.name not in named], **named
+    )
+    if reduction == 0:
+        return Local(rows, start)
+    shape = [expr_of(size) for size in rows.meta["val"].shape]
+    rows_axis = replace(axis, dim=axis.dim + len(shape) - source.meta["val"].dim())
+    shape[rows_axis.dim] = axis.outer * axis.length * axis.inner
+    wide = _wide(node.meta["val"].dtype)
+    total = _rank_sum(sharder, rows, rows_axis, start, len(shape), list(range(len(shape))), False, wide)
+    if reduction == 1:
+        count = functools.reduce(operator.mul, shape)
+        total = sharder.emit(aten.div.Tensor, total, sharder.size(count))
+    result = node.meta["val"].dtype
+    return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
+
+
+def cross_entropy(sharder: Sharder, node: Node) -> Any:
+    """mean over kept labels = sum_ranks(sum of rows) / sum_ranks(their weights), in one all-reduce.
+    nll_loss is the same on log-probabilities."""
+    given = arguments(node)
+    logits, target, weight = given["self"], given["target"], given["weight"]
+    axis = logits.meta.get("tokens")
+    target_axis = target.meta.get("tokens")
+    rank = logits.meta["val"].dim()
+    class_dim = 1 if rank > 1 else 0
+    if not isinstance(axis, TokenAxis) or not isinstance(target_axis, TokenAxis) or axis.dim == class_dim:
+        raise NotLocal("a cross entropy whose classes are tokens")
+    probabilities = target.meta["val"].is_floating_point()
+    row_dim = axis.dim if probabilities else axis.dim - (axis.dim > class_dim)
+    if target_axis.dim != row_dim or target_axis.layout != axis.layout:
+        raise NotLocal("token dimensions of logits and labels differ")
+    start = sharder.start_of(logits, target)
+    x, y = sharder.operand(logits, start), sharder.operand(target, start)
+    w = None if weight is None else sharder.operand(weight)
+    result = node.meta["val"].dtype
+    if _wide(x.meta["val"].dtype) is not None and given["reduction"] != 0:
+        x = sharder.emit(aten.to.dtype, x, torch.float32)
+        w = None if w is None else sharder.emit(aten.to.dtype, w, torch.float32)
+    ignore = given["ignore_index"]
+    more = [given["label_smoothing"]] if "label_smoothing" in given else []
+    rows = sharder.emit(node.target, x, y, w, 0, ignore, *more)
+    if given["reduction"] == 0:
+        return Local(rows, start)
+    rows_rank = rows.meta["val"].dim()
+    rows_dim = axis.dim - (axis.dim > class_dim)
+    rows_axis = replace(axis, dim=rows_dim)
+    valid = sharder.valid_rows(rows_axis, start, rows_rank)
+    if valid is not None:
+        rows = sharder.emit(aten.where.ScalarOther, valid, rows, 0)
+    # float64: generated kernels may add up a rank's rows one after the other
+    total = sharder.emit(aten.sum.default, rows, dtype=torch.float64)
+    if given["reduction"] == 2:
+        total = sharder.emit(exchange.SUM_RANKS, total, sharder.group)
+        return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
+    if probabilities:
+        count: Any = 1
+        for size in (s for d, s in enumerate(logits.meta["val"].shape) if d != class_dim):
+            count = count * expr_of(size)
+        total = sharder.emit(exchange.SUM_RANKS, total, sharder.group)
+        mean = sharder.emit(aten.div.Tensor, total, sharder.size(count))
+    else:
+        kept = sharder.emit(aten.ne.Scalar, y, ignore)
+        if valid is not None:
+            kept = sharder.emit(aten.logical_and.default, kept, valid)
+        if w is not None:
+            label = sharder.emit(aten.where.ScalarOther, kept, y, 0)
+            share = sharder.emit(aten.index.Tensor, w, [label])
+            kept = sharder.emit(aten.where.ScalarOther, kept, share, 0)
+        weights = sharder.emit(aten.sum.default, kept, dtype=total.meta["val"].dtype)
+        both = sharder.emit(aten.stack.default, [total, weights])
+        both = sharder.emit(exchange.SUM_RANKS, both, sharder.group)
+        mean = sharder.emit(
+            aten.div.Tensor,
+            sharder.emit(aten.select.int, both, 0, 0),
+            sharder.emit(aten.select.int, both, 0, 1),
+        )
+    return mean if mean.meta["val"].dtype == result else sharder.emit(aten.to.dtype, mean, result)
