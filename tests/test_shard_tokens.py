@@ -123,7 +123,8 @@ LOCAL: dict[str, Pattern] = {
     "complex": lambda p, x, i: (
         x
         + torch.view_as_real(
-            torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(p.vector[:3].detach(), p.vector[3:])
+            torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+            * torch.polar(p.vector[:3].detach(), p.vector[3:])
         ).flatten(2)
     ),
     "length": lambda p, x, i: x / x.shape[1] + x.shape[0],
