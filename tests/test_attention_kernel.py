@@ -32,6 +32,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (attention, slices):
         monkeypatch.setattr(module, "STEP", 4)
         monkeypatch.setattr(module, "STAIR_TOKENS", (6, 32))
+    monkeypatch.setattr(attention, "_LONG", 6)
     monkeypatch.setattr(slices, "_STAIR_WORK", 0)
     monkeypatch.setattr(slices, "_CALL_ELEMENTS", 400)
 
