@@ -99,21 +99,24 @@ def check_rows(mask: Attended, mesh: MeshShape, tables: Sequence[RankTables], i:
         group, position = mesh.group_of(r)
         need = wanted(mask)[:, t.group_columns].any(axis=1)
         need[:, t.group_columns] = False
-        got: list[tuple[int, int]] = []
-        for other, u in enumerate(tables):
-            theirs = u.masks[i]
-            n = int(theirs.splits[0, r])
-            assert n == mine.splits[1, other]
-            assert n == 0 or (mesh.group_of(other)[1] == position and mesh.group_of(other)[0] != group)
-            start = int(theirs.splits[0, :r].sum())
-            b, index = np.divmod(theirs.send_rows[start : start + n], max(1, len(u.group_columns)))
-            part = list(zip(b.tolist(), u.group_columns[index].tolist(), strict=True))
-            assert part == sorted(part)
-            got += part
-        assert got == [tuple(x) for x in mine.remote[: mine.splits[1].sum()].tolist()]
-        assert sorted(got) == [tuple(x) for x in np.argwhere(need).tolist()]
-        assert len(mine.send_rows) == mine.splits[0].sum()
-        assert len(mine.remote) == mine.splits[1].sum()
+        every: list[tuple[int, int]] = []
+        for stage, arriving in enumerate(mine.exchanges):
+            got: list[tuple[int, int]] = []
+            for other, u in enumerate(tables):
+                theirs = u.masks[i].exchanges[stage]
+                n = int(theirs.splits[0, r])
+                assert n == arriving.splits[1, other]
+                assert n == 0 or (mesh.group_of(other)[1] == position and mesh.group_of(other)[0] != group)
+                start = int(theirs.splits[0, :r].sum())
+                b, index = np.divmod(theirs.send_rows[start : start + n], max(1, len(u.group_columns)))
+                part = list(zip(b.tolist(), u.group_columns[index].tolist(), strict=True))
+                assert part == sorted(part)
+                got += part
+            assert got == [tuple(x) for x in arriving.remote.tolist()]
+            assert len(arriving.send_rows) == arriving.splits[0].sum()
+            every += got
+        assert sorted(every) == [tuple(x) for x in np.argwhere(need).tolist()]
+        assert [tuple(x) for x in mine.remote.tolist()] == every
 
 
 def check_slices(
@@ -300,7 +303,9 @@ def test_deterministic():
     assert plans[0].digest() == plans[1].digest()
     one, two = (plan.tables(5) for plan in plans)
     for a, b in zip(one.masks, two.masks, strict=True):
-        assert all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+        for x, y in [(a, b), *zip(a.exchanges, b.exchanges, strict=True)]:
+            arrays = [f.name for f in dataclasses.fields(x) if f.name != "exchanges"]
+            assert all(np.array_equal(getattr(x, name), getattr(y, name)) for name in arrays)
     assert np.array_equal(one.order, two.order)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsap_compile.plan import Attended, make, slices
+from hsap_compile.plan import Attended, ReceiveLimit, make, slices
 from hsap_compile.plan.attended import area, structure
 from test_plan import MESHES, check, mesh_of
 
@@ -69,16 +69,30 @@ def problem(draw: st.DrawFn) -> tuple:
     return masks, mesh_of(*shape), draw(st.sampled_from(["balanced", "contiguous"]))
 
 
-@settings(max_examples=250, deadline=None)
-@given(problem())
-def test_against_brute_force(drawn):
+LIMITS = st.one_of(
+    st.just(ReceiveLimit()),
+    st.tuples(st.integers(1, 5), st.integers(1, 20)).map(lambda x: ReceiveLimit(*x)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(problem(), LIMITS)
+def test_against_brute_force(drawn, limit):
     masks, mesh, kind = drawn
-    plan = make(masks, mesh, kind)
+    plan = make(masks, mesh, kind, limit=limit)
     plan.verify()
     check(masks, mesh, plan)
     for i, m in enumerate(plan.masks):  # a rank's own counts are a row and a column of everybody's
         splits = np.stack([plan.tables(r).masks[i].splits for r in range(mesh.size)], axis=1)
         assert splits[0].tolist() == m.rows_sent.tolist() == splits[1].T.tolist()
+        filled = limit.filled(m.capacity)
+        for r in range(mesh.size):
+            received = [len(e.remote) for e in plan.tables(r).masks[i].exchanges]
+            assert len(received) == limit.stages and not any(received[filled:])
+            if limit.stages > filled > 1:  # more would not have been needed
+                assert max(received) < limit.rows + mesh.inter
+            elif filled == 1 < limit.stages:
+                assert max(received) <= 2 * limit.rows
 
 
 @settings(max_examples=100, deadline=None)

@@ -11,7 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsap_compile.plan import BAND, CAUSAL, FULL, MOD, Attended, BrokenPlan, Plan, RankTables, make
+from hsap_compile.plan import (
+    BAND,
+    CAUSAL,
+    FULL,
+    MOD,
+    Attended,
+    BrokenPlan,
+    Exchange,
+    Plan,
+    RankTables,
+    ReceiveLimit,
+    make,
+)
 from test_plan import check, mesh_of, packed, wanted
 from test_plan_properties import problem
 
@@ -22,12 +34,19 @@ Change = Callable[[Any], Any]
 
 
 def of_mask(**changes: Change) -> Callable[[RankTables], RankTables]:
-    """Change fields of a rank's first mask: each function gets a copy of the array."""
+    """Change fields of a rank's first mask, or of its first exchange: each function gets a copy of the array."""
 
     def change(t: RankTables) -> RankTables:
         first = t.masks[0]
-        new = {name: f(getattr(first, name).copy()) for name, f in changes.items()}
-        return dataclasses.replace(t, masks=(dataclasses.replace(first, **new), *t.masks[1:]))
+        sent, *others = first.exchanges
+        of_sent = {f.name for f in dataclasses.fields(Exchange)}
+        new: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+        for name, f in changes.items():
+            owner = sent if name in of_sent else first
+            new[name in of_sent][name] = f(getattr(owner, name).copy())
+        exchanges = (dataclasses.replace(sent, **new[True]), *others)
+        changed = dataclasses.replace(first, exchanges=exchanges, **new[False])
+        return dataclasses.replace(t, masks=(changed, *t.masks[1:]))
 
     return change
 
@@ -126,6 +145,42 @@ BROKEN: dict[str, tuple[Callable[[RankTables], RankTables], str]] = {
 }
 
 
+STAGED = {
+    "a stage fewer": (
+        lambda m: dataclasses.replace(m, exchanges=m.exchanges[:-1]),
+        "rank 1 exchanges rows more or less often than others",
+    ),
+    "stages of one rank in another order": (
+        lambda m: dataclasses.replace(m, exchanges=m.exchanges[::-1]),
+        "mask 0, stage 0: rank 1 takes rows of rank 0 for others",
+    ),
+    "a slice over two stages": (
+        lambda m: dataclasses.replace(m, slices=across(m.slices, 20 + len(m.exchanges[0].remote))),
+        "rank 1, shared rows: a slice is out of bounds",
+    ),
+}
+
+
+def across(slices: np.ndarray, boundary: int) -> np.ndarray:
+    """The first slice whose keys end at the boundary has one key more."""
+    i = int(np.flatnonzero(slices[:, 3] == boundary)[0])
+    slices = slices.copy()
+    slices[i, 3] += 1
+    return slices
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_verify_of_stages(name: str) -> None:
+    change, message = STAGED[name]
+    plan = make([packed(40)], mesh_of(2, 1), "contiguous", limit=ReceiveLimit(4, 5))
+    plan.verify()
+    tables = tables_of(plan)
+    assert [len(e.remote) for e in tables[1].masks[0].exchanges] == [5, 5, 5, 5]
+    tables[1] = dataclasses.replace(tables[1], masks=(change(tables[1].masks[0]),))
+    with pytest.raises(BrokenPlan, match=message):
+        plan.verify(tables)
+
+
 def tables_of(plan: Plan) -> list[RankTables]:
     return [plan.tables(r) for r in range(plan.placement.mesh.size)]
 
@@ -216,6 +271,7 @@ def test_digest():
         make([packed(40, 4, 4, 4, 4, hi=30)], MESH),
         make([packed(40, 4, 4, 4, 4, soft=True)], MESH),
         make([mask, mask], MESH),
+        make([mask], MESH, limit=ReceiveLimit(2, 1)),
         make([mask], mesh_of(4, 1)),
         make([mask], MESH, "contiguous"),
     ]

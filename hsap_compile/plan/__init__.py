@@ -10,8 +10,10 @@ from hsap_compile.plan.slices import BAND as BAND
 from hsap_compile.plan.slices import CAUSAL as CAUSAL
 from hsap_compile.plan.slices import FULL as FULL
 from hsap_compile.plan.slices import MOD as MOD
+from hsap_compile.plan.tables import Exchange as Exchange
 from hsap_compile.plan.tables import MaskPlan as MaskPlan
 from hsap_compile.plan.tables import MaskTables as MaskTables
 from hsap_compile.plan.tables import Plan as Plan
 from hsap_compile.plan.tables import RankTables as RankTables
+from hsap_compile.plan.tables import ReceiveLimit as ReceiveLimit
 from hsap_compile.plan.tables import make as make

@@ -22,7 +22,7 @@ from hsap_compile.plan.attended import Bools, Ints, Runs, Structure, area, keys_
 from hsap_compile.plan.slices import BAND, CAUSAL, FULL, MOD
 
 if TYPE_CHECKING:
-    from hsap_compile.plan.tables import Plan, RankTables
+    from hsap_compile.plan.tables import Exchange, Plan, RankTables
 
 
 class BrokenPlan(RuntimeError):
@@ -44,10 +44,9 @@ def check(plan: Plan, tables: Sequence[RankTables]) -> None:
         for r, t in enumerate(tables):
             at = f"mask {i}, rank {r}"
             mine = t.masks[i]
-            received = mine.remote[: int(mine.splits[1].sum())]
+            received = [e.remote for e in mine.exchanges]
             _check_slices(f"{at}, shared rows", expected, t.group_columns, received, mine.slices)
-            alone, nothing = t.columns[: t.alone], mine.remote[:0]
-            _check_slices(f"{at}, alone rows", expected, alone, nothing, mine.alone_slices)
+            _check_slices(f"{at}, alone rows", expected, t.columns[: t.alone], [], mine.alone_slices)
 
 
 def _require(good: bool, what: str, got: object, wanted: object) -> None:
@@ -97,57 +96,65 @@ def _check_columns(plan: Plan, tables: Sequence[RankTables]) -> None:
 
 
 def _check_rows(plan: Plan, tables: Sequence[RankTables], i: int) -> None:
-    mesh, batch = plan.placement.mesh, plan.masks[i].structure.mask.batch
-    sent = np.stack([t.masks[i].splits[0] for t in tables])
-    got = np.stack([t.masks[i].splits[1] for t in tables])
+    stages = plan.masks[i].limit.stages
+    for r, t in enumerate(tables):
+        _require(
+            len(t.masks[i].exchanges) == stages,
+            f"mask {i}: rank {r} exchanges rows more or less often than others",
+            len(t.masks[i].exchanges),
+            stages,
+        )
+        received, most = int(t.masks[i].splits[1].sum()), plan.masks[i].capacity
+        _require(received <= most, f"mask {i}: rank {r} receives more rows than fit", received, most)
+    for stage in range(stages):
+        at = f"mask {i}" if stages == 1 else f"mask {i}, stage {stage}"
+        _check_exchange(at, plan, tables, [t.masks[i].exchanges[stage] for t in tables])
+
+
+def _check_exchange(at: str, plan: Plan, tables: Sequence[RankTables], parts: Sequence[Exchange]) -> None:
+    """`parts`: what each rank sends and receives at once."""
+    mesh, batch = plan.placement.mesh, plan.masks[0].structure.mask.batch
+    sent = np.stack([part.splits[0] for part in parts])
+    got = np.stack([part.splits[1] for part in parts])
     for r, other in np.argwhere(sent != got.T).tolist():
         raise BrokenPlan(
-            f"mask {i}: rank {r} and rank {other} disagree on how many rows go there",
+            f"{at}: rank {r} and rank {other} disagree on how many rows go there",
             f"{sent[r, other]} sent, {got[other, r]} expected",
             "the same number",
         )
-    for r, t in enumerate(tables):
+    for r, part in enumerate(parts):
         group, position = mesh.group_of(r)
         peers = [ranks[position] for g, ranks in enumerate(mesh.groups) if g != group]
         foreign = np.delete(sent[r], peers)
-        _require(not foreign.any(), f"mask {i}: rank {r} sends to ranks that are no peers", foreign, 0)
+        _require(not foreign.any(), f"{at}: rank {r} sends to ranks that are no peers", foreign, 0)
         for name in ("send_rows", "remote"):
-            length = len(getattr(t.masks[i], name))
-            total = int(t.masks[i].splits[int(name == "remote")].sum())
-            _require(
-                length == total, f"mask {i}, rank {r}: {name} has another length than splits", length, total
-            )
-        most = plan.masks[i].capacity
-        received = int(got[r].sum())
-        _require(received <= most, f"mask {i}: rank {r} receives more rows than fit", received, most)
+            length = len(getattr(part, name))
+            total = int(part.splits[int(name == "remote")].sum())
+            _require(length == total, f"{at}, rank {r}: {name} has another length than splits", length, total)
     stride = plan.placement.tokens
     out = []  # what each rank sends: row * S + column
-    for r, t in enumerate(tables):
-        n, rows = len(t.group_columns), t.masks[i].send_rows
+    for r, (t, part) in enumerate(zip(tables, parts, strict=True)):
+        n, rows = len(t.group_columns), part.send_rows
         inside = rows.size == 0 or (0 <= rows.min() and rows.max() < batch * n)
-        _require(
-            bool(inside), f"mask {i}: rank {r} sends rows that it does not hold", rows, f"0..{batch * n}"
-        )
+        _require(bool(inside), f"{at}: rank {r} sends rows that it does not hold", rows, f"0..{batch * n}")
         b, index = np.divmod(rows, max(1, n))
         out.append(b * stride + t.group_columns[index])
     ends = np.cumsum(sent, axis=1)
-    for r, t in enumerate(tables):
+    for r, part in enumerate(parts):
         sources = np.flatnonzero(got[r]).tolist()
-        parts = [out[source][ends[source, r] - sent[source, r] : ends[source, r]] for source in sources]
-        row, column = t.masks[i].remote.T
+        arriving = [out[source][ends[source, r] - sent[source, r] : ends[source, r]] for source in sources]
+        row, column = part.remote.T
         inside = bool(np.all((0 <= column) & (column < stride)))
-        _require(
-            inside, f"mask {i}: rank {r} receives rows that are none", column, f"columns 0..{stride - 1}"
-        )
+        _require(inside, f"{at}: rank {r} receives rows that are none", column, f"columns 0..{stride - 1}")
         wanted = row * stride + column
-        wrong = np.flatnonzero(np.concatenate([np.empty(0, np.int64), *parts]) != wanted)
+        wrong = np.flatnonzero(np.concatenate([np.empty(0, np.int64), *arriving]) != wanted)
         if len(wrong):
             k = int(np.searchsorted(np.cumsum(got[r, sources]), wrong[0], side="right"))
             first = int(np.sum(got[r, sources[:k]]))
             raise BrokenPlan(
-                f"mask {i}: rank {r} takes rows of rank {sources[k]} for others",
-                f"(row, column) {np.stack(np.divmod(parts[k][:3], stride), axis=1).tolist()}... sent",
-                f"{t.masks[i].remote[first : first + 3].tolist()}... as expected there",
+                f"{at}: rank {r} takes rows of rank {sources[k]} for others",
+                f"(row, column) {np.stack(np.divmod(arriving[k][:3], stride), axis=1).tolist()}... sent",
+                f"{part.remote[first : first + 3].tolist()}... as expected there",
             )
 
 
@@ -205,18 +212,25 @@ class _Expected:
         return np.where(self.unanswered[batch * s.stride + query], everything, count)
 
 
-def _check_slices(at: str, expected: _Expected, columns: Ints, received: Ints, slices: Ints) -> None:
+def _check_slices(
+    at: str, expected: _Expected, columns: Ints, exchanges: Sequence[Ints], slices: Ints
+) -> None:
+    """`exchanges`: the (b, column) that each one brings."""
     mask, n = expected.structure.mask, len(columns)
     real = slices[slices[:, 1] > slices[:, 0]]
     q0, q1, k0, k1, kind, low, high = real.T
-    rows, keys = mask.batch * n, mask.batch * n + len(received)
+    rows = mask.batch * n
+    received = np.concatenate([np.empty((0, 2), np.int64), *exchanges])
+    parts = rows + np.cumsum([0, *map(len, exchanges)])  # where each exchange's rows begin, and the end
+    keys = rows + len(received)
 
     def refuse(good: Bools, what: str, wanted: object) -> None:
         bad = np.flatnonzero(~good)
         if len(bad):
             raise BrokenPlan(f"{at}: {what}", real[bad[0]].tolist(), wanted)
 
-    good = (0 <= q0) & (q1 <= rows) & (0 <= k0) & (k0 < k1) & (k1 <= keys) & ((k1 <= rows) | (k0 >= rows))
+    good = (0 <= q0) & (q1 <= rows) & (0 <= k0) & (k0 < k1) & (k1 <= keys)
+    good &= np.searchsorted(parts, k0, side="right") == np.searchsorted(parts, k1 - 1, side="right")
     good &= np.isin(kind, (FULL, CAUSAL, BAND, MOD)) & ((kind != CAUSAL) | (q1 - q0 == k1 - k0))
     refuse(
         good, "a slice is out of bounds", f"queries below {rows}, keys below {rows} or from there to {keys}"

@@ -31,17 +31,47 @@ from hsap_compile.plan.transfers import Transfers, transfers
 
 
 @dataclass(frozen=True, eq=False)
-class MaskTables:
-    """What one rank does for one mask. All int64; what there is nothing of has 0 rows.
+class ReceiveLimit:
+    """How a compiled graph receives the rows of one attention: in ``stages`` exchanges, of which a batch that
+    needs more than two times ``rows`` fills as many as it takes to receive ``rows`` in each (and one more
+    from each other group, because what a group sends is divided evenly). Two are held at a time: one that
+    is attended to, one that travels."""
+
+    stages: int = 1
+    rows: int | None = None
+
+    def filled(self, rows: int) -> int:
+        """How many stages a batch fills whose busiest rank receives `rows`."""
+        if self.rows is None or rows <= 2 * self.rows:
+            return 1
+        return min(self.stages, -(-rows // self.rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Rows that one rank sends and receives at once.
 
     Attributes:
         send_rows: (Cs,) rows to send, in the group's row space, where (b, i-th shared column of the group) is
             row b * N + i. By destination rank, then by (b, column).
         splits: (2, P); [0, r] rows sent to rank r, [1, r] rows received from rank r.
         remote: (Cr, 2) (b, column) of each received row, by source rank, then by (b, column).
+    """
+
+    send_rows: Ints
+    splits: Ints
+    remote: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class MaskTables:
+    """What one rank does for one mask. All int64; what there is nothing of has 0 rows.
+
+    Attributes:
+        exchanges: one for each stage; the last ones may be empty on all ranks.
         slices: (M, 7) q_start, q_stop, k_start, k_stop, kind, lo, hi, sorted by q_start then k_start.
             Queries count rows of the group's row space; keys do too below B * N, and B * N + j is the j-th
-            received row. Query i may attend to key j, both counted from the start of the slice, by its kind:
+            received row, of all stages in turn; no slice has rows of two. Query i may attend to key j, both counted from the start of the slice, by its kind:
             FULL always; CAUSAL iff j <= i (such slices are square); BAND iff lo <= i - j <= hi, +-2**31 for
             an unbounded side; MOD iff the mask's formula says so. Each allowed pair is in exactly one slice.
             MOD occurs for residual and soft masks, and where labels or validity interleave so much that there
@@ -50,11 +80,19 @@ class MaskTables:
             b * n_a + i, queries and keys.
     """
 
-    send_rows: Ints
-    splits: Ints
-    remote: Ints
+    exchanges: tuple[Exchange, ...]
     slices: Ints
     alone_slices: Ints
+
+    @property
+    def splits(self) -> Ints:
+        """(2, P) rows sent to and received from each rank, in all stages."""
+        return np.sum([e.splits for e in self.exchanges], axis=0)
+
+    @property
+    def remote(self) -> Ints:
+        """(C, 2) (b, column) of each received row, in all stages."""
+        return np.concatenate([e.remote for e in self.exchanges])
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +126,7 @@ class MaskPlan:
     placement: Placement
     owned: Owned
     transfers: Transfers
+    limit: ReceiveLimit
 
     @cached_property
     def rows_sent(self) -> Ints:
@@ -120,6 +159,11 @@ class MaskPlan:
         """Rows that a receive buffer must hold on every rank."""
         return int(np.bincount(self.transfers.to, self.transfers.size, 1).max())
 
+    @cached_property
+    def _stages(self) -> list[Transfers]:
+        parts = self.transfers.parts(self.limit.filled(self.capacity))
+        return parts + [self.transfers.take(slice(0))] * (self.limit.stages - len(parts))
+
     def tables(self, rank: int) -> MaskTables:
         """This rank's part."""
         placement, batch = self.placement, self.structure.mask.batch
@@ -129,22 +173,24 @@ class MaskPlan:
         own = self.owned.of(group)
         rows = int(np.sum(own.stop - own.start))
 
-        send = _by_rank(self.transfers.sent_by(group), peers, by="to")
-        i = np.searchsorted(own.start, send.start, side="right") - 1
-        send_rows = expand(send.start + own.offset[i], send.stop + own.offset[i])
-
-        receive = _by_rank(self.transfers.sent_to(group), peers, by="source")
-        stride = self.structure.stride
-        remote = np.stack(np.divmod(expand(receive.start, receive.stop), stride), axis=1)
-
-        splits = np.zeros((2, mesh.size), np.int64)
-        np.add.at(splits[0], peers[send.to], send.size)
-        np.add.at(splits[1], peers[receive.source], receive.size)
-        found = slices(self.structure, Buffer(own.start, own.stop, own.offset), _buffer(receive, rows))
+        exchanges, received, base = [], [], rows
+        for stage in self._stages:
+            send = _by_rank(stage.sent_by(group), peers, by="to")
+            i = np.searchsorted(own.start, send.start, side="right") - 1
+            send_rows = expand(send.start + own.offset[i], send.stop + own.offset[i])
+            receive = _by_rank(stage.sent_to(group), peers, by="source")
+            remote = np.stack(np.divmod(expand(receive.start, receive.stop), self.structure.stride), axis=1)
+            splits = np.zeros((2, mesh.size), np.int64)
+            np.add.at(splits[0], peers[send.to], send.size)
+            np.add.at(splits[1], peers[receive.source], receive.size)
+            exchanges.append(Exchange(send_rows, splits, remote))
+            received.append(_buffer(receive, base))
+            base += len(remote)
+        found = slices(self.structure, Buffer(own.start, own.stop, own.offset), _together(received))
         alone = owned_alone(placement, rank, batch)
         nothing = Buffer(*[np.empty(0, np.int64)] * 3)
         apart = slices(self.structure, Buffer(alone.start, alone.stop, alone.offset), nothing)
-        return MaskTables(send_rows, splits, remote, found, apart)
+        return MaskTables(tuple(exchanges), found, apart)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +262,7 @@ class Plan:
             said = (mask.batch, mask.tokens, mask.lo, mask.hi, mask.residual, mask.soft)
             result = zlib.crc32(repr(said).encode(), result)
             arrays += [x for r in runs for x in (r.row, r.start, r.stop, r.label)]
-            arrays += [t.to, t.source, t.start, t.stop]
+            arrays += [t.to, t.source, t.start, t.stop, np.array([m.limit.filled(m.capacity)])]
         for array in arrays:
             result = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(b",", result))
         return result
@@ -241,7 +287,13 @@ class Plan:
         return np.cumsum(order, out=order)
 
 
-def make(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced", cost: CostModel = H100) -> Plan:
+def make(
+    masks: Sequence[Attended],
+    mesh: MeshShape,
+    kind: Kind = "balanced",
+    cost: CostModel = H100,
+    limit: ReceiveLimit = ReceiveLimit(),
+) -> Plan:
     """Plan one batch whose attentions have these masks; `cost` decides what to trade for what.
 
     Raises:
@@ -250,7 +302,7 @@ def make(masks: Sequence[Attended], mesh: MeshShape, kind: Kind = "balanced", co
     structures = [structure(m) for m in masks]
     placement = place_structures(structures, mesh, kind, cost)
     own = owned(placement, structures[0].mask.batch)
-    return Plan(placement, tuple(MaskPlan(s, placement, own, transfers(s, own)) for s in structures))
+    return Plan(placement, tuple(MaskPlan(s, placement, own, transfers(s, own), limit) for s in structures))
 
 
 def _by_rank(t: Transfers, peers: Ints, by: str) -> Transfers:
@@ -268,6 +320,14 @@ def _buffer(received: Transfers, base: int) -> Buffer:
     opens[1:] = start[1:] != stop[:-1]
     closes = np.append(opens[1:], True)[: len(start)]
     start, stop, offset = start[opens], stop[closes], offset[opens]
+    order = np.argsort(start)
+    return Buffer(start[order], stop[order], offset[order])
+
+
+def _together(buffers: Sequence[Buffer]) -> Buffer:
+    start, stop, offset = (
+        np.concatenate([getattr(b, name) for b in buffers]) for name in ("start", "stop", "offset")
+    )
     order = np.argsort(start)
     return Buffer(start[order], stop[order], offset[order])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsap_compile.plan.attended import Ints, Structure, overlaps, unanswered, union
+from hsap_compile.plan.attended import Bools, Ints, Structure, overlaps, unanswered, union
 from hsap_compile.plan.placement import Owned
 
 
@@ -35,14 +35,32 @@ class Transfers:
 
     def sent_by(self, source: int) -> Transfers:
         """What a group sends, by `to`."""
-        return self._take(np.flatnonzero(self.source == source))
+        return self.take(np.flatnonzero(self.source == source))
 
     def sent_to(self, to: int) -> Transfers:
         """What a group receives, by `source`."""
         first, stop = np.searchsorted(self.to, (to, to + 1))
-        return self._take(slice(first, stop))
+        return self.take(slice(first, stop))
 
-    def _take(self, i: Ints | slice) -> Transfers:
+    def parts(self, stages: int) -> list[Transfers]:
+        """What is sent in each of so many stages: of what one group sends to another, about as many rows in
+        each, in order."""
+        if stages == 1:
+            return [self]
+        pair = self.to * (int(self.source.max(initial=0)) + 1) + self.source
+        opens = np.diff(pair, prepend=-1) != 0
+        which, before = np.cumsum(opens) - 1, np.cumsum(self.size) - self.size
+        at = before - before[opens][which]  # of a pair's rows, those in front of each interval
+        rows = np.bincount(which, self.size).astype(np.int64)[which]
+        found = []
+        for stage in range(stages):
+            first, last = (np.clip(rows * s // stages - at, 0, self.size) for s in (stage, stage + 1))
+            cut = Transfers(self.to, self.source, self.start + first, self.start + last)
+            found.append(cut.take(first < last))
+        return found
+
+    def take(self, i: Ints | Bools | slice) -> Transfers:
+        """Some of the intervals."""
         return Transfers(self.to[i], self.source[i], self.start[i], self.stop[i])
 
 
