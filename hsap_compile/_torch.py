@@ -121,6 +121,12 @@ def hint_of(size: Any) -> int:
     return int(size.node.shape_env.bound_sympy(expr_of(size)).upper if known is None else known)
 
 
+def guard_at_most(size: Any, most: int) -> None:
+    """What is compiled is for a ``size`` of up to ``most``: dynamo compiles again for a larger one."""
+    if isinstance(size, torch.SymInt) and size.node.hint is not None:
+        assert bool(size <= most), f"{size} is guarded at {most}"
+
+
 @contextmanager
 def _tracing(mode: FakeTensorMode) -> Iterator[None]:
     before = mode.allow_non_fake_inputs

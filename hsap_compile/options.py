@@ -18,7 +18,6 @@ _CHOICES = {
     "lower": ("inductor", "aot_eager", "eager"),
     "attention": ("auto", "flex", "slices"),
     "check": ("batch", "always", "first"),
-    "received": ("save", "again"),
 }
 
 
@@ -44,7 +43,10 @@ class Options:
         first one floating inputs and parameters too; "always" all of it at every call; "first" nothing
         after the first call.
     received: key/value rows of other groups are kept for the backward ("save"), or received once more in it
-        ("again"): less memory, half as much again is sent between groups.  ``explain`` says both costs.
+        ("again"): less memory, half as much again is sent between groups.  ``explain`` says both costs.  A
+        number is "again" and the bytes of one attention's received rows that a rank holds at a time: what
+        does not fit arrives in stages, of which one travels while the one before is attended to; their
+        gradients take as much again.
     memory_budget: above 0 and up to 1, the share of the other activations that is kept for the backward; what
         is cheapest is computed again, attentions and exchanges never.  Default: torch's own setting of its
         activation memory budget, which is 1.
@@ -62,7 +64,7 @@ class Options:
     attention: str = "auto"
     check: str = "batch"
     kernel_options: Mapping[str, Any] = field(default_factory=dict)
-    received: str = "save"
+    received: str | int = "save"
     memory_budget: float | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     on_step: Callable[[Any], None] | None = None
@@ -96,6 +98,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     _check_type(given, "inductor", Mapping)
     _check_type(given, "kernel_options", Mapping)
     _check_type(given, "on_step", Callable)
+    _check_received(given.get("received", "save"))
     _check_budget(given.get("memory_budget"))
     if given.get("intra") is not None and given.get("mesh") is not None:
         raise Refused(
@@ -117,6 +120,17 @@ def _check_type(given: Mapping[str, Any], key: str, kind: Any) -> None:
             wanted=f"a {kind.__name__}",
             do="pass one",
         )
+
+
+def _check_received(value: Any) -> None:
+    if value in ("save", "again") or (type(value) is int and value > 0):
+        return
+    raise Refused(
+        'option "received" has a value that does not exist',
+        got=repr(value),
+        wanted="'save', 'again', or a number of bytes",
+        do="choose one of these",
+    )
 
 
 def _check_budget(share: Any) -> None:

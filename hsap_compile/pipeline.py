@@ -136,6 +136,8 @@ def rewrite(
         tokens,
         kernel=_kernel(options, device),
         kernel_options=options.kernel_options,
+        length=_size(graph, length),
+        most=options.received if isinstance(options.received, int) else None,
     )
     log.info(
         "partition_attention: %d attentions over %d x %d ranks",
@@ -144,7 +146,7 @@ def rewrite(
         mesh.intra,
     )
     _done("partition_attention", graph)
-    again = options.received == "again"
+    again = options.received != "save"
     log.info("choose_saved: %d exchanges are repeated in the backward", choose_saved(graph, again=again))
 
     leaves = [leaf for mask in partitioned.masks for leaf in mask.read]
@@ -159,6 +161,7 @@ def rewrite(
         placement=options.placement,
         batch=partitioned.batch,
         traffic=partitioned.traffic,
+        limit=partitioned.limit,
         again=again,
         on_step=options.on_step,
         tokens=length,
@@ -237,6 +240,14 @@ def _token_input(graph: GraphModule, symbol: sympy.Symbol | None, inputs: int) -
                 if expr_of(size) == symbol:
                     return i, dim
     raise _no_tokens()
+
+
+def _size(graph: GraphModule, tokens: tuple[int, int] | int) -> Any:
+    """S, where ``tokens`` says."""
+    if isinstance(tokens, int):
+        return tokens
+    position, dim = tokens
+    return placeholders(graph)[position].meta["val"].shape[dim]
 
 
 def _static_length(attentions: Sequence[Attention]) -> int:

@@ -24,7 +24,7 @@ from hsap_compile.mesh import world
 from hsap_compile.passes._tables import ON_HOST
 from hsap_compile.passes.partition_attention import PlannedMask, Traffic
 from hsap_compile.passes.shard_tokens import Fallback
-from hsap_compile.plan import Attended, MeshShape, Plan, make
+from hsap_compile.plan import Attended, MeshShape, Plan, ReceiveLimit, make
 from hsap_compile.plan.shifts import Shift, shift_tables
 
 _PLANS_KEPT = 64
@@ -73,7 +73,7 @@ class Program:
     ``writes`` the inputs that the last outputs are written into; ``signature`` is the same wherever the
     graph is, and ``check`` what ranks compare (see ``Options``); ``fallbacks`` are the operators on gathered
     tokens; ``random``: whether the graph draws random numbers; ``again``: whether rows are received again in
-    the backward.
+    the backward; ``limit``: in how many stages, and when.
     """
 
     function: Callable[..., Any]
@@ -95,6 +95,7 @@ class Program:
     fallbacks: tuple[Fallback, ...] = ()
     random: bool = False
     again: bool = False
+    limit: ReceiveLimit = ReceiveLimit()
 
     def length(self, args: Sequence[Any]) -> int:
         """S of a call."""
@@ -111,7 +112,7 @@ class Program:
     def plan(self, leaves: Sequence[torch.Tensor], tokens: int) -> Plan:
         """The plan of a call from what ``read`` and ``length`` say of it."""
         masks = _masks(self, leaves, tokens) or (_nothing(self.batch, tokens),)
-        return make(masks, self.mesh, self.placement)
+        return make(masks, self.mesh, self.placement, limit=self.limit)
 
     def report(self, plan: Plan) -> StepReport:
         """What a step under ``plan`` sends."""
@@ -255,8 +256,11 @@ def _tensors(plan: Plan, rank: int, keys: Sequence[Any] | None = None) -> dict[A
         "position": np.array([mesh.group_of(rank)[1]]),
     }
     for index, mask in enumerate(tables.masks):
-        for name in ("send_rows", "splits", "remote", "slices", "alone_slices"):
+        for name in ("slices", "alone_slices"):
             result[index, name] = getattr(mask, name)
+        for stage, exchanged in enumerate(mask.exchanges):
+            for name, table in vars(exchanged).items():
+                result[index, name, stage] = table
     flex = {key[0] for key in keys or () if isinstance(key, tuple) and key[1] in FLEX_TABLES}
     for index in sorted(flex):
         made = rank_tables(tables, index, plan.masks[index].structure.mask.batch)

@@ -66,7 +66,7 @@ def _states_meet(module: GraphModule, after: str) -> None:
 
 
 def _exchanges_match(module: GraphModule, after: str) -> None:
-    """Where rows go and how many arrive belong together: to one mask, or to one shift."""
+    """Where rows go and how many arrive belong together: to one mask and stage, or to one shift."""
     for node in module.graph.nodes:
         if node.target is not exchange.ALL_TO_ALL:
             continue
@@ -75,7 +75,7 @@ def _exchanges_match(module: GraphModule, after: str) -> None:
         if key == "head_splits":
             continue
         counted = positional(rows)[0].meta.get("table") if isinstance(rows, Node) else None
-        if key is None or counted is None or counted[0] != key[0]:
+        if key is None or counted is None or (counted[0], *counted[2:]) != (key[0], *key[2:]):
             raise BrokenGraph(
                 f"after {after}: {node.format_node()} sends by the table {key} and receives as many rows as "
                 f"the table {counted} has"

@@ -13,17 +13,18 @@ split           first and other tokens       join
 join            both together again          split
 pool            own, received, constant row  unpool
 pack            rows that others need        unpack
+together        rows of several exchanges    apart
 ==============  ===========================  ==============================
 
 A *whole* tensor is the same on every rank, and so is its gradient; the gradients of ``share`` are parts
 of a sum that is taken outside of the graph.  Host tables (int64, CPU) say who
 gets what, so that nothing is compiled anew when documents change.
 
-split, join, pool and pack stay on the rank.  They are operators because they copy.  A view of an unknown
-number of rows, saved for the backward, has strides that Inductor does not promise to keep.  Where Inductor
-(2.13) builds the operands of a ``cat`` inside of its result, it may write over one in place, save that for
-the backward, and give the memory of the whole to another value.  And it fuses what reads one table, so that
-the rows of all layers would be packed, and held, at once.
+split, join, pool, pack and together stay on the rank.  They are operators because they copy.  A view of an
+unknown number of rows, saved for the backward, has strides that Inductor does not promise to keep.  Where
+Inductor (2.13) builds the operands of a ``cat`` inside of its result, it may write over one in place, save
+that for the backward, and give the memory of the whole to another value.  And it fuses what reads one table,
+so that the rows of all layers would be packed, and held, at once.
 """
 
 from __future__ import annotations
@@ -325,8 +326,9 @@ POOL = _define(
 )
 
 
-def _pack(k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` (R) of ``k`` (n, H, D) and ``v`` (n, H, Dv) side by side: (R, H * D + H * Dv)."""
+def _pack(k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
+    """``rows`` (R) of ``k`` (n, H, D) and ``v`` (n, H, Dv) side by side: (R, H * D + H * Dv).  It is not done
+    before ``after`` has been computed, whose elements it does not read."""
     flat = k.flatten(1), v.flatten(1)
     made = k.new_empty((rows.shape[0], flat[0].shape[1] + flat[1].shape[1]))
     for x, part in zip(flat, made.split([x.shape[1] for x in flat], 1), strict=True):
@@ -334,41 +336,85 @@ def _pack(k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def _pack_fake(k: Any, v: Any, rows: Any) -> Any:
+def _pack_fake(k: Any, v: Any, rows: Any, after: Any) -> Any:
     return k.new_empty((rows.shape[0], k.shape[1] * k.shape[2] + v.shape[1] * v.shape[2]))
 
 
 def _pack_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    k, v, rows = inputs
+    k, v, rows, _ = inputs
     ctx.n, ctx.heads, ctx.widths = k.shape[0], k.shape[1], [k.shape[2], v.shape[2]]
     ctx.save_for_backward(rows)
 
 
 def _pack_backward(ctx: Any, grad: torch.Tensor) -> Any:
     (rows,) = ctx.saved_tensors
-    return *UNPACK(grad, rows, ctx.n, ctx.heads, ctx.widths), None
+    return *UNPACK(grad, rows, ctx.n, ctx.heads, ctx.widths, None, None), None, None
 
 
 def _unpack(
-    x: torch.Tensor, rows: torch.Tensor, n: int, heads: int, widths: list[int]
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    n: int,
+    heads: int,
+    widths: list[int],
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The transpose of pack: what several ranks send back for a row is added up."""
-    parts = x.split([heads * width for width in widths], 1)
-    k, v = (part.new_zeros((n, part.shape[1])).index_add_(0, rows, part) for part in parts)
-    return k.unflatten(1, (heads, widths[0])), v.unflatten(1, (heads, widths[1]))
+    """The transpose of pack, added to ``k`` and ``v``: what several ranks send back for a row is added up."""
+    found = []
+    for part, width, base in zip(x.split([heads * w for w in widths], 1), widths, (k, v), strict=True):
+        total = part.new_zeros((n, part.shape[1])) if base is None else _copy(base).flatten(1)
+        found.append(total.index_add_(0, rows, part).unflatten(1, (heads, width)))
+    return found[0], found[1]
 
 
-def _unpack_fake(x: Any, rows: Any, n: Any, heads: int, widths: list[int]) -> Any:
+def _unpack_fake(x: Any, rows: Any, n: Any, heads: int, widths: list[int], k: Any, v: Any) -> Any:
     return x.new_empty((n, heads, widths[0])), x.new_empty((n, heads, widths[1]))
 
 
 UNPACK = _define(
-    "unpack(Tensor x, Tensor rows, SymInt n, int heads, int[] widths) -> (Tensor, Tensor)",
+    "unpack(Tensor x, Tensor rows, SymInt n, int heads, int[] widths, Tensor? k, Tensor? v)"
+    " -> (Tensor, Tensor)",
     _unpack,
     _unpack_fake,
 )
 PACK = _define(
-    "pack(Tensor k, Tensor v, Tensor rows) -> Tensor", _pack, _pack_fake, _pack_backward, _pack_setup
+    "pack(Tensor k, Tensor v, Tensor rows, Tensor? after) -> Tensor",
+    _pack,
+    _pack_fake,
+    _pack_backward,
+    _pack_setup,
+)
+
+
+def _together(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The rows of all ``parts``, in turn."""
+    return torch.cat(parts)
+
+
+def _together_fake(parts: Any) -> Any:
+    return parts[0].new_empty((sum(p.shape[0] for p in parts), *parts[0].shape[1:]))
+
+
+def _together_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.sizes = [p.shape[0] for p in inputs[0]]
+
+
+def _together_backward(ctx: Any, grad: torch.Tensor) -> Any:
+    return APART(grad, ctx.sizes)
+
+
+def _apart(x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    return [_copy(part) for part in x.split(sizes)]
+
+
+APART = _define(
+    "apart(Tensor x, SymInt[] sizes) -> Tensor[]",
+    _apart,
+    lambda x, sizes: [x.new_empty((size, *x.shape[1:])) for size in sizes],
+)
+TOGETHER = _define(
+    "together(Tensor[] parts) -> Tensor", _together, _together_fake, _together_backward, _together_setup
 )
 
 

@@ -276,3 +276,28 @@ def _stretches(gaps: Sequence[Sequence[int]], joins: Sequence[bool], count: int)
             last += 1
         yield i, last - i + 1
         i = last + 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Some of the slices
+# ---------------------------------------------------------------------------------------------------
+
+torch.library.define("hsap::slices_of", "(Tensor slices, SymInt start, SymInt stop, SymInt shift) -> Tensor")
+
+
+@torch.library.impl("hsap::slices_of", "cpu")
+def _slices_of(slices: Tensor, start: int, stop: int, shift: int) -> Tensor:
+    """Of ``slices`` (M, 7), those whose keys are rows from ``start`` up to ``stop``, counted from ``shift``
+    on; the others are made empty, so that M stays."""
+    chosen = (slices[:, 2:3] >= start) & (slices[:, 2:3] < stop)
+    moved = slices.clone()
+    moved[:, 2:4] -= shift
+    return torch.where(chosen, moved, 0)
+
+
+@torch.library.register_fake("hsap::slices_of")
+def _slices_of_fake(slices: Tensor, start: int, stop: int, shift: int) -> Tensor:
+    return torch.empty_like(slices)
+
+
+OF_KEYS = torch.ops.hsap.slices_of.default

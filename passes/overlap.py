@@ -19,13 +19,11 @@ after:  f(p)
 It runs inside Inductor on the forward's and on the backward's graph, after differentiation, so that nothing
 here needs a gradient.  How far starts and waits move apart is decided when Inductor has put everything
 into an order (``start_early``).
-An attention whose masked logits are finite keeps one operator (the softmax of a row that sees nothing does
-not fit the one number l, see formula_blocks.forward), and so does one with a sink, which counts once.
+passes/_parts.py says how an attention is written in parts.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from pathlib import Path
 from typing import Any
@@ -37,11 +35,11 @@ from hsap_compile._torch import (
     CustomGraphPass,
     contains_collective,
     contains_wait,
-    fake_mode_of,
     get_hash_for_files,
 )
-from hsap_compile.graph import Builder, ancestors
-from hsap_compile.kernels import attention, exchange, formula_blocks
+from hsap_compile.graph import ancestors
+from hsap_compile.kernels import attention, exchange
+from hsap_compile.passes._parts import backward_in_parts, builder_at, forward_in_parts
 
 aten = torch.ops.aten
 
@@ -76,9 +74,9 @@ def overlap(graph: Graph) -> None:
         _sum_together(graph, bucket)
     for node in list(graph.nodes):
         if node.target is attention.OP:
-            _split_forward(graph, node)
+            forward_in_parts(graph, node)
         elif node.target is attention.BACKWARD:
-            _split_backward(graph, node)
+            backward_in_parts(graph, node)
         elif node.target is exchange.ALL_TO_ALL:
             _start_and_wait(graph, node, exchange.ALL_TO_ALL_START, *node.args)
         elif node.target is exchange.SUM_RANKS:
@@ -93,7 +91,7 @@ def overlap(graph: Graph) -> None:
 
 def _start_and_wait(graph: Graph, node: Node, start: Any, *args: Any) -> None:
     with graph.inserting_before(node):
-        build = _builder(graph, node)
+        build = builder_at(graph, node)
         done = build(exchange.WAIT, build(start, *args))
     node.replace_all_uses_with(done)
     graph.erase_node(node)
@@ -198,7 +196,7 @@ def _sum_together(graph: Graph, bucket: list[Node]) -> None:
         return
     values = [n.meta["val"] for n in bucket]
     with graph.inserting_before(bucket[-1].next):
-        build = _builder(graph, bucket[-1])
+        build = builder_at(graph, bucket[-1])
         flat = [build(aten.reshape.default, n.args[0], [-1]) for n in bucket]
         total = build(exchange.SUM_RANKS, build(aten.cat.default, flat), bucket[0].args[1])
         parts = build(aten.split_with_sizes.default, total, [v.numel() for v in values])
@@ -207,78 +205,3 @@ def _sum_together(graph: Graph, bucket: list[Node]) -> None:
             node.replace_all_uses_with(build(aten.reshape.default, part, list(value.shape)))
     for node in bucket:
         graph.erase_node(node)
-
-
-def _builder(graph: Graph, node: Node) -> Builder:
-    values = [n.meta["val"] for n in node.all_input_nodes]
-    return Builder(graph, fake_mode_of(values), node)
-
-
-def _slices(build: Builder, slices: Node, q: Node, received: bool) -> Node:
-    """The slices whose keys are received rows, or the others; the rest is made empty."""
-    first = build(aten.slice.Tensor, slices, 1, 2, 3)
-    own = build(aten.lt.Scalar, first, build.size(q, 0))
-    chosen = build(aten.logical_not.default, own) if received else own
-    return build(aten.where.ScalarOther, chosen, slices, 0)
-
-
-def _splits(args: tuple[Any, ...], received: int) -> bool:
-    """Whether rows are received (argument ``received``), and a softmax is the sum of its parts."""
-    logits = args[received + 7]
-    if args[received] is None or not logits:
-        return args[received] is not None
-    parts = formula_blocks.read(logits)
-    return parts.sink is None and not parts.soft
-
-
-def _split_forward(graph: Graph, node: Node) -> None:
-    args: Any = node.args
-    if not _splits(args, 3):
-        return
-    q, k, v, k_remote, v_remote, slices, *rest = args
-    with graph.inserting_before(node):
-        build = _builder(graph, node)
-        mine = build(attention.OP, q, k, v, None, None, _slices(build, slices, q, False), *rest)
-        theirs = build(attention.OP, q, k, v, k_remote, v_remote, _slices(build, slices, q, True), *rest)
-        (out1, lse1), (out2, lse2) = ([build(operator.getitem, x, i) for i in (0, 1)] for x in (mine, theirs))
-        peak = build(aten.maximum.default, lse1, lse2)
-        peak = build(aten.where.ScalarOther, build(aten.gt.Scalar, peak, -math.inf), peak, 0.0)
-        masses = [build(aten.exp.default, build(aten.sub.Tensor, x, peak)) for x in (lse1, lse2)]
-        mass = build(aten.add.Tensor, *masses)
-        lse = build(aten.add.Tensor, build(aten.log.default, mass), peak)
-        some = build(aten.where.ScalarOther, build(aten.gt.Scalar, mass, 0.0), mass, 1.0)
-        parts = []
-        for out, part in ((out1, masses[0]), (out2, masses[1])):
-            weight = build(aten.unsqueeze.default, build(aten.div.Tensor, part, some), 2)
-            parts.append(build(aten.mul.Tensor, out, weight))
-        merged = build(aten.add.Tensor, *parts)
-        if merged.meta["val"].dtype != out1.meta["val"].dtype:
-            merged = build(aten.to.dtype, merged, out1.meta["val"].dtype)
-    _replace(graph, node, [merged, lse])
-
-
-def _split_backward(graph: Graph, node: Node) -> None:
-    args: Any = node.args
-    wanted = args[-1]
-    if not _splits(args, 4) or wanted:
-        return
-    grad, q, k, v, k_remote, v_remote, slices, *rest = args
-    with graph.inserting_before(node):
-        build = _builder(graph, node)
-        calls = []
-        for received in (True, False):
-            chosen = _slices(build, slices, q, received)
-            far = (k_remote, v_remote) if received else (None, None)
-            calls.append(build(attention.BACKWARD, grad, q, k, v, *far, chosen, *rest))
-        theirs, mine = ([build(operator.getitem, x, i) for i in range(5)] for x in calls)
-        d_q = build(aten.add.Tensor, mine[0], theirs[0])
-    _replace(graph, node, [d_q, *mine[1:3], *theirs[3:5], None])  # of leaves, none is wanted
-
-
-def _replace(graph: Graph, node: Node, parts: list[Node | None]) -> None:
-    for user in list(node.users):
-        part = parts[user.args[1]]  # type: ignore[index]
-        assert part is not None
-        user.replace_all_uses_with(part)
-        graph.erase_node(user)
-    graph.erase_node(node)

@@ -4,7 +4,7 @@ before: o = attention(q, k, v)                             (B, H, n, D): this ra
 after:  a, s = tokens of documents that this rank has whole, and the others
         o_a = attend(q[a], k[a], v[a], slices of a)        all heads, nothing is sent
         q, k, v = all_to_all(heads of q, k, v [s])         (B * N, H / g, D): the group's s, own heads
-        k', v' = all_to_all(k, v [rows other groups need]) (C, Hkv / g, D)
+        k', v' = all_to_all(k, v [rows other groups need]) (C, Hkv / g, D), in one or more stages
         o_s = attend(q, k, v, k', v', slices)
         o = cat(o_a, all_to_all(o_s) back)                 (B, H, n, D)
 
@@ -26,7 +26,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
-from hsap_compile._torch import expr_of
+from hsap_compile._torch import expr_of, guard_at_most, hint_of
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, ancestors, remove_dead
 from hsap_compile.kernels import attention, dense, exchange
@@ -35,9 +35,11 @@ from hsap_compile.kernels.flex import FlexAttention, Keys
 from hsap_compile.masks import Mask
 from hsap_compile.passes._random import is_random
 from hsap_compile.passes._tables import Tables
-from hsap_compile.plan import MeshShape
+from hsap_compile.plan import MeshShape, ReceiveLimit
 
 aten = torch.ops.aten
+
+_MOST_STAGES = 64
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Partitioned:
-    """``masks`` in table order; ``batch`` is B; ``traffic`` and ``sites`` have one entry an attention."""
+    """``masks`` in table order; ``batch`` is B; ``traffic`` and ``sites`` have one entry an attention;
+    ``limit``: of the rows that one of them receives."""
 
     masks: tuple[PlannedMask, ...]
     batch: int
     traffic: tuple[Traffic, ...]
     sites: tuple[Site, ...]
+    limit: ReceiveLimit
 
 
 def partition_attention(
@@ -109,12 +113,15 @@ def partition_attention(
     *,
     kernel: str = "slices",
     kernel_options: Mapping[str, Any] | None = None,
+    length: Any = 0,
+    most: int | None = None,
 ) -> Partitioned:
     """Rewrite every canonical attention of ``module`` (in place) for one rank of ``mesh``.
 
     ``tokens``: how many tokens this rank holds of a row.  An attention over anything else (whole tokens,
     other sequences) stays the dense operator.  ``kernel``: "slices" writes ``hsap::attend``, "flex" flex
-    attention with ``kernel_options``.
+    attention with ``kernel_options``.  ``most``: bytes of received rows that an attention may hold at a time;
+    ``length`` is then S, and a longer row than the stages are made for compiles again.
     """
     sites = [n for n in module.graph.nodes if n.target is dense.OP and _over(n, tokens)]
     device = sites[0].meta["val"].device if sites else torch.device("cpu")
@@ -125,6 +132,7 @@ def partition_attention(
     traffic: list[Traffic] = []
     found: list[Site] = []
     batch = 1
+    limit = _receive_limit(sites, mesh, length, most)
     for site in sites:
         mask: Mask = site.meta["mask"]
         operands: Any = site.args
@@ -139,14 +147,14 @@ def partition_attention(
             index = keys.index(key)
             if kernel == "flex" and index not in writers:
                 writers[index] = _writer(tables, index, mask, leaves, kernel_options or {})
-            attention_site = _Site(build, tables, mesh, group, site, index, writers.get(index))
+            attention_site = _Site(build, tables, mesh, group, site, index, writers.get(index), limit.stages)
             result = attention_site.rewritten()
         traffic.append(attention_site.traffic())
         found.append(Site.of(site))
         site.replace_all_uses_with(result)
         module.graph.erase_node(site)
     remove_dead(module)
-    return Partitioned(tuple(planned), batch, tuple(traffic), tuple(found))
+    return Partitioned(tuple(planned), batch, tuple(traffic), tuple(found), limit)
 
 
 def _writer(
@@ -158,10 +166,63 @@ def _writer(
     return FlexAttention(table, mask, leaves, options)
 
 
+def _receive_limit(sites: Sequence[Node], mesh: MeshShape, length: Any, most: int | None) -> ReceiveLimit:
+    """So many stages that the rows of all other groups fit, whatever the documents."""
+    if most is None or not sites or mesh.inter == 1:
+        return ReceiveLimit()
+    batch = int(_operands(sites[0])[0].meta["val"].shape[0])
+    row = max(_row_bytes(site, mesh) for site in sites)
+    rows = most // (2 * row)  # of a stage: one is attended to while the next one travels
+    if rows < 1:
+        raise Refused(
+            'option "received" has no room for two rows',
+            got=f"{most} bytes, and a key and a value of {row} bytes",
+            wanted=f"{2 * row} bytes or more, for one row that is attended to and one that travels",
+            do="pass more bytes: a few MiB at least, so that stages are not too many",
+            at=where(sites[0]),
+        )
+
+    def longest(stages: int) -> int:
+        """The S of which every rank has all rows of other groups in so many stages."""
+        fits = rows * max(2, stages) // batch - mesh.intra  # a group has a column less than its part at most
+        return fits * mesh.inter // (mesh.inter - 1)
+
+    stages = 1
+    while hint_of(length) > longest(stages):
+        stages *= 2
+    if stages > _MOST_STAGES:
+        raise Refused(
+            'option "received" asks for too many stages',
+            got=f"{stages} stages, of {rows} rows of {row} bytes each, for {hint_of(length)} tokens a row",
+            wanted=f"at most {_MOST_STAGES}: each is an exchange and a call of the kernel in every attention",
+            do=f"pass {most * -(-stages // _MOST_STAGES)} bytes or more",
+            at=where(sites[0]),
+        )
+    guard_at_most(length, longest(stages))
+    return ReceiveLimit(stages, rows)
+
+
 def _over(site: Node, tokens: sympy.Expr) -> bool:
     """Whether queries and keys are this rank's tokens."""
-    operands: Any = site.args
-    return all(expr_of(x.meta["val"].shape[2]) == tokens for x in operands[:2])
+    return all(expr_of(x.meta["val"].shape[2]) == tokens for x in _operands(site)[:2])
+
+
+def _operands(site: Node) -> Any:
+    return site.args
+
+
+def _repeats(site: Node, intra: int) -> int:
+    """How often each key/value head is repeated so that a group's ranks get whole heads."""
+    heads, kv_heads = (int(x.meta["val"].shape[1]) for x in _operands(site)[:2])
+    per_head = heads // kv_heads
+    return next(r for r in range(1, per_head + 1) if per_head % r == 0 and (kv_heads * r) % intra == 0)
+
+
+def _row_bytes(site: Node, mesh: MeshShape) -> int:
+    """Of the keys and values of a row, of the heads that one rank has."""
+    k, v = (x.meta["val"] for x in _operands(site)[1:3])
+    heads = int(k.shape[1]) * _repeats(site, mesh.intra) // mesh.intra
+    return heads * int(k.shape[3] + v.shape[3]) * int(k.dtype.itemsize)
 
 
 def _planned(mask: Mask, leaves: tuple[Node, ...]) -> PlannedMask:
@@ -191,9 +252,10 @@ class _Site:
         site: Node,
         index: int,
         flex: FlexAttention | None,
+        stages: int,
     ) -> None:
         self.build, self.tables, self.mesh, self.group, self.flex = build, tables, mesh, group, flex
-        self.site, self.index = site, index
+        self.site, self.index, self.stages = site, index, range(stages)
         operands: Any = site.args
         self.q, self.k, self.v, self.leaves, _, self.scale = operands
         self.batch, self.heads = (int(s) for s in self.q.meta["val"].shape[:2])
@@ -243,9 +305,8 @@ class _Site:
 
     def traffic(self) -> Traffic:
         g, size = self.mesh.intra, self.q.meta["val"].dtype.itemsize
-        heads, kv_heads = self.heads // g, self.kv_heads * self._repeats() // g
-        of_q, of_k, of_v = self.widths
-        kv = kv_heads * (of_k + of_v) * size
+        heads, kv = self.heads // g, _row_bytes(self.site, self.mesh)
+        of_q, _, of_v = self.widths
         heads_in = self.batch * (heads * of_q * size + kv)
         return Traffic(self.index, kv, heads_in, self.batch * heads * of_v * size)
 
@@ -271,19 +332,10 @@ class _Site:
     def _head_splits(self) -> Node:
         return self.tables("head_splits", torch.zeros(2, self.mesh.size, dtype=torch.int64), ())
 
-    def _repeats(self) -> int:
-        """How often each key/value head is repeated so that a group's ranks get whole heads."""
-        per_head = self.heads // self.kv_heads
-        return next(
-            r
-            for r in range(1, per_head + 1)
-            if per_head % r == 0 and (self.kv_heads * r) % self.mesh.intra == 0
-        )
-
     def _heads_in(self, operands: list[Node], n: Any, rows: Any) -> list[Node]:
         """(B * n, H, D) of this rank's tokens -> (B * rows, H / g, D) of the group's."""
         build, g = self.build, self.mesh.intra
-        repeats = self._repeats()
+        repeats = _repeats(self.site, g)
         packed, widths, heads = [], [], []
         for x, repeat in zip(operands, (1, repeats, repeats), strict=True):
             count, width = (int(s) for s in x.meta["val"].shape[1:])
@@ -322,23 +374,34 @@ class _Site:
         return build(aten.reshape.default, back, [-1, self.heads, width])
 
     def _needed_rows(self, k: Node, v: Node) -> tuple[Node, Node]:
+        """The keys and values that come from other groups."""
+        received = [self._exchanged(k, v, stage) for stage in self.stages]
+        k_remote, v_remote = (self._together([pair[i] for pair in received]) for i in (0, 1))
+        return k_remote, v_remote
+
+    def _exchanged(self, k: Node, v: Node, stage: int) -> list[Node]:
         build = self.build
         count = int(k.meta["val"].shape[1])
         widths = [count * self.widths[1], count * self.widths[2]]
-        send = self.tables((self.index, "send_rows"), torch.zeros(7, dtype=torch.int64), (0,))
-        splits = self.tables((self.index, "splits"), torch.zeros(2, self.mesh.size, dtype=torch.int64), ())
-        sent = build(exchange.PACK, k, v, send)
-        arriving = build.size(self._remote(), 0)
-        got = build(exchange.ALL_TO_ALL, sent, splits, arriving, False, self.group)
+        rows, splits = torch.zeros(7, dtype=torch.int64), torch.zeros(2, self.mesh.size, dtype=torch.int64)
+        sent = build(exchange.PACK, k, v, self.tables((self.index, "send_rows", stage), rows, (0,)), None)
+        splits_table = self.tables((self.index, "splits", stage), splits, ())
+        arriving = build.size(self._arriving(stage), 0)
+        got = build(exchange.ALL_TO_ALL, sent, splits_table, arriving, False, self.group)
         parts = build(aten.split_with_sizes.default, got, widths, 1)
-        k_remote, v_remote = (
+        return [
             build(aten.reshape.default, build(operator.getitem, parts, i), [-1, count, self.widths[1 + i]])
             for i in range(2)
-        )
-        return k_remote, v_remote
+        ]
+
+    def _together(self, parts: list[Node]) -> Node:
+        return parts[0] if len(parts) == 1 else self.build(exchange.TOGETHER, parts)
+
+    def _arriving(self, stage: int) -> Node:
+        return self.tables((self.index, "remote", stage), torch.zeros(9, 2, dtype=torch.int64), (0,))
 
     def _remote(self) -> Node:
-        return self.tables((self.index, "remote"), torch.zeros(9, 2, dtype=torch.int64), (0,))
+        return self._together([self._arriving(stage) for stage in self.stages])
 
     def _flex(self, flex: FlexAttention, q: Node, parts: list[Keys]) -> Node:
         heads = self._head_numbers(q)

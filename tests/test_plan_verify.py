@@ -34,7 +34,7 @@ Change = Callable[[Any], Any]
 
 
 def of_mask(**changes: Change) -> Callable[[RankTables], RankTables]:
-    """Change fields of a rank's first mask, or of its first exchange: each function gets a copy of the array."""
+    """Change fields of a rank's first mask or of its first exchange: each function gets a copy."""
 
     def change(t: RankTables) -> RankTables:
         first = t.masks[0]

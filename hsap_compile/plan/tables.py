@@ -71,7 +71,8 @@ class MaskTables:
         exchanges: one for each stage; the last ones may be empty on all ranks.
         slices: (M, 7) q_start, q_stop, k_start, k_stop, kind, lo, hi, sorted by q_start then k_start.
             Queries count rows of the group's row space; keys do too below B * N, and B * N + j is the j-th
-            received row, of all stages in turn; no slice has rows of two. Query i may attend to key j, both counted from the start of the slice, by its kind:
+            received row, of all stages in turn; no slice has rows of two. Query i may attend to key j, both
+            counted from the start of the slice, by its kind:
             FULL always; CAUSAL iff j <= i (such slices are square); BAND iff lo <= i - j <= hi, +-2**31 for
             an unbounded side; MOD iff the mask's formula says so. Each allowed pair is in exactly one slice.
             MOD occurs for residual and soft masks, and where labels or validity interleave so much that there
