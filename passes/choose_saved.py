@@ -30,6 +30,8 @@ def choose_saved(module: GraphModule, *, again: bool) -> int:
         if again and sends_rows(node):
             _repeat(node)
             repeated += 1
+        elif again and node.target is exchange.TOGETHER and "recompute" not in node.meta:
+            node.meta.update(checkpoint_tags())  # the columns of all stages' rows
         elif node.target in _CROSSING or (node.target in _ATTENTIONS and "recompute" not in node.meta):
             node.meta["recompute"] = SAVED
     return repeated
