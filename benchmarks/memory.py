@@ -1,6 +1,7 @@
-"""What a step takes in memory: over the layers, and the longest row that fits.
+"""What a step takes in memory: over the layers, by the bytes of rows held, and the longest row that fits.
 
     python benchmarks/memory.py layers
+    python benchmarks/memory.py stages --tokens 16384
     python benchmarks/memory.py length --limit 512
 
 A step's memory is the peak of the process's resident memory during the step less what was resident before
@@ -10,6 +11,9 @@ it, on the rank with most; nothing is killed at the limit.  Freed memory goes ba
 layers: a small Llama on two ranks, one document of all tokens, whose key/value rows cross ("exchange"),
 against as many tokens in documents that live whole on a rank ("none").  "saved" counts the bytes that
 autograd keeps, each storage once; "received" is what the plan says that the rank with most receives.
+
+stages: the same model and packs on four ranks, each a group of its own, with ``received`` of fewer and fewer
+bytes.  "buffer" is those bytes, or what a layer receives.
 
 length: a Llama of four layers, forward and backward, on packs in which one document has half of the tokens.
 S grows by steps of ``--step`` until a step takes more than ``--limit`` MiB.  Contenders: Inductor with the
@@ -42,17 +46,21 @@ SPARE = 1.0  # buffers of received rows: what the layers may add beyond what aut
 
 def main() -> None:
     arguments = parse()
-    {"layers": over_layers, "length": longest}[arguments.question](arguments)
+    {"layers": over_layers, "stages": over_stages, "length": longest}[arguments.question](arguments)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("question", choices=["layers", "length"])
-    parser.add_argument("--tokens", type=int, default=8192, help="layers: of the row")
+    parser.add_argument("question", choices=["layers", "stages", "length"])
+    parser.add_argument("--tokens", type=int, default=8192, help="layers, stages: of the row")
     parser.add_argument(
-        "--layers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="layers: how many"
+        "--layers",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32],
+        help="layers: how many; stages: the first",
     )
     parser.add_argument("--limit", type=int, default=512, help="length: MiB of a step on a rank")
     parser.add_argument("--first", type=int, default=2048, help="length: the shortest row")
@@ -107,6 +115,26 @@ def row_of_layers(layers: int, what: str, found: dict[str, Row]) -> Row:
         "saved MiB, exchange": round(with_rows["saved"] / MiB, 3),
         "saved MiB, none": round(without["saved"] / MiB, 3),
     }
+
+
+# --- bytes of rows held --------------------------------------------------------------------------------
+
+
+def over_stages(arguments: argparse.Namespace) -> None:
+    layers, rows, most = arguments.layers[0], list[Row](), 0
+    for training in (False, True):
+        for part in (None, 2, 4, 8):
+            received: Any = "again" if part is None else most // part
+            options = {"intra": 1, "outputs": "local", "received": received}
+            kinds = (options, SMALL | {"num_hidden_layers": layers}, training, None)
+            with Ranks(step_of, "hsap", *kinds, count=4, distributed=True, environment=RETURNS) as ranks:
+                found = {p: turns(ranks, pack) for p, pack in packs(arguments.tokens).items()}
+            row = row_of_layers(layers, "training" if training else "forward", found)
+            most = round(found["exchange"]["received"] / layers)
+            row["buffer MiB"] = round((most if part is None else received) / MiB, 3)
+            rows.append(row | {"s, exchange": round(found["exchange"]["seconds"], 2)})
+            print(rows[-1], flush=True)
+    report("memory_stages", vars(arguments) | SMALL, rows, [])
 
 
 # --- the longest row -----------------------------------------------------------------------------------

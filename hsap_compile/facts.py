@@ -202,13 +202,15 @@ def _step(step: StepReport) -> str:
 
 
 def _received(step: StepReport) -> str:
-    """What the rows of other groups cost, and what the other choice would."""
+    """What the rows of other groups cost, and what another choice would."""
     if not step.received_bytes:
         return ""
     kept, sent = f"{short(step.received_bytes, 'B')} on the rank with most", short(step.rows_bytes, "B")
     if step.again:
+        stages = max(m.limit.filled(m.capacity) for m in step.plan.masks)
+        arriving = f", and arrive in {stages} stages" if stages > 1 else ""
         return (
-            f"received keys and values are sent once more in the backward, {sent}\n"
+            f"received keys and values are sent once more in the backward, {sent}{arriving}\n"
             f'  options={{"received": "save"}} would keep them instead: {kept}'
         )
     return (

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
+from hsap_compile import formula
 from hsap_compile._torch import expr_of, fake_mode_of, fake_table, trace_structured
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import extract, placeholders
@@ -146,6 +147,15 @@ def rewrite(
         mesh.intra,
     )
     _done("partition_attention", graph)
+    for site in partitioned.sites if partitioned.limit.stages > 1 else ():
+        if site.mask.soft or formula.without_sink(site.mask.logits)[1] is not None:
+            log.warning(
+                "the attention at %s holds all received rows at a time, more than options['received']: %s",
+                site.at,
+                "its masked logits are finite (use -inf or a mask of truth values)"
+                if site.mask.soft
+                else "it has a sink, which counts once",
+            )
     again = options.received != "save"
     log.info("choose_saved: %d exchanges are repeated in the backward", choose_saved(graph, again=again))
 
@@ -206,6 +216,13 @@ def _kernel(options: Options, device: torch.device) -> str:
             got='attention="flex", lower="inductor" and tensors on cpu',
             wanted='attention="slices" on CPU, or lower="aot_eager" or "eager" to debug',
             do='drop "attention" from the options',
+        )
+    if chosen == "flex" and isinstance(options.received, int):
+        raise Refused(
+            "flex attention takes all received rows at once",
+            got=f"received={options.received}, a number of bytes that are held at a time",
+            wanted='"save" or "again"; stages are for the kernel of slices, on CPU',
+            do='pass options={"received": "again"}: rows are then held for one attention at a time',
         )
     return chosen
 

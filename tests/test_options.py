@@ -48,6 +48,13 @@ def test_a_wrong_type_is_refused(key: str, value: Any, kind: str) -> None:
     assert f"wanted: a {kind}" in text
 
 
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, None])
+def test_received_rows_are_held_in_bytes(value: Any) -> None:
+    text = refusal({"received": value})
+    assert f"got:    {value!r}" in text and "wanted: 'save', 'again', or a number of bytes" in text
+    assert parse({"received": 2**20}, None).received == 2**20
+
+
 @pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.5, True, "half", float("nan")])
 def test_a_budget_that_is_no_share_is_refused(value: Any) -> None:
     text = refusal({"memory_budget": value})

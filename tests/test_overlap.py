@@ -21,6 +21,7 @@ from hsap_compile._torch import FakeTensorMode
 from hsap_compile.graph import Builder
 from hsap_compile.kernels import attention, exchange
 from hsap_compile.kernels.slices import CAUSAL, FULL, MOD
+from hsap_compile.passes import _parts
 from hsap_compile.passes import overlap as of
 from models import batch, build
 from pool import Pool
@@ -134,7 +135,7 @@ def test_leaves_with_gradients_keep_one_backward() -> None:
 
 
 def test_a_part_counted_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of, "_slices", lambda build, slices, q, received: slices)
+    monkeypatch.setattr(_parts, "OF_KEYS", lambda slices, first, stop, shift: slices)
     with pytest.raises(AssertionError):
         assert error_of_both(make_case(ROWS[:1], 8, 12)) < 1e-11
 
