@@ -20,11 +20,11 @@ A *whole* tensor is the same on every rank, and so is its gradient; the gradient
 of a sum that is taken outside of the graph.  Host tables (int64, CPU) say who
 gets what, so that nothing is compiled anew when documents change.
 
-split, join, pool, pack and together stay on the rank.  They are operators because they copy.  A view of an
-unknown number of rows, saved for the backward, has strides that Inductor does not promise to keep.  Where
-Inductor (2.13) builds the operands of a ``cat`` inside of its result, it may write over one in place, save
-that for the backward, and give the memory of the whole to another value.  And it fuses what reads one table,
-so that the rows of all layers would be packed, and held, at once.
+split_heads, join_heads, pool, pack and together stay on the rank.  They are operators because they copy.  A
+view of an unknown number of rows, saved for the backward, has strides that Inductor does not promise to
+keep.  Where Inductor (2.13) builds the operands of a ``cat`` inside of its result, it may write over one in
+place, save that for the backward, and give the memory of the whole to another value.  And it fuses what
+reads one table, so that the rows of all layers would be packed, and held, at once.
 """
 
 from __future__ import annotations
@@ -227,57 +227,104 @@ ALL_TO_ALL = _define(
 # --- tokens apart and together ------------------------------------------------------------------------
 
 
-def _split(x: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, H, n, D) -> its ``first`` tokens (B * first, H, D), and the others (B * (n - first), H, D)."""
-    rows = x.transpose(1, 2)
-    parts = rows[:, :first], rows[:, first:]
-    copies = [p.clone(memory_format=torch.contiguous_format).flatten(0, 1) for p in parts]
-    return copies[0], copies[1]
+def _part_widths(xs: Any, repeats: list[int], groups: int) -> list[int]:
+    """Elements of a token in what one rank of a group is sent of each of ``xs`` (B, H, n, D)."""
+    return [x.shape[0] * (x.shape[1] * r // groups) * x.shape[3] for x, r in zip(xs, repeats, strict=True)]
 
 
-def _split_fake(x: Any, first: Any) -> Any:
-    batch, heads, n, width = x.shape
-    return x.new_empty((batch * first, heads, width)), x.new_empty((batch * (n - first), heads, width))
+def _part_of(
+    packed: torch.Tensor, first: int, batch: int, heads: int, width: int, groups: int
+) -> torch.Tensor:
+    """What ``packed`` (groups * n, ...) holds of a tensor (B, H, n, D) from element ``first`` of a token on:
+    a view (B, n, groups, H / groups, D)."""
+    count = heads // groups
+    part = packed.narrow(1, first, batch * count * width).unflatten(1, (batch, count, width))
+    return part.unflatten(0, (groups, packed.shape[0] // groups)).permute(2, 1, 0, 3, 4)
 
 
-def _split_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.batch, ctx.n = inputs[0].shape[0], inputs[0].shape[2]
+def _split_heads(xs: list[torch.Tensor], first: int, groups: int, repeats: list[int]) -> list[torch.Tensor]:
+    """Of each (B, H, n, D), its ``first`` tokens (B * first, H, D); and at the end what is sent of the other
+    tokens' heads, each repeated so often, to each rank of a group in turn, all of ``xs`` side by side:
+    (groups * (n - first), ...)."""
+    batch, _, n, _ = xs[0].shape
+    alone = [_copy(x[:, :, :first].transpose(1, 2)).flatten(0, 1) for x in xs]
+    widths = _part_widths(xs, repeats, groups)
+    packed = xs[0].new_empty((groups * (n - first), sum(widths)))
+    done = 0
+    for x, repeat, size in zip(xs, repeats, widths, strict=True):
+        _, heads, _, width = x.shape
+        part = _part_of(packed, done, batch, heads * repeat, width, groups)
+        rows = x[:, :, first:].transpose(1, 2)
+        if repeat > 1:
+            rows = rows.repeat_interleave(repeat, 2)
+        part.copy_(rows.unflatten(2, part.shape[2:4]))
+        done += size
+    return [*alone, packed]
 
 
-def _split_backward(ctx: Any, one: torch.Tensor, other: torch.Tensor) -> Any:
-    return JOIN(one, other, ctx.batch, ctx.n), None
+def _split_heads_fake(xs: Any, first: Any, groups: int, repeats: list[int]) -> Any:
+    batch, _, n, _ = xs[0].shape
+    alone = [x.new_empty((batch * first, x.shape[1], x.shape[3])) for x in xs]
+    return [*alone, xs[0].new_empty((groups * (n - first), sum(_part_widths(xs, repeats, groups))))]
 
 
-SPLIT = _define(
-    "split(Tensor x, SymInt first) -> (Tensor, Tensor)", _split, _split_fake, _split_backward, _split_setup
+def _split_heads_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    xs, _, ctx.groups, ctx.repeats = inputs
+    ctx.batch, ctx.n = xs[0].shape[0], xs[0].shape[2]
+
+
+def _split_heads_backward(ctx: Any, grads: list[torch.Tensor]) -> Any:
+    return JOIN_HEADS(grads[:-1], grads[-1], ctx.batch, ctx.n, ctx.groups, ctx.repeats), None, None, None
+
+
+SPLIT_HEADS = _define(
+    "split_heads(Tensor[] xs, SymInt first, int groups, int[] repeats) -> Tensor[]",
+    _split_heads,
+    _split_heads_fake,
+    _split_heads_backward,
+    _split_heads_setup,
 )
 
 
-def _join(one: torch.Tensor, other: torch.Tensor, batch: int, n: int) -> torch.Tensor:
-    """The transpose of split: (B, H, n, D), laid out as (B, n, H, D)."""
-    both = torch.cat([x.unflatten(0, (batch, x.shape[0] // batch)) for x in (one, other)], 1)
-    return both.transpose(1, 2)
+def _join_heads(
+    alone: list[torch.Tensor], packed: torch.Tensor, batch: int, n: int, groups: int, repeats: list[int]
+) -> list[torch.Tensor]:
+    """The transpose of split_heads: each (B, H, n, D), laid out as (B, n, H, D)."""
+    found, done = [], 0
+    for x, repeat in zip(alone, repeats, strict=True):
+        first, heads, width = x.shape[0] // batch, x.shape[1], x.shape[2]
+        made = x.new_empty((batch, n, heads, width))
+        made[:, :first] = x.unflatten(0, (batch, first))
+        part = _part_of(packed, done, batch, heads * repeat, width, groups)
+        done += batch * (heads * repeat // groups) * width
+        if repeat > 1:
+            made[:, first:] = part.flatten(2, 3).unflatten(2, (heads, repeat)).sum(3)
+        else:
+            made[:, first:].unflatten(2, part.shape[2:4]).copy_(part)
+        found.append(made.transpose(1, 2))
+    return found
 
 
-def _join_fake(one: Any, other: Any, batch: int, n: Any) -> Any:
-    return one.new_empty((batch, n, *one.shape[1:])).transpose(1, 2)
+def _join_heads_fake(alone: Any, packed: Any, batch: int, n: Any, groups: int, repeats: list[int]) -> Any:
+    return [x.new_empty((batch, n, *x.shape[1:])).transpose(1, 2) for x in alone]
 
 
-def _join_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.first, ctx.batch = inputs[0].shape[0], inputs[2]
+def _join_heads_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    alone, _, batch, _, ctx.groups, ctx.repeats = inputs
+    ctx.first = alone[0].shape[0] // batch
 
 
-def _join_backward(ctx: Any, grad: torch.Tensor) -> Any:
-    one, other = SPLIT(grad, ctx.first // ctx.batch)
-    return one, other, None, None
+def _join_heads_backward(ctx: Any, grads: list[torch.Tensor]) -> Any:
+    *alone, packed = SPLIT_HEADS(grads, ctx.first, ctx.groups, ctx.repeats)
+    return alone, packed, None, None, None, None
 
 
-JOIN = _define(
-    "join(Tensor one, Tensor other, int batch, SymInt n) -> Tensor",
-    _join,
-    _join_fake,
-    _join_backward,
-    _join_setup,
+JOIN_HEADS = _define(
+    "join_heads(Tensor[] alone, Tensor packed, int batch, SymInt n, int groups, int[] repeats) -> Tensor[]",
+    _join_heads,
+    _join_heads_fake,
+    _join_heads_backward,
+    _join_heads_setup,
 )
 
 

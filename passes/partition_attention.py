@@ -276,14 +276,16 @@ class _Site:
         n = build.size(self.q, 2)
         if self.mesh.intra == 1:
             return self._columns(self._shared([self._rows(x) for x in operands], n), n)
-        alone = build.size(self._alone_columns(), 0)
-        shared = build(operator.sub, n, alone)
-        parts = [build(exchange.SPLIT, x, alone) for x in operands]
-        mine, ours = ([build(operator.getitem, x, i) for x in parts] for i in (0, 1))
+        alone, rows = build.size(self._alone_columns(), 0), build.size(self._group_columns(), 0)
+        there = build(operator.mul, build(operator.sub, n, alone), self.mesh.intra)  # rows at the other ranks
+        repeats = _repeats(self.site, self.mesh.intra)
+        parts = build(exchange.SPLIT_HEADS, operands, alone, self.mesh.intra, [1, repeats, repeats])
+        *mine, sent = (build(operator.getitem, parts, i) for i in range(4))
         out_alone = self._attend_alone(mine, alone)
-        rows = build.size(self._group_columns(), 0)
-        out = self._shared(self._heads_in(ours, shared, rows), rows)
-        return build(exchange.JOIN, out_alone, self._heads_out(out, shared, rows), self.batch, n)
+        out = self._shared(self._heads_in(sent, rows), rows)
+        back = self._heads_out(out, there, rows)
+        joined = build(exchange.JOIN_HEADS, [out_alone], back, self.batch, n, self.mesh.intra, [1])
+        return build(operator.getitem, joined, 0)
 
     def _shared(self, operands: list[Node], rows: Any) -> Node:
         """(B * rows, heads, Dv): the attention of the tokens that other ranks have a part in."""
@@ -332,23 +334,12 @@ class _Site:
     def _head_splits(self) -> Node:
         return self.tables("head_splits", torch.zeros(2, self.mesh.size, dtype=torch.int64), ())
 
-    def _heads_in(self, operands: list[Node], n: Any, rows: Any) -> list[Node]:
-        """(B * n, H, D) of this rank's tokens -> (B * rows, H / g, D) of the group's."""
+    def _heads_in(self, sent: Node, rows: Any) -> list[Node]:
+        """What this rank sends of q, k and v -> (B * rows, H / g, D) of the group's tokens."""
         build, g = self.build, self.mesh.intra
-        repeats = _repeats(self.site, g)
-        packed, widths, heads = [], [], []
-        for x, repeat in zip(operands, (1, repeats, repeats), strict=True):
-            count, width = (int(s) for s in x.meta["val"].shape[1:])
-            if repeat > 1:
-                grown = build(aten.unsqueeze.default, x, 2)
-                x = build(aten.expand.default, grown, [-1, count, repeat, width])
-                count *= repeat
-            split = build(aten.reshape.default, x, [self.batch, n, g, count // g, width])
-            moved = build(aten.permute.default, split, [2, 1, 0, 3, 4])
-            widths.append(self.batch * (count // g) * width)
-            heads.append(count // g)
-            packed.append(build(aten.reshape.default, moved, [build(operator.mul, n, g), widths[-1]]))
-        sent = build(aten.cat.default, packed, 1)
+        kv_heads = self.kv_heads * _repeats(self.site, g)
+        heads = [self.heads // g, kv_heads // g, kv_heads // g]
+        widths = [self.batch * count * width for count, width in zip(heads, self.widths, strict=True)]
         got = build(exchange.ALL_TO_ALL, sent, self._head_splits(), rows, False, self.group)
         parts = build(aten.split_with_sizes.default, got, widths, 1)
         result = []
@@ -359,19 +350,14 @@ class _Site:
             result.append(build(aten.reshape.default, moved, [-1, count, width]))
         return result
 
-    def _heads_out(self, out: Node, n: Any, rows: Any) -> Node:
-        """(B * rows, H / g, D) of the group's tokens -> (B * n, H, D) of this rank's."""
-        build, g = self.build, self.mesh.intra
-        count, width = self.heads // g, self.widths[2]
+    def _heads_out(self, out: Node, there: Any, rows: Any) -> Node:
+        """(B * rows, H / g, D) of the group's tokens -> this rank's ones, the heads of each rank in turn."""
+        build = self.build
+        count, width = self.heads // self.mesh.intra, self.widths[2]
         out = build(aten.reshape.default, out, [self.batch, rows, count, width])
         out = build(aten.permute.default, out, [1, 0, 2, 3])
         out = build(aten.reshape.default, out, [rows, self.batch * count * width])
-        back = build(
-            exchange.ALL_TO_ALL, out, self._head_splits(), build(operator.mul, n, g), True, self.group
-        )
-        back = build(aten.reshape.default, back, [g, n, self.batch, count, width])
-        back = build(aten.permute.default, back, [2, 1, 0, 3, 4])
-        return build(aten.reshape.default, back, [-1, self.heads, width])
+        return build(exchange.ALL_TO_ALL, out, self._head_splits(), there, True, self.group)
 
     def _needed_rows(self, k: Node, v: Node) -> tuple[Node, Node]:
         """The keys and values that come from other groups."""

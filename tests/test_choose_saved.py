@@ -59,13 +59,12 @@ def steps(name: str, packs: list[Any], options: dict[str, Any], checkpointed: bo
     reference, reports = copy.deepcopy(model), list[StepReport]()
     compiled = torch.compile(model, backend="hsap", options={"on_step": reports.append, **options})
     return [
-        _seen(compiled, model, reference, batch(name, rows, seed=i), reports) for i, rows in enumerate(packs)
+        seen(compiled, model, reference, batch(name, rows, seed=i), reports) for i, rows in enumerate(packs)
     ]
 
 
-def _seen(
-    compiled: Any, model: Any, reference: Any, given: dict[str, Any], reports: list[StepReport]
-) -> Seen:
+def seen(compiled: Any, model: Any, reference: Any, given: dict[str, Any], reports: list[StepReport]) -> Seen:
+    """One step."""
     error = difference(compiled, model, reference, given)
     storages: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}

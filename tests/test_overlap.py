@@ -293,7 +293,10 @@ def order_of_calls(options: dict[str, Any]) -> list[list[str]]:
     def step() -> None:
         model(**batch("nano", [[20, 1, 6]]))[0].backward()
 
-    _, code = run_and_get_code(step)
+    return operators_in(run_and_get_code(step)[1])
+
+
+def operators_in(code: list[str]) -> list[list[str]]:
     operators = "all_to_all_start|wait_tensor|attend_backward|attend|all_reduce_|sum_ranks|pack|unpack"
     pattern = re.compile(
         rf"^\s*(?:\w+ = )?(?:torch\.ops\.\w+\.({operators})\.default|extern_kernels\.(mm))\("

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._inductor import config as inductor_config
 
 from hsap_compile import explain
 from hsap_compile.errors import Refused
@@ -16,11 +19,12 @@ from hsap_compile.options import parse
 from hsap_compile.passes import _parts
 from hsap_compile.pipeline import rewrite
 from hsap_compile.plan import ReceiveLimit
+from hsap_compile.runtime import StepReport
 from models import TOLERANCE, batch, build
 from pool import Pool
 from simulate import Traced, eager, rebatched, simulate, traced, worst
-from test_choose_saved import LAYERS, PACKS, row_bytes, steps
-from test_overlap import order_of_calls
+from test_choose_saved import PACKS, Seen, row_bytes, seen
+from test_overlap import operators_in
 from test_recompiles import graphs
 
 
@@ -77,57 +81,58 @@ def graphs_in(most: int, packs: list[list[int]]) -> list[int]:
     return graphs("nano", packs, intra=1, received=most)
 
 
+# --- as Inductor compiles it ---------------------------------------------------------------------------
+
+STAGES, ROWS = 4, 8  # for the 40 tokens of the first pack and the 60 of the last
+
+
+def in_stages(packs: list[Any]) -> tuple[list[Seen], list[list[str]]]:
+    """Steps of one layer, and the operators of its forward and its backward in order."""
+    from torch._inductor.utils import run_and_get_code
+
+    model, reports = build("nano"), list[StepReport]()
+    model.blocks = model.blocks[:1]
+    reference = copy.deepcopy(model)
+    options = {"intra": 1, "received": 2 * ROWS * row_bytes("nano", 1), "on_step": reports.append}
+    compiled = torch.compile(model, backend="hsap", options=options)
+    given = [batch("nano", rows, seed=i) for i, rows in enumerate(packs)]
+    found, code = run_and_get_code(lambda: [seen(compiled, model, reference, x, reports) for x in given])
+    return found, operators_in(code)
+
+
 def test_on_ranks(pool: Pool) -> None:
-    """As many bytes as without stages, in so many exchanges; packs that fit leave stages empty."""
-    row = row_bytes("nano", 1)
-    options = {"intra": 1, "received": 2 * 5 * row}
-    found = pool.run(steps, "nano", PACKS, options, world=2)
-    stages = 8  # of 5 rows, for the 40 tokens of the first pack, and for 60 of the last
-    for ranks in zip(*found, strict=True):
+    """As many bytes as without stages; no stage is asked for before the second one before it is done with."""
+    found = pool.run(in_stages, PACKS, world=2)
+    for ranks in zip(*(steps for steps, _ in found), strict=True):
         assert max(s.error for s in ranks) < TOLERANCE["nano"]
-        assert {s.calls for s in ranks} == {(stages * LAYERS, 2 * stages * LAYERS)}
+        assert {s.calls for s in ranks} == {(STAGES, 2 * STAGES)}
         inter, _, rows = ranks[0].report
-        assert rows == sum(s.received for s in ranks) * LAYERS * row
-        assert sum(s.sent[0] for s in ranks) == rows and inter == 3 * rows
-        assert sum(s.sent[1] for s in ranks) == 2 * rows
-
-
-# --- in the code that Inductor writes ------------------------------------------------------------------
-
-STAGES = 4
-IN_STAGES = {"intra": 1, "outputs": "local", "received": 2 * 4 * row_bytes("nano", 1) // 2}  # in float32
-
-
-def test_no_stage_is_asked_for_before_the_second_before_it_is_done_with(pool: Pool) -> None:
-    for forward, backward in pool.run(order_of_calls, IN_STAGES, world=2):
+        assert rows == sum(s.received for s in ranks) * row_bytes("nano", 1) and inter == 3 * rows
+        assert (sum(s.sent[0] for s in ranks), sum(s.sent[1] for s in ranks)) == (rows, 2 * rows)
+    for _, (forward, backward) in found:
         ask, attend = ["pack", "all_to_all_start"], ["wait_tensor", "attend"]
         layer = [*ask, *ask, "attend", *[*attend, *ask] * (STAGES - 2), *attend * 2]
-        assert forward[: len(layer) * LAYERS] == layer * LAYERS
-        assert backward.count("unpack") == STAGES * LAYERS
-        assert not too_early(backward)
+        assert forward[: len(layer)] == layer
+        assert backward.count("unpack") == STAGES and not too_early(backward)
 
 
 def too_early(calls: list[str]) -> list[int]:
-    """The stages of a backward, in turn, whose rows are packed too early."""
+    """The stages of a backward whose rows are packed too early."""
     kinds = "pack", "attend_backward"
     packs, done = ([i for i, name in enumerate(calls) if name == kind] for kind in kinds)
-    assert (len(packs), len(done)) == (STAGES * LAYERS, (STAGES + 1) * LAYERS)  # a layer's last: own keys
-    return [
-        n
-        for n, at in enumerate(packs)
-        if n % STAGES >= 2 and at < done[n // STAGES * (STAGES + 1) + n % STAGES - 2]
-    ]
+    assert (len(packs), len(done)) == (STAGES, STAGES + 1)  # the last one is of own keys
+    return [n for n, at in enumerate(packs) if n >= 2 and at < done[n - 2]]
 
 
-def asked_for_at_once(options: dict[str, Any]) -> list[list[str]]:
-    with pytest.MonkeyPatch.context() as patch:
+def asked_for_at_once(packs: list[Any]) -> tuple[list[Seen], list[list[str]]]:
+    with pytest.MonkeyPatch.context() as patch, inductor_config.patch(force_disable_caches=True):
         patch.setattr(_parts, "_ask_later", lambda *args, **kwargs: None)
-        return order_of_calls({**options, "inductor": {"force_disable_caches": True}})
+        return in_stages(packs)
 
 
 @pytest.mark.slow
 def test_stages_that_are_asked_for_at_once_are_noticed(pool: Pool) -> None:
-    for _, backward in pool.run(asked_for_at_once, IN_STAGES, world=2):
+    for _, (_, backward) in pool.run(asked_for_at_once, PACKS[:1], world=2):
         assert too_early(backward)
 
 
