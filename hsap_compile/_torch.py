@@ -301,6 +301,14 @@ def equal_now(size: Any, other: Any) -> bool:
     return hints[0] is not None and hints[0] == hints[1]
 
 
+def fixed_at(values: Sequence[Any]) -> str:
+    """The stack, formatted, of the code that made a symbolic size of the fake ``values`` a number; "" if none
+    did."""
+    env = shape_env_of(fake_mode_of(values))
+    stacks = [] if env is None else list(env.specialization_stacks.values())
+    return "".join(stacks[0].format()) if stacks else ""
+
+
 def mark_symbolic(tensor: torch.Tensor, dim: int, unknown: bool) -> bool:
     """Ask dynamo for a symbol in place of the size of ``dim``; ``unknown``: where that was asked before, for
     one of which nothing is known but that it is no larger.  False: there is nothing left to ask for."""

@@ -18,9 +18,10 @@ from hsap_compile._torch import (
     check_version,
     equal_now,
     expr_of,
+    fixed_at,
     mark_symbolic,
 )
-from hsap_compile.errors import Refused
+from hsap_compile.errors import Refused, innermost
 from hsap_compile.graph import placeholders, positional
 from hsap_compile.mesh import world
 from hsap_compile.options import parse
@@ -96,6 +97,8 @@ def _sequence_size(module: GraphModule) -> Any:
             continue
         if node.target is FLEX_ATTENTION:
             found.append(_operand(node).shape[-2])
+        elif node.target is torch.nn.functional.multi_head_attention_forward:
+            found.append(_operand(node).shape[0])
         elif cumulative_lengths(node) is not None:
             found.append(_operand(node).shape[0])
         if not isinstance(value, torch.Tensor):
@@ -105,13 +108,13 @@ def _sequence_size(module: GraphModule) -> Any:
         elif name in ("softmax", "_softmax") and value.dim() >= 3:
             if expr_of(value.shape[-1]) == expr_of(value.shape[-2]):
                 found.append(value.shape[-2])
-    lengths = []
+    lengths, known = [], set[sympy.Expr]()
     for node in placeholders(module):
         value = node.meta["example_value"]
         if isinstance(value, torch.Tensor) and not belongs_to_module(node):
             if not value.is_floating_point() and value.dim() > 0:
                 lengths.append(value.shape[-1])
-    known = {expr_of(size) for size in lengths}
+                known.update(expr_of(size) for size in value.shape)  # (B, S), or (S, B)
     # of several sequences (an encoder's and a decoder's), one that is given as numbers of words
     return next((size for size in [*found, *lengths] if expr_of(size) in known), found[0] if found else None)
 
@@ -146,23 +149,24 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
             do="pad or cut the batch before the compiled function, not inside of it",
         )
     length = int(expr)
-    marked, retrace, cut = False, False, _cuts_buffers(module, length)
-    for node, example in zip(placeholders(module), example_inputs, strict=True):
-        value = node.meta["example_value"]
-        if not isinstance(value, torch.Tensor) or belongs_to_module(node):
-            continue
-        for dim in _token_dims(value, length):
-            marked = True
-            retrace |= mark_symbolic(example, dim, unknown=cut)
-    if retrace and length > 1:
-        raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
-    if marked and length > 1:
+    cut = _cuts_buffers(module, length)
+    inputs = [
+        (example, _token_dims(node.meta["example_value"], length))
+        for node, example in zip(placeholders(module), example_inputs, strict=True)
+        if isinstance(node.meta["example_value"], torch.Tensor) and not belongs_to_module(node)
+    ]
+    for which in (0, 1):  # likely ones; where S stays a number, others that are as long
+        marked = [mark_symbolic(x, dim, unknown=cut) for x, dims in inputs for dim in dims[which]]
+        if any(marked) and length > 1:
+            raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
+    if any(likely for _, (likely, _) in inputs) and length > 1:
         raise Refused(
             "the sequence length stays a constant",
             got=f"a graph for exactly {length} tokens",
             wanted="a symbolic length: documents and lengths change without compiling again",
             do="drop dynamic=False, and code that needs the length as a Python number; make buffers that are "
             f"exactly {length} long longer than the rows",
+            at=innermost(fixed_at([n.meta["example_value"] for n in placeholders(module)])),
         )
     return None
 
@@ -182,11 +186,13 @@ def _cuts_buffers(module: GraphModule, length: int) -> bool:
     return False
 
 
-def _token_dims(value: torch.Tensor, length: int) -> tuple[int, ...]:
-    """The dimensions of an input that hold the ``length`` tokens of a row."""
+def _token_dims(value: torch.Tensor, length: int) -> tuple[list[int], list[int]]:
+    """The dimensions of an input that are ``length`` long: those that hold the tokens of a row, and others,
+    which may be so long by chance (a width), or hold them as well (a mask)."""
     matching = [d for d, size in enumerate(value.shape) if expr_of(size) == length]
-    if len(matching) < 2:
-        return tuple(matching)
+    chosen = matching[-1:]
     if value.dim() >= 4 or value.dtype == torch.bool:  # a dense mask
-        return tuple(matching[-2:])
-    return (matching[-1],) if not value.is_floating_point() else (matching[0 if value.dim() > 2 else -1],)
+        chosen = matching[-2:]
+    elif value.is_floating_point() and value.dim() > 2:
+        chosen = [d for d in matching if d == 1] or matching[:1]
+    return chosen, [d for d in matching if d not in chosen and (d > 0 or value.dim() < 3)]

@@ -23,9 +23,14 @@ def where(node: Node) -> str:
     """``file:line, code`` of the model's source that ``node`` came from, or the operator when unknown.
 
     The innermost frame that is not torch's own: who calls ``F.pad`` looks for that line, not for torch's."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    return innermost(node.meta.get("stack_trace") or "") or str(node.target)
+
+
+def innermost(stack: str) -> str:
+    """``file:line, code`` of the innermost frame of a formatted stack that is not torch's own; "" of none."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', stack)
     if not frames:
-        return str(node.target)
+        return ""
     file, line, code = ([f for f in frames if not f[0].startswith(_TORCH)] or frames)[-1]
     return f"{file}:{line}, `{code.strip()}`"
 

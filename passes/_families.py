@@ -21,6 +21,7 @@ from hsap_compile._torch import (
     is_pointwise,
     operator_name,
 )
+from hsap_compile.errors import Refused, where
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
@@ -281,6 +282,17 @@ def _norm(sharder: Sharder, node: Node) -> Any:
 def _embedding(sharder: Sharder, node: Node) -> Any:
     if args_of(node)[0].meta.get("tokens") is not None:
         raise NotLocal("a table whose rows are tokens")
+    given = arguments(node)
+    if given.get("scale_grad_by_freq"):
+        raise NotLocal("a gradient that is divided by how often the whole batch has a word")
+    if given.get("sparse"):
+        raise Refused(
+            "an embedding whose gradient is sparse",
+            got="sparse=True",
+            wanted="a dense gradient: ranks add theirs up",
+            do="drop sparse=True",
+            at=where(node),
+        )
     return _as_is(sharder, node)
 
 

@@ -123,9 +123,13 @@ def _reshape(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
 
 
 def _transpose(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
-    position, (one, other) = list(index), positional(node)[1:3]
+    position, (one, other) = list(index), positional(node)[1:3] or (-1, -2)  # mT
     position[one], position[other] = position[other], position[one]
     return lifter.element(positional(node)[0], tuple(position))
+
+
+def _reverse(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
+    return lifter.element(positional(node)[0], index[::-1])
 
 
 def _permute(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
@@ -240,6 +244,9 @@ RULES: dict[str, Any] = {
     "unflatten": _reshape,
     "_unsafe_view": _reshape,
     "transpose": _transpose,
+    "mT": _transpose,
+    "t": _reverse,
+    "numpy_T": _reverse,
     "permute": _permute,
     "slice": _slice,
     "select": _select,

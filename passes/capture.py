@@ -285,7 +285,10 @@ def _value_after(emit: Builder, node: Node) -> Node:
         form, args, given = _functional_form(node), positional(node), arguments(node)
         named = [argument.name for argument in form._schema.arguments if not argument.kwarg_only]
         rest = [given[name] for name in named[len(args) :]]  # what may be left out in place may not be here
-        return emit(form, *args, *rest, **{k: v for k, v in node.kwargs.items() if k not in named})
+        known = {argument.name for argument in form._schema.arguments} - set(named)
+        value = emit(form, *args, *rest, **{k: v for k, v in node.kwargs.items() if k in known})
+        written = _mutated_argument(node).meta["val"].dtype  # of the result's shape, which dynamo sees to
+        return value if value.meta["val"].dtype == written else emit(aten.to.dtype, value, written)
     old, value = positional(node)[:2]  # aten::copy has no derivative
     value = emit(aten.to.dtype, value, old.meta["val"].dtype)
     value = emit(aten.expand.default, value, emit.sizes(old))
@@ -308,7 +311,11 @@ def _functional_form(node: Node) -> Any:
         name = name.removesuffix("_")
     packet, overload = getattr(aten, name, None), target(node)._overloadname
     found = _NAMED_OTHERWISE.get(f"{name}.{overload}")
-    if found is None and packet is not None and overload in packet.overloads():
+    if packet is not None and overload.endswith("out"):
+        read = [(a.name, str(a.type)) for a in target(node)._schema.arguments if not a.is_out]
+        forms = (getattr(packet, other) for other in packet.overloads())
+        found = next((f for f in forms if [(a.name, str(a.type)) for a in f._schema.arguments] == read), None)
+    elif found is None and packet is not None and overload in packet.overloads():
         found = getattr(packet, overload)
     if found is None or found._schema.is_mutable or name in ("resize", "set"):
         raise Refused(

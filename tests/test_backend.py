@@ -162,9 +162,59 @@ class Specialised(Tiny):
         return super().forward(ids, documents) * {4: 1.0, 5: 2.0}[ids.shape[1]]
 
 
-def test_a_length_that_stays_a_constant_is_refused() -> None:
-    with pytest.raises(Exception, match=r"the sequence length stays a constant"):
+def test_a_length_that_stays_a_constant_is_refused_with_the_line_that_fixed_it() -> None:
+    with pytest.raises(Exception, match=r"the sequence length stays a constant") as caught:
         traced(Specialised(), batch([0, 0, 1, 1]))
+    assert "test_backend.py:" in str(caught.value) and "{4: 1.0, 5: 2.0}[ids.shape[1]]`" in str(caught.value)
+
+
+class Given(Tiny):
+    """The mask is an input, (B, S, S)."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, mask[:, None]).transpose(1, 2).flatten(2)
+
+
+class TokensFirst(Tiny):
+    """Inputs are (S, B), as torch.nn.Transformer takes them."""
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3) for t in self.qkv(x).chunk(3, -1))
+        mask = documents.T[:, None, :, None] == documents.T[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, mask).permute(2, 0, 1, 3).flatten(2)
+
+
+class TorchsOwn(Tiny):
+    """torch.nn.MultiheadAttention, which takes (S, B, E) unless told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, dtype=torch.float64)
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        x, first = self.embedding(ids), documents[:, 0]
+        return self.attention(x, x, x, attn_mask=first[:, None] != first, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "rows"),
+    [(Given, 1), (Given, 2), (Given, 12), (TokensFirst, 1), (TokensFirst, 2), (TorchsOwn, 1), (TorchsOwn, 2)],
+)
+def test_tokens_wherever_they_stand(model: type[Tiny], rows: int) -> None:
+    given = batch([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3], rows)
+    if model is Given:
+        same = given.pop("documents")[:, :, None] == torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3])
+        given["mask"] = torch.where(same, 0.0, -torch.inf).double()
+    else:
+        given = {name: x.T.contiguous() for name, x in given.items()}
+    trace = traced(model(), given)
+    for inter, intra in ((3, 1), (1, 2), (2, 2)):
+        found = simulate(trace, inter, intra)
+        assert found.program.fallbacks == () and found.program.masks[0].mask.residual == (model is Given)
+        assert max(max(worst(step, eager(trace))) for step in found.ranks) <= 1e-12
 
 
 def test_a_length_that_stays_a_constant_compiles_for_each_on_one_rank(

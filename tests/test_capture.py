@@ -149,6 +149,16 @@ def the_type_of_what_is_written_stays(x: Tensor) -> Any:
 
 
 @case
+def results_written_to_a_tensor_that_is_given(x: Tensor) -> Any:
+    with torch.no_grad():
+        y, z = torch.zeros_like(x[0]), torch.zeros_like(x, dtype=torch.float32)
+        F.normalize(x[0].detach(), dim=0, out=y)
+        torch.add(x.detach(), 1, alpha=2, out=z)  # of another type
+        torch.sum(x.detach(), 0, out=y[:])
+    return x * y, z
+
+
+@case
 def pieces_are_read_after_a_write(x: Tensor) -> Any:
     i = torch.arange(6)
     a, _ = i.split(3)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hsap_compile.kernels import blocks
 from hsap_compile.kernels.attention import BAND, CAUSAL, FULL, MOD
 from hsap_compile.kernels.blocks import ABSENT, BLOCK_TABLES, block_tables, rank_tables
-from hsap_compile.plan import MaskTables, RankTables
+from hsap_compile.plan import Exchange, MaskTables, RankTables
 
 UNBOUNDED = 2**31
 
@@ -113,7 +113,7 @@ def test_own_received_and_alone_rows(
     received = max(0, keys - own)
     remote = np.stack((np.arange(received) % 2, 100 + np.arange(received)), axis=1)
     nothing = np.zeros((0,), np.int64)
-    mask = MaskTables(nothing, nothing, remote, slices, alone_slices)
+    mask = MaskTables((Exchange(nothing, nothing, remote),), slices, alone_slices)
     rank = RankTables(np.concatenate((alone, columns)), n_a, columns, nothing, nothing, (mask,))
     found = rank_tables(rank, 0, batch)
     mine = slices[:, 2] < own
