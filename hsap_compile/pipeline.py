@@ -169,7 +169,6 @@ def rewrite(
         mesh=mesh,
         group=group,
         placement=options.placement,
-        batch=partitioned.batch,
         traffic=partitioned.traffic,
         limit=partitioned.limit,
         again=again,

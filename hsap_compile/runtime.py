@@ -83,7 +83,6 @@ class Program:
     mesh: MeshShape
     group: str
     placement: Any
-    batch: int
     traffic: tuple[Traffic, ...]
     on_step: Callable[[StepReport], None] | None
     tokens: tuple[int, int] | int
@@ -111,7 +110,7 @@ class Program:
 
     def plan(self, leaves: Sequence[torch.Tensor], tokens: int) -> Plan:
         """The plan of a call from what ``read`` and ``length`` say of it."""
-        masks = _masks(self, leaves, tokens) or (_nothing(self.batch, tokens),)
+        masks = _masks(self, leaves, tokens) or (_nothing(tokens),)
         return make(masks, self.mesh, self.placement, limit=self.limit)
 
     def report(self, plan: Plan) -> StepReport:
@@ -229,16 +228,16 @@ def _masks(program: Program, leaves: Sequence[torch.Tensor], tokens: int) -> tup
     for planned in program.masks:
         if planned.plannable:
             mine = [next(following) if leaf is not None else None for leaf in planned.leaves]
-            masks.append(attended(planned.mask, mine, program.batch, tokens))
+            masks.append(attended(planned.mask, mine, planned.batch, tokens))
         else:
-            masks.append(unknown(planned.mask, program.batch, tokens))
+            masks.append(unknown(planned.mask, planned.batch, tokens))
     return tuple(masks)
 
 
-def _nothing(batch: int, tokens: int) -> Attended:
+def _nothing(tokens: int) -> Attended:
     """For a graph without attention: every token is alike."""
     return Attended(
-        batch=batch, tokens=tokens, labels=np.arange(tokens)[None], key_valid=None, query_valid=None,
+        batch=1, tokens=tokens, labels=np.arange(tokens)[None], key_valid=None, query_valid=None,
         lo=None, hi=None,
     )  # fmt: skip
 

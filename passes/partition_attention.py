@@ -46,11 +46,12 @@ _MOST_STAGES = 64
 class PlannedMask:
     """One of the graph's distinct masks.  ``leaves``: the nodes its formulas read, None for those that only
     the logits need; ``plannable``: whether they are computed from inputs alone, so that the host can read
-    them before the step."""
+    them before the step; ``batch``: rows of the attentions that have it."""
 
     mask: Mask
     leaves: tuple[Node | None, ...]
     plannable: bool
+    batch: int
 
     @property
     def read(self) -> list[Node]:
@@ -94,11 +95,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Partitioned:
-    """``masks`` in table order; ``batch`` is B; ``traffic`` and ``sites`` have one entry an attention;
-    ``limit``: of the rows that one of them receives."""
+    """``masks`` in table order; ``traffic`` and ``sites`` have one entry an attention; ``limit``: of the
+    rows that one of them receives."""
 
     masks: tuple[PlannedMask, ...]
-    batch: int
     traffic: tuple[Traffic, ...]
     sites: tuple[Site, ...]
     limit: ReceiveLimit
@@ -127,21 +127,19 @@ def partition_attention(
     device = sites[0].meta["val"].device if sites else torch.device("cpu")
     tables = Tables(module.graph, mode, device)
     writers: dict[int, FlexAttention] = {}
-    keys: list[tuple[str, tuple[Node, ...]]] = []
+    keys: list[tuple[str, tuple[Node, ...], int]] = []
     planned: list[PlannedMask] = []
     traffic: list[Traffic] = []
     found: list[Site] = []
-    batch = 1
     limit = _receive_limit(sites, mesh, length, most)
     for site in sites:
         mask: Mask = site.meta["mask"]
         operands: Any = site.args
         leaves = tuple(operands[3])
-        key = (operands[4], leaves)
+        key = (operands[4], leaves, _batch(site))
         if key not in keys:
             keys.append(key)
-            planned.append(_planned(mask, leaves))
-        batch = int(operands[0].meta["val"].shape[0])
+            planned.append(_planned(mask, leaves, _batch(site)))
         with module.graph.inserting_before(site):
             build = Builder(module.graph, mode, site)
             index = keys.index(key)
@@ -154,7 +152,7 @@ def partition_attention(
         site.replace_all_uses_with(result)
         module.graph.erase_node(site)
     remove_dead(module)
-    return Partitioned(tuple(planned), batch, tuple(traffic), tuple(found), limit)
+    return Partitioned(tuple(planned), tuple(traffic), tuple(found), limit)
 
 
 def _writer(
@@ -170,8 +168,7 @@ def _receive_limit(sites: Sequence[Node], mesh: MeshShape, length: Any, most: in
     """So many stages that the rows of all other groups fit, whatever the documents."""
     if most is None or not sites or mesh.inter == 1:
         return ReceiveLimit()
-    batch = int(_operands(sites[0])[0].meta["val"].shape[0])
-    row = max(_row_bytes(site, mesh) for site in sites)
+    batch, row = max(map(_batch, sites)), max(_row_bytes(site, mesh) for site in sites)
     rows = most // (2 * row)  # of a stage: one is attended to while the next one travels
     if rows < 1:
         raise Refused(
@@ -225,10 +222,14 @@ def _row_bytes(site: Node, mesh: MeshShape) -> int:
     return heads * int(k.shape[3] + v.shape[3]) * int(k.dtype.itemsize)
 
 
-def _planned(mask: Mask, leaves: tuple[Node, ...]) -> PlannedMask:
+def _batch(site: Node) -> int:
+    return int(_operands(site)[0].meta["val"].shape[0])
+
+
+def _planned(mask: Mask, leaves: tuple[Node, ...], batch: int) -> PlannedMask:
     structural = {i for expr in mask.structure for i in formula.leaves_of(expr)}
     read = tuple(leaf if i in structural else None for i, leaf in enumerate(leaves))
-    return PlannedMask(mask, read, _from_inputs([leaf for leaf in read if leaf is not None]))
+    return PlannedMask(mask, read, _from_inputs([leaf for leaf in read if leaf is not None]), batch)
 
 
 def _from_inputs(leaves: list[Node]) -> bool:

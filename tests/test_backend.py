@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,52 @@ def test_rows_as_long_as_the_models_buffers_on_many_ranks() -> None:
     for inter, intra in ((2, 2), (3, 1)):
         for step in simulate(trace, inter, intra).ranks:
             assert max(worst(step, wanted)) <= 1e-12
+
+
+class OtherRows(Tiny):
+    """Attentions over other numbers of rows than the batch has: ``of`` the rows that come from it."""
+
+    def __init__(self, *of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for of in self.of:
+            rows = of(x)
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(rows).chunk(3, -1))
+            mask = of(documents[:, None, :, None] == documents[:, None, None, :])
+            made = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+            x = x + made.sum(0, keepdim=True) * 0.3
+        return x
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("of", [lambda x: x[:1], lambda x: torch.cat([x, x.flip(0)])], ids=["fewer", "more"])
+def test_attentions_over_other_numbers_of_rows(of: Any, order: int) -> None:
+    given = batch([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3], 2)
+    given["documents"][1] = torch.tensor([0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3])
+    trace = traced(OtherRows(*[of, lambda x: x][::order]), given)
+    for inter, intra in ((1, 1), (3, 1), (1, 2), (2, 2)):
+        found = simulate(trace, inter, intra)
+        assert [planned.batch for planned in found.program.masks][::order] == [of(given["ids"]).shape[0], 2]
+        assert max(max(worst(step, eager(trace))) for step in found.ranks) <= 1e-12
+
+
+class OneHead(Tiny):
+    """An attention of (B, S, D), which has one row, behind one of (B, H, S, D)."""
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        x = super().forward(ids, documents)
+        mask = documents[:, :, None] == documents[:, None, :]
+        return F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), mask)
+
+
+def test_attentions_with_and_without_heads() -> None:
+    given = batch([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3], 2)
+    trace = traced(OneHead(), given)
+    for inter, intra in ((1, 1), (3, 1)):
+        assert max(max(worst(step, eager(trace))) for step in simulate(trace, inter, intra).ranks) <= 1e-12
 
 
 class Specialised(Tiny):

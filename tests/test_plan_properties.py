@@ -64,8 +64,7 @@ def attended(draw: st.DrawFn, batch: int, tokens: int) -> Attended:
 def problem(draw: st.DrawFn) -> tuple:
     shape = draw(st.sampled_from(MESHES))
     tokens = draw(st.integers(2 * shape[0] * shape[1], 40))
-    batch = draw(st.integers(1, 3))
-    masks = [draw(attended(batch, tokens)) for _ in range(draw(st.integers(1, 2)))]
+    masks = [draw(attended(draw(st.integers(1, 3)), tokens)) for _ in range(draw(st.integers(1, 2)))]
     return masks, mesh_of(*shape), draw(st.sampled_from(["balanced", "contiguous"]))
 
 

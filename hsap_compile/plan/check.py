@@ -108,12 +108,15 @@ def _check_rows(plan: Plan, tables: Sequence[RankTables], i: int) -> None:
         _require(received <= most, f"mask {i}: rank {r} receives more rows than fit", received, most)
     for stage in range(stages):
         at = f"mask {i}" if stages == 1 else f"mask {i}, stage {stage}"
-        _check_exchange(at, plan, tables, [t.masks[i].exchanges[stage] for t in tables])
+        batch = plan.masks[i].structure.mask.batch
+        _check_exchange(at, plan, batch, tables, [t.masks[i].exchanges[stage] for t in tables])
 
 
-def _check_exchange(at: str, plan: Plan, tables: Sequence[RankTables], parts: Sequence[Exchange]) -> None:
+def _check_exchange(
+    at: str, plan: Plan, batch: int, tables: Sequence[RankTables], parts: Sequence[Exchange]
+) -> None:
     """`parts`: what each rank sends and receives at once."""
-    mesh, batch = plan.placement.mesh, plan.masks[0].structure.mask.batch
+    mesh = plan.placement.mesh
     sent = np.stack([part.splits[0] for part in parts])
     got = np.stack([part.splits[1] for part in parts])
     for r, other in np.argwhere(sent != got.T).tolist():

@@ -205,7 +205,7 @@ def place(
     what is sent.
 
     Raises:
-        ValueError: masks differ in batch or tokens, S < 2 P, or an unknown kind.
+        ValueError: masks differ in tokens, S < 2 P, or an unknown kind.
     """
     return place_structures([structure(m) for m in masks], mesh, kind, cost)
 
@@ -214,10 +214,10 @@ def place_structures(
     structures: Sequence[Structure], mesh: MeshShape, kind: Kind, cost: CostModel
 ) -> Placement:
     """`place` for masks that were read before."""
-    sizes = {(s.mask.batch, s.mask.tokens) for s in structures}
+    sizes = {s.mask.tokens for s in structures}
     if len(sizes) != 1:
         raise ValueError(
-            f"place: got masks of (batch, tokens) {sorted(sizes)}; wanted one or more masks of one batch: "
+            f"place: got masks over {sorted(sizes)} tokens; wanted one or more masks over as many tokens: "
             "plan each batch by itself"
         )
     if kind not in ("balanced", "contiguous"):

@@ -302,8 +302,10 @@ def make(
     """
     structures = [structure(m) for m in masks]
     placement = place_structures(structures, mesh, kind, cost)
-    own = owned(placement, structures[0].mask.batch)
-    return Plan(placement, tuple(MaskPlan(s, placement, own, transfers(s, own), limit) for s in structures))
+    own = {batch: owned(placement, batch) for batch in {s.mask.batch for s in structures}}
+    held = [own[s.mask.batch] for s in structures]
+    found = [MaskPlan(s, placement, o, transfers(s, o), limit) for s, o in zip(structures, held, strict=True)]
+    return Plan(placement, tuple(found))
 
 
 def _by_rank(t: Transfers, peers: Ints, by: str) -> Transfers:
