@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -60,7 +60,9 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
     if ranks > 1 and isinstance(size, torch.SymInt):
         _share_length(module, size)
     try:
-        return None if size is None else _symbol(module, example_inputs, size)
+        length = None if size is None else _symbol(module, example_inputs, size)
+        _fix_rows(module, length)
+        return length
     except Refused as reason:
         if ranks > 1:
             raise
@@ -89,25 +91,7 @@ def _check_inputs(module: GraphModule) -> None:
 
 def _sequence_size(module: GraphModule) -> Any:
     """The length of a row: what the attentions of the graph attend over, else what integer inputs share."""
-    found = []
-    for node in module.graph.nodes:
-        value = node.meta.get("example_value")
-        name = getattr(node.target, "__name__", str(node.target))
-        if node.op not in ("call_function", "call_method"):
-            continue
-        if node.target is FLEX_ATTENTION:
-            found.append(_operand(node).shape[-2])
-        elif node.target is torch.nn.functional.multi_head_attention_forward:
-            found.append(_operand(node).shape[0])
-        elif cumulative_lengths(node) is not None:
-            found.append(_operand(node).shape[0])
-        if not isinstance(value, torch.Tensor):
-            continue
-        if name == "scaled_dot_product_attention":
-            found.append(value.shape[-2])
-        elif name in ("softmax", "_softmax") and value.dim() >= 3:
-            if expr_of(value.shape[-1]) == expr_of(value.shape[-2]):
-                found.append(value.shape[-2])
+    found = [size for size, _ in _attended(module)]
     lengths, known = [], set[sympy.Expr]()
     for node in placeholders(module):
         value = node.meta["example_value"]
@@ -117,6 +101,37 @@ def _sequence_size(module: GraphModule) -> Any:
                 known.update(expr_of(size) for size in value.shape)  # (B, S), or (S, B)
     # of several sequences (an encoder's and a decoder's), one that is given as numbers of words
     return next((size for size in [*found, *lengths] if expr_of(size) in known), found[0] if found else None)
+
+
+def _attended(module: GraphModule) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """Of every attention that dynamo's graph shows: how many queries a row has, and how many rows there are,
+    in one number or more."""
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node.target is FLEX_ATTENTION:
+            yield _operand(node).shape[-2], _operand(node).shape[:-2]
+        elif node.target is torch.nn.functional.multi_head_attention_forward:
+            yield _operand(node).shape[0], _operand(node).shape[1:-1]
+        elif cumulative_lengths(node) is not None:
+            yield _operand(node).shape[0], ()
+        elif not isinstance(value, torch.Tensor):
+            continue
+        elif name == "scaled_dot_product_attention":
+            yield value.shape[-2], value.shape[:-2]
+        elif name in ("softmax", "_softmax") and value.dim() >= 3:
+            if expr_of(value.shape[-1]) == expr_of(value.shape[-2]):
+                yield value.shape[-2], value.shape[:-2]
+
+
+def _fix_rows(module: GraphModule, length: sympy.Symbol | None) -> None:
+    """Other numbers of rows compile again: they are numbers in the graph."""
+    for _, rows in _attended(module):
+        for size in rows:
+            if expr_of(size) != length:
+                int(size)
 
 
 def _operand(node: Node) -> torch.Tensor:

@@ -124,7 +124,7 @@ def rewrite(
                 fallback.at,
             )
         log.info("shard_tokens: %d operators on gathered tokens", len(fallbacks))
-        _done("shard_tokens", graph)
+        _done("shard_tokens", graph, symbol)
         if options.grad_sync:
             log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group))
             _done("sum_gradients", graph)
@@ -146,7 +146,7 @@ def rewrite(
         mesh.inter,
         mesh.intra,
     )
-    _done("partition_attention", graph)
+    _done("partition_attention", graph, symbol)
     for site in partitioned.sites if partitioned.limit.stages > 1 else ():
         if site.mask.soft or formula.without_sink(site.mask.logits)[1] is not None:
             log.warning(
@@ -185,9 +185,9 @@ def rewrite(
     return Rewritten(graph, program, partitioned.sites, as_written)
 
 
-def _done(name: str, graph: GraphModule) -> None:
+def _done(name: str, graph: GraphModule, length: sympy.Symbol | None = None) -> None:
     """After a pass: the graph is legal, and can be read."""
-    verify(graph, name)
+    verify(graph, name, length)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("after %s:\n%s", name, graph.print_readable(print_output=False))
     trace_structured(

@@ -18,8 +18,9 @@ class BrokenGraph(AssertionError):
     """A pass left an illegal graph."""
 
 
-def verify(module: GraphModule, after: str) -> None:
-    """Raise ``BrokenGraph`` when ``module`` is illegal after the pass ``after``."""
+def verify(module: GraphModule, after: str, length: sympy.Symbol | None = None) -> None:
+    """Raise ``BrokenGraph`` when ``module``, in which a row has ``length`` tokens, is illegal after the pass
+    ``after``."""
     module.graph.lint()
     for node in module.graph.nodes:
         if node.op in ("placeholder", "call_function") and "val" not in node.meta and node.users:
@@ -31,7 +32,7 @@ def verify(module: GraphModule, after: str) -> None:
             if node.target is dense.OP and not isinstance(node.meta.get("mask"), Mask):
                 raise BrokenGraph(f"after {after}: {node} is an attention without a mask")
     if after in ("shard_tokens", "partition_attention"):
-        _states_meet(module, after)
+        _states_meet(module, after, length)
         _exchanges_match(module, after)
 
 
@@ -41,15 +42,14 @@ def _functional(module: GraphModule) -> None:
             raise BrokenGraph(f"after capture: {node.format_node()} writes in place")
 
 
-def _states_meet(module: GraphModule, after: str) -> None:
+def _states_meet(module: GraphModule, after: str, length: sympy.Symbol | None) -> None:
     """No operator but an exchange mixes this rank's rows with whole sequences."""
     mine: set[sympy.Symbol] = set()
-    everyones: set[sympy.Symbol] = set()
+    everyones = set() if length is None else {length}
     for node in placeholders(module):
-        value = node.meta["val"]
-        if isinstance(value, torch.Tensor):
-            symbols = {s for size in value.shape for s in expr_of(size).free_symbols}
-            (mine if "table" in node.meta and node.meta["table"] != "order" else everyones).update(symbols)
+        if "table" in node.meta:
+            symbols = {s for size in node.meta["val"].shape for s in expr_of(size).free_symbols}
+            (everyones if node.meta["table"] == "order" else mine).update(symbols)
     for node in module.graph.nodes:
         if node.op != "call_function" or node.target in _CROSSING or not _tensor(node):
             continue

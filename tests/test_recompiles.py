@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from models import batch, build
+from models import TOLERANCE, batch, build, difference
 from pool import Pool
 
 SAME_LENGTH = [[n, 24 - n] for n in range(1, 21)]
@@ -57,3 +58,24 @@ def test_many_documents_after_one() -> None:
     """The tables grow from one slice to many, and shrink again."""
     found = graphs("nano", [[30], [1] * 30, [15, 15], [29, 1]])
     assert found == found[:1] * 4
+
+
+ROWS = [[[20, 7], [3, 24]], [[20, 7], [3, 24], [9, 18]], [[27]], [[12, 7], [3, 16], [1, 18]], [[19, 4], [23]]]
+
+
+def rows_of(packs: list[list[list[int]]]) -> list[tuple[float, int]]:
+    """The error of every pack, and how many graphs were compiled up to it; no operator may run on
+    gathered tokens."""
+    model, found = build("nano"), []
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="hsap", options={"lower": "eager", "strict": True})
+    for i, pack in enumerate(packs):
+        error = difference(compiled, model, reference, batch("nano", pack, seed=i))
+        found.append((error, counters["stats"]["unique_graphs"]))
+    return found
+
+
+def test_other_numbers_of_rows_compile_once_each(pool: Pool) -> None:
+    for found in pool.run(rows_of, ROWS, world=2):
+        assert max(error for error, _ in found) < TOLERANCE["nano"]
+        assert [graphs for _, graphs in found] == [1, 2, 3, 3, 3]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sympy
 import torch
 
-from hsap_compile._torch import fake_mode_of, fake_table
+from hsap_compile._torch import expr_of, fake_mode_of, fake_table
 from hsap_compile.graph import Builder, placeholders
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes.capture import capture
@@ -66,8 +67,9 @@ def test_rows_of_one_rank_that_meet_whole_tokens() -> None:
     with graph.graph.inserting_before(node):
         ids = next(n for n in placeholders(graph) if _is_ids(n))
         Builder(graph.graph, mode)(aten.add.Tensor, aten_unsqueeze(graph, mode, ids), table)
+    verify(graph, "shard_tokens", sympy.Symbol("rows"))  # some other size of an input
     with pytest.raises(BrokenGraph, match="mixes rows of one rank with whole tokens"):
-        verify(graph, "shard_tokens")
+        verify(graph, "shard_tokens", expr_of(ids.meta["val"].shape[1]))
 
 
 @pytest.mark.parametrize("splits", [("one shift", "splits"), None], ids=str)
