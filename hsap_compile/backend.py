@@ -103,8 +103,8 @@ def _sequence_size(module: GraphModule) -> Any:
         if name == "scaled_dot_product_attention":
             found.append(value.shape[-2])
         elif name in ("softmax", "_softmax") and value.dim() >= 3:
-            if expr_of(value.shape[-1]) == expr_of(value.shape[-2]):
-                found.append(value.shape[-2])
+            others = value.shape[-2:-1] if value.dim() == 3 else value.shape[1:-1]
+            found += [size for size in others if expr_of(size) == expr_of(value.shape[-1])]
     lengths = []
     for node in placeholders(module):
         value = node.meta["example_value"]
