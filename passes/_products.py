@@ -41,6 +41,17 @@ class Factor:
     def renamed(self, names: Mapping[int, int]) -> Factor:
         return replace(self, dims=tuple(None if d is None else names[d] for d in self.dims))
 
+    def once(self, rows: Sequence[int], opaque: Set[Node]) -> Factor:
+        """The same, of what the node repeats for some of ``rows``."""
+        if operator_name(self.node.target) != "aten::expand" or self.node in opaque:
+            return self
+        source = positional(self.node)[0]
+        small, large = ([expr_of(s) for s in x.meta["val"].shape] for x in (source, self.node))
+        if len(small) < len(large):
+            return self
+        dims = tuple(d if a == b else None for d, a, b in zip(self.dims, small, large, strict=True))
+        return Factor(source, dims) if {*self.dims} - {*dims} <= {*rows} else self
+
     def ordered(self, wanted: tuple[int, ...], opaque: Set[Node]) -> Factor:
         """The same, of what the node is a transposition of, where its own order is not ``wanted``."""
         if self.node in opaque or [d for d in self.dims if d is not None] == [*wanted]:
@@ -66,15 +77,8 @@ class Operand:
     rows: tuple[int, ...]
     token: int
     batched: bool
-    sizes: tuple[Any, ...] = ()
-    split: tuple[int, int] | None = None
-
-    @classmethod
-    def plain(cls, node: Node) -> Operand:
-        """(B, H, S, D) or (H, S, D) as it is."""
-        rank = node.meta["val"].dim()
-        factor = Factor(node, (*range(rank - 1), WIDTH))
-        return cls(((factor, 1.0),), tuple(range(rank - 2)), rank - 2, rank == 4)
+    sizes: tuple[Any, ...]
+    split: tuple[int, int] | None
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -288,11 +292,16 @@ def _times(x: Any, number: Any, node: Node) -> Scores | None:
 # --- what belongs together ----------------------------------------------------------------------------------
 
 
+#: Queries, keys and values; how the result lies in the output: the dimensions of the scores, and ``WIDTH``;
+#: and the index of the pair (b, h, q, k) in the scores.
+Operands = tuple[Operand, Operand, Operand, tuple[int, ...], tuple[sympy.Expr, ...]]
+
+
 def operands_of(
     scores: Scores, weights: Node, output: Node, split: tuple[int, int] | None, opaque: Set[Node]
-) -> tuple[Operand, Operand, Operand, tuple[int, ...], tuple[sympy.Expr, ...]] | None:
-    """Queries, keys and values of ``output``, the product of ``weights`` = softmax(f(``scores``)) and values;
-    how the result lies in it; the index of the pair (b, h, q, k) in the scores.  None if they do not fit.
+) -> Operands | None:
+    """What is read by ``output``, the product of ``weights`` = softmax(f(``scores``)) and values.  None if
+    they do not fit.
 
     Keys and values must be the same tokens, queries others.  All of them have the batch.  The rows that keys
     or values have are the key/value heads; rows of queries alone share them, and come behind them in a
@@ -320,34 +329,68 @@ def operands_of(
     tokens = [d for d in range(last) if free_symbols(sizes[d]) and d not in read]
     if len(tokens) != 1 or not free_symbols(sizes[last]):
         return None
-    rows = [d for d in range(last) if d != tokens[0]]
+    widths = [factor.size(WIDTH) for factor in (*keys, value)]
+    if any(free_symbols(size) for size in widths):
+        return None
+    numbers = [number / scores.scale for _, number in scores.terms]
+    return _operands(queries, keys, value, numbers, tokens[0], result, sizes, split, opaque)
+
+
+def operands_of_operator(
+    output: Node, query: Node, key: Node, value: Node, opaque: Set[Node]
+) -> Operands | None:
+    """The same of ``output`` = scaled_dot_product_attention(query, key, value), (.., S, D) of any rank."""
+    *rows, _, _ = output.meta["val"].shape
+    token, last = len(rows), len(rows) + 1
+
+    def factor(node: Node, tokens: int) -> Factor:
+        shape = node.meta["val"].shape
+        once = [expr_of(a) == 1 and expr_of(b) != 1 for a, b in zip(shape, rows, strict=False)]
+        return Factor(node, (*(None if o else d for d, o in enumerate(once)), tokens, WIDTH))
+
+    sizes = (*rows, query.meta["val"].shape[-2], key.meta["val"].shape[-2])
+    result = (*range(last), WIDTH)
+    parts = factor(query, token), factor(key, last), factor(value, last)
+    return _operands([parts[0]], [parts[1]], parts[2], [1.0], token, result, sizes, None, opaque)
+
+
+def _operands(
+    queries: list[Factor],
+    keys: list[Factor],
+    value: Factor,
+    numbers: list[float],
+    token: int,
+    result: tuple[int, ...],
+    sizes: Sequence[Any],
+    split: tuple[int, int] | None,
+    opaque: Set[Node],
+) -> Operands | None:
+    last = len(sizes) - 1
+    rows = [d for d in range(last) if d != token]
     batch, heads = (rows[:1], rows[1:]) if last > 2 else ([], rows)
+    keys, value = [factor.once(heads, opaque) for factor in keys], value.once(heads, opaque)
     everywhere = batch if split is None else rows
     if any(set(everywhere) - set(factor.dims) for factor in (*keys, value)):
         return None
-    if any({*rows, *tokens} - set(factor.dims) for factor in queries):
+    if any({*rows, token} - set(factor.dims) for factor in queries):
         return None
-    if any(
-        free_symbols(size) for size in [sizes[d] for d in heads] + [f.size(WIDTH) for f in (*keys, value)]
-    ):
+    if any(free_symbols(sizes[d]) for d in heads):
         return None
-    own = [d for d in heads if d in read]
-    shared = [*batch, *own], [*batch, *own, *(d for d in heads if d not in own)]
-    of_keys_and_values, of_queries = (tuple(x) for x in shared)
+    own = [d for d in heads if any(d in factor.dims for factor in (*keys, value))]
+    of_keys_and_values = (*batch, *own)
+    of_queries = (*batch, *own, *(d for d in heads if d not in own))
 
     def operand(factors: list[Factor], rows: tuple[int, ...], token: int, numbers: list[float]) -> Operand:
         parts = [factor.ordered((*rows, token, WIDTH), opaque) for factor in factors]
         joined = tuple(zip(parts, numbers, strict=True))
         return Operand(joined, rows, token, bool(batch), tuple(sizes), split)
 
-    numbers = [number / scores.scale for _, number in scores.terms]
-    alone = [1.0] * len(numbers)
     return (
-        operand(queries, of_queries, tokens[0], numbers),
-        operand(keys, of_keys_and_values, last, alone),
+        operand(queries, of_queries, token, numbers),
+        operand(keys, of_keys_and_values, last, [1.0] * len(keys)),
         operand([value], of_keys_and_values, last, [1.0]),
         result,
-        _layout(of_queries, len(batch), tokens[0], sizes, split),
+        _layout(of_queries, len(batch), token, sizes, split),
     )
 
 

@@ -30,7 +30,14 @@ from hsap_compile._torch import (
 from hsap_compile.errors import Refused, where
 from hsap_compile.formula import b, h, k, q
 from hsap_compile.graph import positional, target
-from hsap_compile.passes._products import PRODUCTS, WIDTH, Operand, Scores, operands_of, scores_of
+from hsap_compile.passes._products import (
+    PRODUCTS,
+    Operand,
+    Scores,
+    operands_of,
+    operands_of_operator,
+    scores_of,
+)
 
 aten = torch.ops.aten
 
@@ -59,7 +66,7 @@ class Body:
 class Attention:
     """One attention: what the canonical operator takes, and where it stands.
 
-    ``result``: how its result lies in ``output``: the dimensions of the scores, and ``WIDTH``.
+    ``result``: how its result lies in ``output`` (see ``Operands``).
     ``sink`` (B, H, S, 1): one more logit, whose weight is dropped.
     ``score_mod`` and ``mask_mod``: what flex attention does to its scores.
     ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
@@ -90,13 +97,13 @@ def find_attention(module: GraphModule) -> tuple[Attention, ...]:
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
-        attention = None
+        attention, opaque = None, set() if node in no_grad else no_grad
         if node.target is aten.scaled_dot_product_attention.default:
-            attention = _operator(node, set() if node in no_grad else no_grad)
+            attention = _operator(node, opaque)
         elif operator_name(node.target) in ("aten::softmax", "aten::_softmax"):
             attention = _eager(node, no_grad)
         elif node.target is FLEX_ATTENTION:
-            attention = _flex(node)
+            attention = _flex(node, opaque)
         if attention is not None:
             found.append(attention)
     return tuple(found)
@@ -139,25 +146,24 @@ def _operator(node: Node, opaque: set[Node]) -> Attention | None:
         return None
     if scale is None:
         scale = 1.0 / math.sqrt(hint_of(query.meta["val"].shape[-1]))
-    found = _plain(node, query, key, value, scale)
-    key, value = _peeled(found.key, found.value, opaque)
-    return replace(found, key=key, value=value, causal=causal, mask=given["attn_mask"])
+    found = _plain(node, query, key, value, scale, opaque)
+    if found is None:
+        return None
+    return replace(found, causal=causal, mask=given["attn_mask"])
 
 
-def _plain(output: Node, query: Node, key: Node, value: Node, scale: Any) -> Attention:
-    rank = query.meta["val"].dim()
-    return Attention(
-        output=output,
-        query=Operand.plain(query),
-        key=Operand.plain(key),
-        value=Operand.plain(value),
-        scale=float(scale),
-        result=(*range(rank - 1), WIDTH),
-        layout=(b, h, q, k)[4 - rank :],
-    )
+def _plain(
+    output: Node, query: Node, key: Node, value: Node, scale: Any, opaque: set[Node]
+) -> Attention | None:
+    operands = operands_of_operator(output, query, key, value, opaque)
+    if operands is None:
+        return None
+    q, k, v, result, layout = operands
+    k, v = _peeled(k, v, opaque)
+    return Attention(output=output, query=q, key=k, value=v, scale=float(scale), result=result, layout=layout)
 
 
-def _flex(node: Node) -> Attention | None:
+def _flex(node: Node, opaque: set[Node]) -> Attention | None:
     """flex_attention(q, k, v, score_mod, (.., mask_mod), scale, options, buffers of the two): only the
     attention's output may be read, and its blocks must be what ``mask_mod`` says."""
     query, key, value, score_mod, blocks, scale, _, score_buffers, mask_buffers = positional(node)
@@ -170,7 +176,8 @@ def _flex(node: Node) -> Attention | None:
             return None  # the blocks alone are the mask
         mask = None
     of_scores = Body(_module(score_mod), tuple(score_buffers))
-    return replace(_plain(read[0], query, key, value, scale), score_mod=of_scores, mask_mod=mask)
+    found = _plain(read[0], query, key, value, scale, opaque)
+    return None if found is None else replace(found, score_mod=of_scores, mask_mod=mask)
 
 
 _EVERYTHING = 1 << 30  # the size of the one block that torch makes where no block mask is given
@@ -300,15 +307,16 @@ def _drops_last(weights: Node, logits: Node) -> bool:
 
 
 def _fit(query: Node, key: Node, value: Node) -> bool:
-    """Whether the canonical operator takes them: one batch size, key/value heads that divide the heads."""
-    q, k, v = (n.meta["val"].shape for n in (query, key, value))
-    if not len(q) == len(k) == len(v) or len(q) not in (3, 4):
+    """Whether the canonical operator takes them: one batch size, key/value heads that divide the heads; of
+    more than four dimensions, one key/value head for all or one for each."""
+    q, k, v = ([expr_of(size) for size in n.meta["val"].shape] for n in (query, key, value))
+    if not 3 <= len(q) == len(k) == len(v) or k[-2] != v[-2] or q[-1] != k[-1]:
         return False
-    if expr_of(k[-2]) != expr_of(v[-2]) or expr_of(q[-1]) != expr_of(k[-1]):
+    if len(q) > 3 and not q[0] == k[0] == v[0]:
         return False
-    if len(q) == 4 and not expr_of(q[0]) == expr_of(k[0]) == expr_of(v[0]):
-        return False
-    heads = [expr_of(x[-3]) for x in (q, k, v)]
+    if len(q) > 4:
+        return all(a in (one, 1) and b in (one, 1) for one, a, b in zip(q[:-2], k, v, strict=False))
+    heads = [x[-3] for x in (q, k, v)]
     return heads[1] == heads[2] and all(h.is_Integer for h in heads) and heads[0] % heads[1] == 0
 
 

@@ -217,7 +217,7 @@ MISSES: dict[str, tuple[Attend, int, bool]] = {
     "summed over queries": (summed_over_queries, 0, False),
     "softmax over queries": (softmax_over(-2), 0, False),
     "softmax over groups": (softmax_over(2), 0, False),
-    "contracts tokens": (contracts_tokens, 0, False),
+    "contracts tokens": (contracts_tokens, 0, True),
     "one batch row of keys": (one_batch_row, 0, False),
     "a learned scale of one": (learned_scale_of_one, 0, False),
     "with a bias": (with_a_bias, 0, False),

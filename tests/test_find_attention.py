@@ -129,7 +129,10 @@ NOT_ATTENTION: dict[str, Function] = {
     "one query head, many key heads": lambda q, k, v: (q[:, :1] @ k.mT).softmax(-1) @ v,
     "one query head of an operator": lambda q, k, v: attention(q[:, :1], k, v),
     "one batch row of keys": lambda q, k, v: (q @ k[:1].mT).softmax(-1) @ v,
-    "five dimensions": lambda q, k, v: attention(q[None], k[None], v[None]),
+    "one query head of five dimensions": lambda q, k, v: attention(
+        q.unflatten(1, (2, 2))[:, :1], k.unflatten(1, (2, 2)), v.unflatten(1, (2, 2))
+    ),
+    "other heads of values": lambda q, k, v: attention(q, k[:, :2], v, enable_gqa=True),
 }
 
 
@@ -141,6 +144,7 @@ def test_what_is_no_attention(name: str) -> None:
 ATTENTION: dict[str, Function] = {
     "operator": lambda q, k, v: attention(q, k, v),
     "keywords": lambda q, k, v: attention(value=v, query=q, is_causal=True, key=k),
+    "five dimensions": lambda q, k, v: attention(q[None], k[None], v[None]),
     "written out": lambda q, k, v: weights(q, k) @ v,
     "cast, idle dropout": lambda q, k, v: F.dropout(weights(q, k).float().to(q.dtype), 0.0) @ v,
     "torch.matmul, mT": lambda q, k, v: torch.matmul(torch.softmax(torch.matmul(q, k.mT), 3), v),
@@ -154,7 +158,7 @@ def test_what_is_attention(name: str) -> None:
     (attention,) = found(ATTENTION[name])
     (query,), (key,) = attention.query.nodes, attention.key.nodes
     assert query.meta["val"].shape[-3] == key.meta["val"].shape[-3] == H
-    assert (attention.logits is None) == (name in ("operator", "keywords"))
+    assert (attention.logits is None) == (name in ("operator", "keywords", "five dimensions"))
     assert attention.causal == (name == "keywords")
     assert attention.scale == pytest.approx(1.0 if attention.logits is not None else D**-0.5)
 
@@ -233,7 +237,7 @@ def test_the_check_sees_wrong_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(find_attention_pass, "_fit", lambda *_: True)
         with pytest.raises(AssertionError):
-            test_what_is_no_attention("one query head of an operator")
+            test_what_is_no_attention("other heads of values")
     with monkeypatch.context() as patch:
         patch.setattr(find_attention_pass, "_refuse_dropout", lambda *_: None)
         with pytest.raises(pytest.fail.Exception):

@@ -135,6 +135,7 @@ LOCAL: dict[str, Pattern] = {
     "some token": lambda p, x, i: torch.where((x > 0.5).any(1, keepdim=True), x, p.vector),
     "covariance": lambda p, x, i: x @ (x.mT @ x) / x.shape[1],
     "weight in both": lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0],
+    "attention": lambda p, x, i: x + F.scaled_dot_product_attention(*[(x @ p.square)[None, None]] * 3)[0, 0],
     "tail mean": lambda p, x, i: x + x[:, 1:].mean((0, 1)),
     "middle sum": lambda p, x, i: x + (x[:, 2:-1] * p.square[0]).sum(1, keepdim=True) / x.shape[1],
     "tail labels": lambda p, x, i: x * F.cross_entropy(x[:, :-1].flatten(0, 1), i[:, 1:].flatten() % WIDTH),
@@ -171,9 +172,6 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
         lambda p, x, i: x * torch.bincount(x.argmax(-1).flatten(), minlength=WIDTH)[:WIDTH] / x.shape[1], 1
     ),
     "some tokens": (lambda p, x, i: x * (1 + x[i > 4].mean() + x[i < 4].sum() / x.shape[1]), 2),
-    "attention of five dimensions": (
-        lambda p, x, i: x + F.scaled_dot_product_attention(*[(x @ p.square)[None, None]] * 3)[0, 0], 1
-    ),
     "rows mixed": (lambda p, x, i: x + F.layer_norm(x.mT, x.shape[1:2]).mT, 1),
 }  # fmt: skip
 
