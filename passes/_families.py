@@ -26,6 +26,7 @@ from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._operands import (
     args_of,
+    einsum_letters,
     only_source,
     output_axis,
     source_of,
@@ -212,11 +213,10 @@ def _pad(sharder: Sharder, node: Node) -> Any:
 def _einsum(sharder: Sharder, node: Node) -> Any:
     """einsum("bsd,df->bsf", ..): the tokens' letter is kept, and no other dimension holds tokens; or it is
     summed over in all operands that have it."""
-    equation, operands = args_of(node)[0].replace(" ", ""), args_of(node)[1]
-    if "->" not in equation or "." in equation:
+    letters_of = einsum_letters(node)
+    if letters_of is None:
         raise NotLocal("an einsum without explicit dimensions")
-    inputs, result = equation.split("->")
-    names = list(zip(inputs.split(","), operands, strict=True))
+    result, names = letters_of[1], list(zip(letters_of[0], args_of(node)[1], strict=True))
     of_tokens = {x[o.meta["tokens"].dim] for x, o in names if isinstance(o.meta.get("tokens"), TokenAxis)}
     if len(of_tokens) == 1 and not of_tokens & set(result):
         (letter,) = of_tokens

@@ -20,6 +20,7 @@ from hsap_compile import formula
 from hsap_compile._torch import expr_of, free_symbols, operator_name
 from hsap_compile.formula import b, h, k, q
 from hsap_compile.graph import Builder, positional
+from hsap_compile.passes._operands import einsum_letters
 
 aten = torch.ops.aten
 
@@ -172,11 +173,10 @@ def product_of(node: Node) -> tuple[Factor, Factor] | None:
 
 
 def _einsum(node: Node) -> tuple[Factor, Factor] | None:
-    equation, operands = positional(node)[0].replace(" ", ""), positional(node)[1]
-    inputs, arrow, result = equation.partition("->")
-    letters = inputs.split(",")
-    if not arrow or "." in equation or len(letters) != 2 or any(len(set(x)) < len(x) for x in letters):
+    found, operands = einsum_letters(node), positional(node)[1]
+    if found is None or len(operands) != 2 or any(len(set(x)) < len(x) for x in found[0]):
         return None
+    letters, result = found
     summed = [c for c in letters[0] if c in letters[1] and c not in result]
     if len(summed) != 1 or not (set(letters[0]) | set(letters[1])) == {*result, *summed}:
         return None

@@ -61,8 +61,8 @@ def grouped(m: Model, x: Tensor, doc: Tensor, change: Callable[[Tensor], Tensor]
 def heads_first(m: Model, x: Tensor, doc: Tensor) -> Tensor:
     q, k, v = heads(m, x)
     q, k, v = q.permute(0, 2, 3, 1, 4), k.transpose(1, 2), v.transpose(1, 2)
-    a = einsum("bhgnd,bhsd->bhgns", q, k) / 2 + additive(doc)[:, None, None]
-    return einsum("bhgns,bhsd->bhgnd", a.softmax(-1), v).permute(0, 3, 1, 2, 4)
+    a = einsum("... h g n d, ... h s d -> ... h g n s", q, k) / 2 + additive(doc)[:, None, None]
+    return einsum("...hgns,...hsd->...hgnd", a.softmax(-1), v).permute(0, 3, 1, 2, 4)
 
 
 def groups_first(m: Model, x: Tensor, doc: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ LOCAL: dict[str, Pattern] = {
     "matmul left": lambda p, x, i: (p.square @ x.transpose(1, 2)).mT,
     "vector": lambda p, x, i: x + (x @ p.vector)[..., None],
     "einsum": lambda p, x, i: torch.einsum("bsf,fg->bsg", x, p.square),
+    "einsum of more": lambda p, x, i: torch.einsum("...f, fg -> ...g", x, p.square),
     "affine": lambda p, x, i: x * p.vector + p.scalar,
     "layer norm": lambda p, x, i: x + F.layer_norm(x, (WIDTH,), p.vector, p.vector),
     "rms norm": lambda p, x, i: x + F.rms_norm(x, (WIDTH,), p.vector),

@@ -61,6 +61,7 @@ def test_totals_stay_local(name: str) -> None:
 GATHERED: dict[str, tuple[Pattern, int]] = {
     "the largest": (lambda p, x, i: x / x.norm(float("inf"), dim=1, keepdim=True), 1),
     "tokens of others": (lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1].flip(1)).mean(2)[:, None], 2),
+    "an ellipsis summed": (lambda p, x, i: x + einsum("...d,...d->d", x, x.cos()) / x.shape[1], 1),
     "two sums": (lambda p, x, i: x + einsum("bsd,bte->bd", x, x.cos())[:, None] / x.shape[1], 1),
     "every pair": (lambda p, x, i: x + einsum("bsd,btd->bst", x, x.cos()).mean((1, 2))[:, None, None], 1),
 }  # fmt: skip
