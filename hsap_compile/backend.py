@@ -61,7 +61,7 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
         _share_length(module, size)
     try:
         length = None if size is None else _symbol(module, example_inputs, size)
-        _fix_rows(module, length)
+        _fix_rows(module)
         return length
     except Refused as reason:
         if ranks > 1:
@@ -122,16 +122,18 @@ def _attended(module: GraphModule) -> Iterator[tuple[Any, Sequence[Any]]]:
         elif name == "scaled_dot_product_attention":
             yield value.shape[-2], value.shape[:-2]
         elif name in ("softmax", "_softmax") and value.dim() >= 3:
-            if expr_of(value.shape[-1]) == expr_of(value.shape[-2]):
-                yield value.shape[-2], value.shape[:-2]
+            others = value.shape[-2:-1] if value.dim() == 3 else value.shape[1:-1]
+            width = expr_of(value.shape[-1])
+            size = next((size for size in others if expr_of(size) == width), None)
+            if size is not None:
+                yield size, [other for other in value.shape[:-1] if expr_of(other) != width]
 
 
-def _fix_rows(module: GraphModule, length: sympy.Symbol | None) -> None:
+def _fix_rows(module: GraphModule) -> None:
     """Other numbers of rows compile again: they are numbers in the graph."""
     for _, rows in _attended(module):
         for size in rows:
-            if expr_of(size) != length:
-                int(size)
+            int(size)
 
 
 def _operand(node: Node) -> torch.Tensor:

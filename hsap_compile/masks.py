@@ -20,6 +20,9 @@ from hsap_compile.formula import b, h, k, q, score
 #: A finite score at or below this masks as -inf does: exp() of it underflows in every float type.
 MASKED = -1e4
 
+#: And so it does here whatever number of a tensor is added to it.
+LOWEST = -1e30
+
 
 @dataclass(frozen=True)
 class Band:
@@ -118,11 +121,19 @@ def _strip(expr: sympy.Expr, conditions: list[sympy.Basic], floors: list[sympy.E
         for term in expr.args:
             if term.has(score):
                 kept.append(_strip(term, conditions, floors))
-        bias = sympy.Add(*[t for t in expr.args if not t.has(score)])
-        condition = _bias_condition(bias, floors)
-        if condition is None:
-            return sympy.Add(*kept, bias)
-        conditions.append(condition)
+        biases = [term for term in expr.args if not term.has(score)]
+        condition = _bias_condition(sympy.Add(*biases), floors)
+        if condition is not None:
+            conditions.append(condition)
+            return sympy.Add(*kept)
+        for bias in biases:  # a mask and a bias of another kind
+            masked: list[sympy.Expr] = []
+            condition = _bias_condition(bias, masked) if isinstance(bias, sympy.Piecewise) else None
+            if condition is None or not all(value <= LOWEST for value in masked):
+                kept.append(bias)
+                continue
+            conditions.append(condition)
+            floors.extend(masked)
         return sympy.Add(*kept)
     return expr
 

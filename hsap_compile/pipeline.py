@@ -231,7 +231,7 @@ def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
     leaving = set(output.all_input_nodes)
     for attention in attentions:
-        if attention.key in leaving or attention.value in leaving:
+        if not leaving.isdisjoint((*attention.key.nodes, *attention.value.nodes)):
             raise Refused(
                 "the model returns a key/value cache",
                 got="keys and values of an attention among the outputs",
@@ -268,7 +268,7 @@ def _size(graph: GraphModule, tokens: tuple[int, int] | int) -> Any:
 
 def _static_length(attentions: Sequence[Attention]) -> int:
     """For one rank and a length that no input has (image patches, say)."""
-    return int(attentions[0].query.meta["val"].shape[-2]) if attentions else 1
+    return int(attentions[0].query.tokens) if attentions else 1
 
 
 def _no_tokens() -> Refused:

@@ -27,6 +27,7 @@ from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._operands import (
     args_of,
+    einsum_letters,
     only_source,
     output_axis,
     source_of,
@@ -36,7 +37,7 @@ from hsap_compile.passes._operands import (
 from hsap_compile.passes._random import drawn
 from hsap_compile.passes._routing import row_counts, row_sort
 from hsap_compile.passes._shifts import ALONG_TOKENS, concatenation, convolution, pad
-from hsap_compile.passes._totals import LOSSES, cross_entropy, loss, reduced
+from hsap_compile.passes._totals import LOSSES, TOTALS, contraction, cross_entropy, loss
 from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis, rows_in_front
 
@@ -211,13 +212,18 @@ def _pad(sharder: Sharder, node: Node) -> Any:
 
 
 def _einsum(sharder: Sharder, node: Node) -> Any:
-    """einsum("bsd,df->bsf", ..): the tokens' letter is kept, and no other dimension holds tokens."""
-    equation, operands = args_of(node)[0].replace(" ", ""), args_of(node)[1]
-    if "->" not in equation or "." in equation:
+    """einsum("bsd,df->bsf", ..): the tokens' letter is kept, and no other dimension holds tokens; or it is
+    summed over in all operands that have it."""
+    letters_of = einsum_letters(node)
+    if letters_of is None:
         raise NotLocal("an einsum without explicit dimensions")
-    inputs, result = equation.split("->")
+    result, names = letters_of[1], list(zip(letters_of[0], args_of(node)[1], strict=True))
+    of_tokens = {x[o.meta["tokens"].dim] for x, o in names if isinstance(o.meta.get("tokens"), TokenAxis)}
+    if len(of_tokens) == 1 and not of_tokens & set(result):
+        (letter,) = of_tokens
+        return contraction(sharder, node, {o: x.index(letter) for x, o in names if letter in x})
     out = output_axis(node)
-    for letters, operand in zip(inputs.split(","), operands, strict=True):
+    for letters, operand in names:
         axis = operand.meta.get("tokens")
         if axis is MANY or (isinstance(axis, TokenAxis) and letters[axis.dim] != result[out.dim]):
             raise NotLocal("an einsum that sums over tokens")
@@ -248,9 +254,13 @@ def _linear(sharder: Sharder, node: Node) -> Any:
 
 
 def _matmul(sharder: Sharder, node: Node) -> Any:
-    """Products whose token dimension is a row of the left operand or a batch dimension of both."""
-    out = output_axis(node)
+    """Products whose token dimension is a row of the left operand or a batch dimension of both, or is what
+    they sum over."""
     left, right = args_of(node)[-2:]
+    if node.meta["tokens"] is None and len(args_of(node)) == 2:
+        sizes = [side.meta["val"].dim() for side in (left, right)]
+        return contraction(sharder, node, {left: sizes[0] - 1, right: max(sizes[1] - 2, 0)})
+    out = output_axis(node)
     rank = node.meta["val"].dim()
     for side, contracted in ((left, -1), (right, -2)):
         axis = side.meta.get("tokens")
@@ -347,8 +357,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
             if not same:
                 raise NotLocal("token dimensions of the operands differ")
         return _as_is(sharder, node)
-    if name in _SUMS:
-        return reduced(sharder, node, source, axis, dims)
+    if name in TOTALS:
+        return TOTALS[name](sharder, node, source, axis, dims)
     if name in ALONG_TOKENS:
         return ALONG_TOKENS[name](sharder, node)
     if name == "aten::cat":
@@ -359,7 +369,6 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
 
 
 _MOVES = _names("transpose squeeze movedim swapaxes permute t")
-_SUMS = _names("sum mean")
 REDUCTIONS = _names("sum mean amax amin max min any all prod var std norm linalg_vector_norm argmax argmin")
 
 

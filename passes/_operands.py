@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import torch
@@ -56,3 +57,22 @@ def only_source(node: Node) -> tuple[Node, TokenAxis]:
     if not isinstance(axis, TokenAxis):
         raise NotLocal("a value without a single token dimension")
     return source, axis
+
+
+def einsum_letters(node: Node) -> tuple[list[str], str] | None:
+    """The letters of each operand's dimensions, and of the result's, an ellipsis written out; None where it
+    stands for a different number of dimensions, or the result is not said."""
+    equation, operands = args_of(node)[0].replace(" ", ""), args_of(node)[1]
+    inputs, arrow, result = equation.partition("->")
+    letters = inputs.split(",")
+    if not arrow or len(letters) != len(operands):
+        return None
+    if "..." in equation:
+        dims = [(names, x.meta["val"].dim()) for names, x in zip(letters, operands, strict=True)]
+        counts = {rank - len(names) + 3 for names, rank in dims if "..." in names}
+        free = [c for c in string.ascii_letters if c not in equation]
+        if len(counts) != 1 or "..." not in result or len(free) < max(counts):
+            return None
+        lead = "".join(free[: max(counts)])
+        letters, result = [names.replace("...", lead) for names in letters], result.replace("...", lead)
+    return letters, result

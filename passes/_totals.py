@@ -1,9 +1,12 @@
-"""Rules of what sums tokens away: this rank's part of a sum, a mean or a loss, and the sum over ranks."""
+"""Rules of what sums tokens away: this rank's part of a sum, a mean, a norm, a product or a loss, and the sum
+over ranks."""
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +47,106 @@ def reduced(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: s
     rank = source.meta["val"].dim()
     total = _rank_sum(sharder, value, axis, start, rank, sorted(dims), keep, wide)
     if operator_name(node.target) == "aten::mean":
-        count: Any = 1
-        for dim in dims:
-            count = count * expr_of(source.meta["val"].shape[dim])
-        total = sharder.emit(aten.div.Tensor, total, sharder.size(count))
-    result = node.meta["val"].dtype
-    return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
+        total = sharder.emit(aten.div.Tensor, total, sharder.size(_count(source, dims)))
+    return _typed(sharder, total, node)
+
+
+def vector_norm(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
+    """(sum of |x|^p)^(1/p), of which the gradient at zero is zero."""
+    given = arguments(node)
+    p = given["ord"]
+    if not isinstance(p, int | float) or not 1 <= p < math.inf:
+        raise NotLocal("a norm that is no root of a sum of powers")
+    start, wide = sharder.start_of(source), given["dtype"] or _wide(source.meta["val"].dtype)
+    value = sharder.local(source, start)
+    value = value if wide is None else sharder.emit(aten.to.dtype, value, wide)
+    value = sharder.emit(aten.abs.default, value)
+    value = value if p == 1 else sharder.emit(aten.pow.Tensor_Scalar, value, p)
+    rank = source.meta["val"].dim()
+    total = _rank_sum(sharder, value, axis, start, rank, sorted(dims), given["keepdim"], None)
+    return _typed(sharder, total if p == 1 else _root(sharder, total, p), node)
+
+
+def variance(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
+    """sum_ranks(sum((x - mean)^2)) / (count - correction), or its root.  The mean needs no gradient: that of
+    the sum of squares by it is the sum of all differences, which is zero."""
+    given = arguments(node)
+    correction = given["correction"] if "correction" in given else int(given["unbiased"])
+    correction = 1 if correction is None else correction
+    start, rank = sharder.start_of(source), source.meta["val"].dim()
+    value = sharder.local(source, start)
+    wide = _wide(source.meta["val"].dtype)
+    value = value if wide is None else sharder.emit(aten.to.dtype, value, wide)
+    size = _count(source, dims)
+    count = sharder.size(size)
+    total = _rank_sum(sharder, value, axis, start, rank, sorted(dims), True, None)
+    mean = sharder.emit(aten.detach.default, sharder.emit(aten.div.Tensor, total, count))
+    away = sharder.emit(aten.pow.Tensor_Scalar, sharder.emit(aten.sub.Tensor, value, mean), 2)
+    keep = bool(given.get("keepdim", False))
+    total = _rank_sum(sharder, away, axis, start, rank, sorted(dims), keep, None)
+    made = sharder.emit(aten.div.Tensor, total, sharder.emit(operator.sub, count, correction))
+    return _typed(
+        sharder, _root(sharder, made, 2) if operator_name(node.target) == "aten::std" else made, node
+    )
+
+
+def truth(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
+    """any: some are not zero; all: none is zero."""
+    some = operator_name(node.target) == "aten::any"
+    start, keep = sharder.start_of(source), bool(arguments(node).get("keepdim", False))
+    value = sharder.local(source, start)
+    counted = sharder.emit(aten.ne.Scalar if some else aten.eq.Scalar, value, 0)
+    rank = source.meta["val"].dim()
+    total = _rank_sum(sharder, counted, axis, start, rank, sorted(dims), keep, torch.int64)
+    return sharder.emit(aten.gt.Scalar if some else aten.eq.Scalar, total, 0)
+
+
+def _root(sharder: Sharder, total: Node, p: float) -> Node:
+    """total^(1 / p), whose gradient at zero is taken as zero."""
+    zero = sharder.emit(aten.eq.Scalar, total, 0)
+    other = sharder.emit(aten.masked_fill.Scalar, total, zero, 1)
+    return sharder.emit(aten.masked_fill.Scalar, sharder.emit(aten.pow.Tensor_Scalar, other, 1 / p), zero, 0)
+
+
+def _count(source: Node, dims: set[int]) -> Any:
+    return functools.reduce(operator.mul, (expr_of(source.meta["val"].shape[dim]) for dim in dims))
+
+
+def _typed(sharder: Sharder, made: Node, node: Node) -> Node:
+    """``made`` in the type of the result that it stands for."""
+    dtype = node.meta["val"].dtype
+    return made if made.meta["val"].dtype == dtype else sharder.emit(aten.to.dtype, made, dtype)
+
+
+def contraction(sharder: Sharder, node: Node, contracted: Mapping[Node, int]) -> Any:
+    """A product that sums over the tokens of its operands: sum_ranks(the product of this rank's rows).
+    ``contracted``: the dimension of each operand with tokens over which it sums."""
+    axes: dict[Node, TokenAxis] = {}
+    for operand in tensor_inputs(node):
+        axis = operand.meta.get("tokens")
+        if axis is None:
+            continue
+        if axis is MANY or contracted.get(operand) != axis.dim:
+            raise NotLocal("a product that sums over some of its tokens")
+        if operand in sharder.home and sharder.home[operand].routed:
+            raise NotLocal("rows in the order of a sort")
+        axes[operand] = axis
+    if len({axis.layout for axis in axes.values()}) != 1:
+        raise NotLocal("token dimensions of the operands differ")
+    start = sharder.start_of(*axes)
+
+    def rows(operand: Node) -> Any:
+        value = sharder.operand(operand, start)
+        if operand not in axes:
+            return value
+        valid = sharder.valid_rows(axes[operand], start, operand.meta["val"].dim())
+        return value if valid is None else sharder.emit(aten.where.ScalarOther, valid, value, 0)
+
+    args, kwargs = map_arg((node.args, node.kwargs), rows)
+    part = sharder.emit(node.target, *args, **kwargs)
+    wide = _wide(part.meta["val"].dtype)
+    part = part if wide is None else sharder.emit(aten.to.dtype, part, wide)
+    return _typed(sharder, sharder.emit(exchange.SUM_RANKS, part, sharder.group), node)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:
@@ -105,8 +202,7 @@ def loss(sharder: Sharder, node: Node) -> Any:
     if reduction == 1:
         count = functools.reduce(operator.mul, shape)
         total = sharder.emit(aten.div.Tensor, total, sharder.size(count))
-    result = node.meta["val"].dtype
-    return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
+    return _typed(sharder, total, node)
 
 
 def cross_entropy(sharder: Sharder, node: Node) -> Any:
@@ -127,7 +223,6 @@ def cross_entropy(sharder: Sharder, node: Node) -> Any:
     start = sharder.start_of(logits, target)
     x, y = sharder.operand(logits, start), sharder.operand(target, start)
     w = None if weight is None else sharder.operand(weight)
-    result = node.meta["val"].dtype
     if _wide(x.meta["val"].dtype) is not None and given["reduction"] != 0:
         x = sharder.emit(aten.to.dtype, x, torch.float32)
         w = None if w is None else sharder.emit(aten.to.dtype, w, torch.float32)
@@ -146,7 +241,7 @@ def cross_entropy(sharder: Sharder, node: Node) -> Any:
     total = sharder.emit(aten.sum.default, rows, dtype=torch.float64)
     if given["reduction"] == 2:
         total = sharder.emit(exchange.SUM_RANKS, total, sharder.group)
-        return total if total.meta["val"].dtype == result else sharder.emit(aten.to.dtype, total, result)
+        return _typed(sharder, total, node)
     if probabilities:
         count: Any = 1
         for size in (s for d, s in enumerate(logits.meta["val"].shape) if d != class_dim):
@@ -169,4 +264,11 @@ def cross_entropy(sharder: Sharder, node: Node) -> Any:
             sharder.emit(aten.select.int, both, 0, 0),
             sharder.emit(aten.select.int, both, 0, 1),
         )
-    return mean if mean.meta["val"].dtype == result else sharder.emit(aten.to.dtype, mean, result)
+    return _typed(sharder, mean, node)
+
+
+#: What reduces the tokens away, by the operator's name.
+TOTALS = {
+    "aten::sum": reduced, "aten::mean": reduced, "aten::linalg_vector_norm": vector_norm,
+    "aten::var": variance, "aten::std": variance, "aten::any": truth, "aten::all": truth,
+}  # fmt: skip

@@ -1,7 +1,9 @@
 """Pass 2: find every attention of the graph, however it is written.
 
 1. ``scaled_dot_product_attention`` in every calling style;
-2. the eager form: ``softmax(f(q @ k.T)) @ v`` where f is any element-wise chain (scale, masks, soft-cap);
+2. the eager form: ``softmax(f(q @ k.T)) @ v`` where f is any element-wise chain (scale, masks, soft-cap), its
+   products written as matmul, bmm or einsum with their dimensions in any order, heads in groups, or scores
+   that are a sum: q1 k1ᵀ + q2 k2ᵀ = cat(q1, q2) cat(k1, k2)ᵀ;
 3. peel what repeats key/value heads (``repeat_kv``, ``repeat_interleave``), so that only real heads travel.
 
 Finding changes nothing; ``lift_mask`` rewrites what is found.
@@ -10,15 +12,32 @@ Finding changes nothing; ``lift_mask`` rewrites what is found.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from hsap_compile._torch import FLEX_ATTENTION, expr_of, free_symbols, hint_of, operator_name
+from hsap_compile._torch import (
+    FLEX_ATTENTION,
+    SET_GRAD_ENABLED,
+    expr_of,
+    free_symbols,
+    hint_of,
+    operator_name,
+)
 from hsap_compile.errors import Refused, where
+from hsap_compile.formula import b, h, k, q
 from hsap_compile.graph import positional, target
+from hsap_compile.passes._products import (
+    PRODUCTS,
+    Operand,
+    Scores,
+    operands_of,
+    operands_of_operator,
+    scores_of,
+)
 
 aten = torch.ops.aten
 
@@ -45,51 +64,46 @@ class Body:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention.  ``query`` (B, H, S, D), ``key`` and ``value`` (B, H or Hkv, S, D or Dv); or without B,
-    or, where ``logits`` are (B, H, S, S), with (B * H, S, D).
+    """One attention: what the canonical operator takes, and where it stands.
 
-    ``flipped``: ``key`` is (B, Hkv, D, S).  ``sink`` (B, H, S, 1): one more logit, whose weight is dropped.
+    ``result``: how its result lies in ``output`` (see ``Operands``).
+    ``sink`` (B, H, S, 1): one more logit, whose weight is dropped.
     ``score_mod`` and ``mask_mod``: what flex attention does to its scores.
     ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
-    (a node, or None), ``causal`` and ``scale`` say the same.  ``product``: the q @ k.T of the eager form.
+    (a node, or None), ``causal`` and ``scale`` say the same.  ``scores``: the q @ k.T of the eager form.
+    ``layout``: the index of the pair (b, h, q, k) in the logits or the mask, ``scores_layout`` in the scores.
     """
 
     output: Node
-    query: Node
-    key: Node
-    value: Node
+    query: Operand
+    key: Operand
+    value: Operand
     scale: float
+    result: tuple[int, ...]
+    layout: tuple[sympy.Expr, ...]
     causal: bool = False
     mask: Node | None = None
     logits: Node | None = None
-    product: Node | None = None
-    flipped: bool = False
+    scores: Scores | None = None
+    scores_layout: tuple[sympy.Expr, ...] = ()
     sink: Node | None = None
     score_mod: Body | None = None
     mask_mod: Body | None = None
 
-    @property
-    def folded(self) -> tuple[int, int] | None:
-        """(B, H) where queries are (B * H, S, D)."""
-        if self.logits is None or self.query.meta["val"].dim() != 3 or self.logits.meta["val"].dim() != 4:
-            return None
-        batch, heads = (hint_of(size) for size in self.logits.meta["val"].shape[:2])
-        return batch, heads
-
 
 def find_attention(module: GraphModule) -> tuple[Attention, ...]:
     """Every attention of ``module``, in graph order."""
-    found = []
+    found, no_grad = [], without_gradient(module)
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
-        attention = None
+        attention, opaque = None, set() if node in no_grad else no_grad
         if node.target is aten.scaled_dot_product_attention.default:
-            attention = _operator(node)
+            attention = _operator(node, opaque)
         elif operator_name(node.target) in ("aten::softmax", "aten::_softmax"):
-            attention = _eager(node)
+            attention = _eager(node, no_grad)
         elif node.target is FLEX_ATTENTION:
-            attention = _flex(node)
+            attention = _flex(node, opaque)
         if attention is not None:
             found.append(attention)
     return tuple(found)
@@ -112,7 +126,18 @@ def token_dims(node: Node) -> tuple[int, ...]:
     return tuple(d for d, size in enumerate(value.shape) if free_symbols(size))
 
 
-def _operator(node: Node) -> Attention | None:
+def without_gradient(module: GraphModule) -> set[Node]:
+    """The nodes inside of no_grad regions."""
+    found, grad = set(), True
+    for node in module.graph.nodes:
+        if node.target is SET_GRAD_ENABLED:
+            grad = bool(node.args[0])
+        elif not grad:
+            found.add(node)
+    return found
+
+
+def _operator(node: Node, opaque: set[Node]) -> Attention | None:
     given = arguments(node)
     _refuse_dropout(node, given["dropout_p"])
     query, key, value = given["query"], given["key"], given["value"]
@@ -121,19 +146,24 @@ def _operator(node: Node) -> Attention | None:
         return None
     if scale is None:
         scale = 1.0 / math.sqrt(hint_of(query.meta["val"].shape[-1]))
-    key, value = _peeled(query, key, value)
-    return Attention(
-        output=node,
-        query=query,
-        key=key,
-        value=value,
-        scale=float(scale),
-        causal=causal,
-        mask=given["attn_mask"],
-    )
+    found = _plain(node, query, key, value, scale, opaque)
+    if found is None:
+        return None
+    return replace(found, causal=causal, mask=given["attn_mask"])
 
 
-def _flex(node: Node) -> Attention | None:
+def _plain(
+    output: Node, query: Node, key: Node, value: Node, scale: Any, opaque: set[Node]
+) -> Attention | None:
+    operands = operands_of_operator(output, query, key, value, opaque)
+    if operands is None:
+        return None
+    q, k, v, result, layout = operands
+    k, v = _peeled(k, v, opaque)
+    return Attention(output=output, query=q, key=k, value=v, scale=float(scale), result=result, layout=layout)
+
+
+def _flex(node: Node, opaque: set[Node]) -> Attention | None:
     """flex_attention(q, k, v, score_mod, (.., mask_mod), scale, options, buffers of the two): only the
     attention's output may be read, and its blocks must be what ``mask_mod`` says."""
     query, key, value, score_mod, blocks, scale, _, score_buffers, mask_buffers = positional(node)
@@ -145,15 +175,9 @@ def _flex(node: Node) -> Attention | None:
         if any(isinstance(size, int) and size < _EVERYTHING for size in blocks[-3:-1]):
             return None  # the blocks alone are the mask
         mask = None
-    return Attention(
-        output=read[0],
-        query=query,
-        key=key,
-        value=value,
-        scale=float(scale),
-        score_mod=Body(_module(score_mod), tuple(score_buffers)),
-        mask_mod=mask,
-    )
+    of_scores = Body(_module(score_mod), tuple(score_buffers))
+    found = _plain(read[0], query, key, value, scale, opaque)
+    return None if found is None else replace(found, score_mod=of_scores, mask_mod=mask)
 
 
 _EVERYTHING = 1 << 30  # the size of the one block that torch makes where no block mask is given
@@ -180,18 +204,24 @@ def _refuse_dropout(node: Node, probability: Any) -> None:
         )
 
 
-def _eager(softmax: Node) -> Attention | None:
-    """softmax(logits) @ value, if that is what ``softmax`` is part of."""
+def _eager(softmax: Node, no_grad: set[Node]) -> Attention | None:
+    """softmax(logits) @ value, if that is what ``softmax`` is part of, and a gradient passes through all of
+    it or through nothing."""
     given = arguments(softmax)
     logits = softmax.args[0]
     assert isinstance(logits, Node)
     logits, sink = _without_sink(_without_shift(logits))
     rank = logits.meta["val"].dim()
-    if rank not in (3, 4) or given["dim"] not in (-1, rank - 1):
-        return None
-    if not {rank - 2, rank - 1} <= set(token_dims(logits)):
+    if rank < 3 or given["dim"] not in (-1, rank - 1):
         return None
     user: Node = softmax
+    path = [softmax]
+    before = softmax.args[0]
+    while before is not logits:
+        assert isinstance(before, Node)
+        path.append(before)
+        first = positional(before)[0]
+        before = first if isinstance(first, Node) else first[0]
     dropouts: list[Node] = []
     dropped = False
     while True:
@@ -201,7 +231,7 @@ def _eager(softmax: Node) -> Attention | None:
         name = operator_name(following.target) if following.op == "call_function" else ""
         if name == "aten::dropout":
             dropouts.append(following)
-        elif name in ("aten::matmul", "aten::bmm"):
+        elif name in PRODUCTS:
             break
         elif name == "aten::slice" and (sink is None) == _same_shape(user, following):
             if sink is not None and not _drops_last(following, sink[1]):
@@ -212,36 +242,39 @@ def _eager(softmax: Node) -> Attention | None:
                 return None
         elif name not in _TRANSPARENT:
             return None
+        path.append(following)
         user = following
-    value = positional(following)[1]
-    product = _product(logits)
-    if positional(following)[0] is not user or product is None or not isinstance(value, Node):
-        return None
     if sink is not None and not dropped:
         return None
-    query, transposed = positional(product)[-2:]  # baddbmm(input, q, k) carries its bias first
-    assert isinstance(query, Node) and isinstance(transposed, Node)
-    key = _transposed(transposed)
-    flipped = key is None
-    if key is None:
-        key = transposed
-    if not _fit(query, key, value, flipped):
+    folded = None
+    if user.meta["val"].dim() < rank:
+        folded = (hint_of(logits.meta["val"].shape[0]), hint_of(logits.meta["val"].shape[1]))
+    opaque = set() if following in no_grad else no_grad
+    if not opaque.isdisjoint(path):
         return None
-    for dropout in dropouts:
-        _refuse_dropout(dropout, arguments(dropout)["p"] if arguments(dropout)["train"] else 0.0)
-    if not flipped:
-        key, value = _peeled(query, key, value)
-    return Attention(
-        output=following,
-        query=query,
-        key=key,
-        value=value,
-        scale=1.0,
-        logits=logits,
-        product=product,
-        flipped=flipped,
-        sink=None if sink is None else sink[0],
-    )
+    for scores in scores_of(logits, lambda n: len(token_dims(n)) > 1):
+        operands = operands_of(scores, user, following, folded, opaque)
+        if operands is None:
+            continue
+        for dropout in dropouts:
+            given = arguments(dropout)
+            _refuse_dropout(dropout, given["p"] if given["train"] else 0.0)
+        query, key, value, result, layout = operands
+        key, value = _peeled(key, value, opaque)
+        return Attention(
+            output=following,
+            query=query,
+            key=key,
+            value=value,
+            scale=scores.scale,
+            result=result,
+            layout=(b, h, q, k) if folded else layout,
+            logits=logits,
+            scores=scores,
+            scores_layout=layout,
+            sink=None if sink is None else sink[0],
+        )
+    return None
 
 
 def _without_shift(logits: Node) -> Node:
@@ -273,52 +306,18 @@ def _drops_last(weights: Node, logits: Node) -> bool:
     return given["start"] in (None, 0) and given["step"] == 1 and _same_shape(weights, logits)
 
 
-def _fit(query: Node, key: Node, value: Node, flipped: bool = False) -> bool:
-    """Whether the canonical operator takes them: one batch size, key/value heads that divide the heads."""
-    q, k, v = (n.meta["val"].shape for n in (query, key, value))
-    if not len(q) == len(k) == len(v) or len(q) not in (3, 4):
+def _fit(query: Node, key: Node, value: Node) -> bool:
+    """Whether the canonical operator takes them: one batch size, key/value heads that divide the heads; of
+    more than four dimensions, one key/value head for all or one for each."""
+    q, k, v = ([expr_of(size) for size in n.meta["val"].shape] for n in (query, key, value))
+    if not 3 <= len(q) == len(k) == len(v) or k[-2] != v[-2] or q[-1] != k[-1]:
         return False
-    if flipped:
-        k = (*k[:-2], k[-1], k[-2])
-    if expr_of(k[-2]) != expr_of(v[-2]) or expr_of(q[-1]) != expr_of(k[-1]):
+    if len(q) > 3 and not q[0] == k[0] == v[0]:
         return False
-    if len(q) == 4 and not expr_of(q[0]) == expr_of(k[0]) == expr_of(v[0]):
-        return False
-    heads = [expr_of(x[-3]) for x in (q, k, v)]
+    if len(q) > 4:
+        return all(a in (one, 1) and b in (one, 1) for one, a, b in zip(q[:-2], k, v, strict=False))
+    heads = [x[-3] for x in (q, k, v)]
     return heads[1] == heads[2] and all(h.is_Integer for h in heads) and heads[0] % heads[1] == 0
-
-
-def _product(logits: Node) -> Node | None:
-    """The q @ k.T that ``logits`` is computed from, if it is exactly one."""
-    found: set[Node] = set()
-    seen: set[Node] = set()
-    stack = [logits]
-    while stack:
-        node = stack.pop()
-        if node in seen or len(token_dims(node)) < 2:
-            continue
-        seen.add(node)
-        name = operator_name(node.target) if node.op == "call_function" else ""
-        if name in ("aten::matmul", "aten::bmm", "aten::baddbmm"):
-            found.add(node)
-        else:
-            stack.extend(node.all_input_nodes)
-    return found.pop() if len(found) == 1 else None
-
-
-def _transposed(node: Node) -> Node | None:
-    """x where ``node`` is x with its last two dimensions exchanged."""
-    name = operator_name(node.target) if node.op == "call_function" else ""
-    rank, source = node.meta["val"].dim(), positional(node)[0] if positional(node) else None
-    if not isinstance(source, Node):
-        return None
-    exchanged = False
-    if name in ("aten::transpose", "aten::swapaxes", "aten::swapdims"):
-        exchanged = {d % rank for d in positional(node)[1:3]} == {rank - 1, rank - 2}
-    elif name == "aten::permute":
-        order = [d % rank for d in positional(node)[1]]
-        exchanged = order == [*range(rank - 2), rank - 1, rank - 2]
-    return source if exchanged or name == "aten::mT" else None
 
 
 def _folds_heads(x: Node, y: Node) -> bool:
@@ -336,26 +335,34 @@ def _same_shape(x: Node, y: Node) -> bool:
     return len(a) == len(b) and all(expr_of(i) == expr_of(j) for i, j in zip(a, b, strict=True))
 
 
-def _peeled(query: Node, key: Node, value: Node) -> tuple[Node, Node]:
-    """Keys and values with their real heads, when both repeat them alike."""
-    if query.meta["val"].dim() != 4:
+def _peeled(key: Operand, value: Operand, opaque: set[Node]) -> tuple[Operand, Operand]:
+    """Keys and values with their real heads, when all of them repeat them alike."""
+    if not key.batched or len(key.rows) != 2:
         return key, value
-    k, v = _real_heads(key), _real_heads(value)
-    return (k, v) if expr_of(k.meta["val"].shape[1]) == expr_of(v.meta["val"].shape[1]) else (key, value)
+    peeled, counts = [], set()
+    for operand in (key, value):
+        parts = []
+        for factor, number in operand.parts:
+            if operand.rows[1] not in factor.dims:
+                return key, value
+            node = _real_heads(factor.node, factor.dims.index(operand.rows[1]), opaque)
+            parts.append((replace(factor, node=node), number))
+            counts.add(expr_of(parts[-1][0].size(operand.rows[1])))
+        peeled.append(replace(operand, parts=tuple(parts)))
+    return (peeled[0], peeled[1]) if len(counts) == 1 else (key, value)
 
 
-def _real_heads(node: Node) -> Node:
-    """(B, Hkv, S, D) where ``node`` is (B, H, S, D) with every head repeated H / Hkv times."""
-    if node.op != "call_function":
+def _real_heads(node: Node, dim: int, opaque: set[Node]) -> Node:
+    """The source of ``node``, which repeats every head (of dimension ``dim``) a number of times."""
+    if node.op != "call_function" or node in opaque:
         return node
-    name = operator_name(node.target)
-    if name in _TRANSPARENT and expr_of(positional(node)[0].meta["val"].shape[1]) == expr_of(
-        node.meta["val"].shape[1]
-    ):
-        inner = _real_heads(positional(node)[0])
+    name, size = operator_name(node.target), node.meta["val"].shape
+    if name in _TRANSPARENT and expr_of(positional(node)[0].meta["val"].shape[dim]) == expr_of(size[dim]):
+        inner = _real_heads(positional(node)[0], dim, opaque)
         return node if inner is positional(node)[0] else inner
     if node.target is aten.repeat_interleave.self_int:
-        return positional(node)[0] if arguments(node)["dim"] in (1, -3) else node
+        along = arguments(node)["dim"]
+        return positional(node)[0] if along in (dim, dim - len(size)) else node
     if name not in ("aten::reshape", "aten::view", "aten::_unsafe_view", "aten::flatten"):
         return node
     expanded = positional(node)[0]
@@ -370,14 +377,14 @@ def _real_heads(node: Node) -> Node:
         source = positional(source)[0]
     if source.op != "call_function" or operator_name(source.target) != "aten::unsqueeze":
         return node
-    grown, flat, inner = expanded.meta["val"].shape, node.meta["val"].shape, positional(source)[0]
-    small = inner.meta["val"].shape
+    inner = positional(source)[0]
+    if not opaque.isdisjoint((expanded, source)):
+        return node
+    small, grown = ([expr_of(s) for s in x.meta["val"].shape] for x in (inner, expanded))
+    added = grown[dim + 1 : dim + 2]
     repeats_heads = (
-        positional(source)[1] in (2, -3)
-        and len(grown) == 5
-        and len(flat) == 4
-        and expr_of(grown[1]) == expr_of(small[1])
-        and expr_of(flat[1]) == expr_of(grown[1]) * expr_of(grown[2])
-        and expr_of(flat[3]) == expr_of(grown[4])
+        positional(source)[1] in (dim + 1, dim - len(size))
+        and grown == [*small[: dim + 1], *added, *small[dim + 1 :]]
+        and [expr_of(s) for s in size] == [*small[:dim], small[dim] * added[0], *small[dim + 1 :]]
     )
     return inner if repeats_heads else node

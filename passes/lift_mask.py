@@ -25,7 +25,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
-from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, operator_name
+from hsap_compile._torch import expr_of, operator_name
 from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
 from hsap_compile.graph import Builder, placeholders, positional, remove_dead
@@ -43,8 +43,9 @@ from hsap_compile.passes._elements import (
     rounds,
 )
 from hsap_compile.passes._positions import NARROW_INTEGERS, RULES, Index, is_one
+from hsap_compile.passes._products import WIDTH, permuted, with_rows
 from hsap_compile.passes.capture import capture_body
-from hsap_compile.passes.find_attention import Attention, Body, arguments, token_dims
+from hsap_compile.passes.find_attention import Attention, Body, arguments, token_dims, without_gradient
 
 aten = torch.ops.aten
 
@@ -53,7 +54,7 @@ log = logging.getLogger("hsap_compile")
 
 def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any) -> int:
     """Rewrite each of ``attentions`` into the canonical operator.  Returns how many kept a dense mask."""
-    dense_masks, no_grad = 0, _without_gradient(module)
+    dense_masks, no_grad = 0, without_gradient(module)
     written: dict[Node, Node] = {}
     for attention in attentions:
         attention = _of_written(attention, written)
@@ -79,21 +80,11 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
     return dense_masks
 
 
-def _without_gradient(module: GraphModule) -> set[Node]:
-    """The nodes inside of no_grad regions."""
-    found, grad = set(), True
-    for node in module.graph.nodes:
-        if node.target is SET_GRAD_ENABLED:
-            grad = bool(node.args[0])
-        elif not grad:
-            found.add(node)
-    return found
-
-
 def _of_written(attention: Attention, written: dict[Node, Node]) -> Attention:
     """``attention``, whose operands may be attentions that are written anew."""
-    operands = {name: getattr(attention, name) for name in ("query", "key", "value", "mask", "sink")}
-    return replace(attention, **{name: written.get(node, node) for name, node in operands.items()})
+    operands = {name: getattr(attention, name).reading(written) for name in ("query", "key", "value")}
+    nodes = {name: written.get(node, node) for name in ("mask", "sink") if (node := getattr(attention, name))}
+    return replace(attention, **operands, **nodes)
 
 
 def _renumbered(mask: Any, numbers: dict[int, int]) -> Any:
@@ -123,24 +114,19 @@ def _rewrite(
     emit = Builder(graph, mode, output)
     dtype = output.meta["val"].dtype
     with graph.inserting_before(output):
-        key = attention.key
-        if attention.flipped:
-            key = emit(aten.transpose.int, key, -1, -2)
-        operands = [attention.query, key, attention.value]
-        flat, folded = attention.query.meta["val"].dim() == 3, attention.folded
-        if folded is not None:
-            operands = [emit(aten.unflatten.int, x, 0, list(folded)) for x in operands]
-        elif flat:
-            operands = [emit(aten.unsqueeze.default, x, 0) for x in operands]
+        operands = [x.canonical(emit) for x in (attention.query, attention.key, attention.value)]
         # under autocast the operator casts; the canonical one takes what the result has
         operands = [x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands]
         read = [emit(aten.detach.default, leaf) if cut else leaf for leaf, cut in leaves]
         node = emit(dense.OP, *operands, read, formula.dumps(mask.logits), scale)
         node.meta.update(mask=mask, reads=tuple(where(leaf) for leaf, _ in leaves))
-        if folded is not None:
-            node = emit(aten.flatten.using_ints, node, 0, 1)
-        elif flat:
-            node = emit(aten.squeeze.dim, node, 0)
+        query, shape = attention.query, output.meta["val"].shape
+        parts = [*query.rows, query.token, WIDTH]
+        rows = [shape[attention.result.index(d)] for d in query.rows]
+        if query.batched:
+            rows[0] = emit.size(node, 0)
+        node = with_rows(emit, node, rows)
+        node = permuted(emit, node, [parts.index(d) for d in attention.result])
     output.replace_all_uses_with(node)
     return node
 
@@ -192,11 +178,11 @@ class _Lifter:
 
     def _body(self, body: Body, indices: tuple[sympy.Expr, ...]) -> sympy.Basic:
         """The value of a function of one pair, traced on tensors of one element: 0-d ones are no indices."""
-        number = self.attention.query.meta["val"].new_empty((1,))
+        number = self.attention.query.nodes[0].meta["val"].new_empty((1,))
         values = [number if i == score else number.new_empty((1,), dtype=torch.int32) for i in indices]
         values += [n.meta["val"] if isinstance(n, Node) else n for n in body.buffers]
         lowered = capture_body(body.module, values, grad=True)
-        self.no_grad = self.no_grad | _without_gradient(lowered)
+        self.no_grad = self.no_grad | without_gradient(lowered)
         names = placeholders(lowered)
         self.alias.update(zip(names, (*indices, *body.buffers), strict=True))
         self.inside.update(lowered.graph.nodes)
@@ -206,18 +192,13 @@ class _Lifter:
         return self.element(result, (sympy.Integer(0),) * dims)
 
     def _position(self, node: Node) -> Index:
-        """The index of element (b, h, q, k) in a tensor that broadcasts against the scores."""
-        shape, folded = node.meta["val"].shape, self.attention.folded
-        full = (sympy.Integer(0), h, q, k) if self.attention.query.meta["val"].dim() == 3 else (b, h, q, k)
-        if folded is not None:
-            full = (
-                (b, h, q, k)
-                if len(shape) == 4
-                else (sympy.Integer(0), h if folded[0] == 1 else b * folded[1] + h, q, k)
-            )
+        """The index of element (b, h, q, k) in a tensor that broadcasts against the logits."""
+        attention, shape = self.attention, node.meta["val"].shape
+        of_scores = attention.scores is not None and node is attention.scores.node
+        layout = attention.scores_layout if of_scores else attention.layout
         return tuple(
             sympy.Integer(0) if is_one(size) else index
-            for size, index in zip(shape, full[4 - len(shape) :], strict=True)
+            for size, index in zip(shape, layout[len(layout) - len(shape) :], strict=True)
         )
 
     def element(self, node: Any, index: Index) -> sympy.Basic:
@@ -249,9 +230,12 @@ class _Lifter:
         """The scores and all that is computed from them, up to the logits.  None of it is a leaf: scores
         that are computed once more round differently, and ``score < topk(scores)`` would not hold."""
         found: set[Node] = set()
-        node, logits = self.attention.product, self.attention.logits
-        while node is not None and node.op != "root" and logits is not None and logits not in found:
-            if node is self.attention.product or not found.isdisjoint(_read_by(node)):
+        scores, logits = self.attention.scores, self.attention.logits
+        if scores is None or logits is None:
+            return found
+        node = scores.node
+        while node.op != "root" and logits not in found:
+            if node is scores.node or not found.isdisjoint(_read_by(node)):
                 found.add(node)
             node = node.next
         return found
@@ -294,14 +278,16 @@ class _Lifter:
     def size(self, size: Any) -> sympy.Expr:
         """A size as a formula of S, the tokens of this attention's keys."""
         expr = expr_of(size)
-        expr = expr.xreplace({expr_of(self.attention.value.meta["val"].shape[-2]): formula.S})
+        expr = expr.xreplace({expr_of(self.attention.value.tokens): formula.S})
         if expr.free_symbols - {formula.S} or expr.atoms(sympy.Function):
             raise NotLiftable(size)
         return expr
 
     def _element(self, node: Node, index: Index) -> sympy.Basic:
-        if node is self.attention.product:
-            if self.cut or index != self._position(node):  # no gradient, or the scores of other pairs
+        scores = self.attention.scores
+        if scores is not None and node is scores.node:
+            # no gradient of a part, or the scores of other pairs
+            if self.cut or not scores.nodes.isdisjoint(self.no_grad) or index != self._position(node):
                 raise NotLiftable(node)
             if operator_name(node.target) != "aten::baddbmm":
                 return score

@@ -125,6 +125,19 @@ def without_batch(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     return torch.stack([attention(q[i], k[i], v[i], packed(q, doc)[i]) for i in range(2)])
 
 
+@case(left=2 * H)
+def five_dimensions(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    slopes = m.slopes[:, None, None] * (columns(q)[:, None] - columns(q))
+    mask = slopes.masked_fill(~packed(q, doc), -math.inf)
+    return attention(q[None], k[None], v[None], mask[None])[0]
+
+
+@case(kv=2)
+def groups_of_heads(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    q, k, v = q.unflatten(1, (2, 2)), k[:, :, None], v[:, :, None].expand(-1, -1, 2, -1, -1)
+    return attention(q, k, v, packed(q, doc)[:, None]).flatten(1, 2)
+
+
 @case()
 def of_an_attention(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     first = attention(q, k, v, packed(q, doc))

@@ -52,7 +52,8 @@ def test_sinks() -> None:
         assert attention.sink is not None and attention.sink.meta["val"].shape[-1] == 1
         assert attention.logits is not None and attention.logits.meta["val"].shape[-1] != 1
     (attention,) = found(lambda q, k, v: (q @ k.mT - q[..., :1]).softmax(-1) @ v)
-    assert attention.sink is None and attention.logits is attention.product  # one number a row is nothing
+    assert attention.scores is not None
+    assert attention.sink is None and attention.logits is attention.scores.node  # one number a row is nothing
 
 
 def test_heads_folded_into_the_batch() -> None:
@@ -62,11 +63,11 @@ def test_heads_folded_into_the_batch() -> None:
         return torch.bmm(logits.softmax(-1).flatten(0, 1), v)
 
     (attention,) = found(function)
-    assert attention.folded == (B, H)
+    assert attention.query.split == attention.key.split == (B, H)
 
 
 def heads(attentions: tuple[Attention, ...]) -> list[tuple[int, int]]:
-    return [tuple(int(x.meta["val"].shape[1]) for x in (a.query, a.key)) for a in attentions]  # type: ignore[misc]
+    return [tuple(int(x.nodes[0].meta["val"].shape[1]) for x in (a.query, a.key)) for a in attentions]  # type: ignore[misc]
 
 
 def weights(q: Tensor, k: Tensor) -> Tensor:
@@ -124,11 +125,14 @@ NOT_ATTENTION: dict[str, Function] = {
     "the first weight dropped": lambda q, k, v: logits_and_sink(q, k).softmax(-1)[..., 1:] @ v,
     "two sinks": lambda q, k, v: torch.cat([logits_and_sink(q, k), q[..., :1]], -1).softmax(-1)[..., :-2] @ v,
     "weights gated": lambda q, k, v: (weights(q, k) * q[..., :1]) @ v,
-    "two products in the logits": lambda q, k, v: (q @ k.mT + k @ q.mT).softmax(-1) @ v,
     "no product in the logits": lambda q, k, v: (q[..., :1] - k[..., 0][:, :, None]).softmax(-1) @ v,
     "one query head, many key heads": lambda q, k, v: (q[:, :1] @ k.mT).softmax(-1) @ v,
+    "one query head of an operator": lambda q, k, v: attention(q[:, :1], k, v),
     "one batch row of keys": lambda q, k, v: (q @ k[:1].mT).softmax(-1) @ v,
-    "five dimensions": lambda q, k, v: attention(q[None], k[None], v[None]),
+    "one query head of five dimensions": lambda q, k, v: attention(
+        q.unflatten(1, (2, 2))[:, :1], k.unflatten(1, (2, 2)), v.unflatten(1, (2, 2))
+    ),
+    "other heads of values": lambda q, k, v: attention(q, k[:, :2], v, enable_gqa=True),
 }
 
 
@@ -140,6 +144,7 @@ def test_what_is_no_attention(name: str) -> None:
 ATTENTION: dict[str, Function] = {
     "operator": lambda q, k, v: attention(q, k, v),
     "keywords": lambda q, k, v: attention(value=v, query=q, is_causal=True, key=k),
+    "five dimensions": lambda q, k, v: attention(q[None], k[None], v[None]),
     "written out": lambda q, k, v: weights(q, k) @ v,
     "cast, idle dropout": lambda q, k, v: F.dropout(weights(q, k).float().to(q.dtype), 0.0) @ v,
     "torch.matmul, mT": lambda q, k, v: torch.matmul(torch.softmax(torch.matmul(q, k.mT), 3), v),
@@ -151,16 +156,16 @@ ATTENTION: dict[str, Function] = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_what_is_attention(name: str) -> None:
     (attention,) = found(ATTENTION[name])
-    assert not attention.flipped
-    assert attention.query.meta["val"].shape[-3] == attention.key.meta["val"].shape[-3] == H
-    assert (attention.logits is None) == (name in ("operator", "keywords"))
+    (query,), (key,) = attention.query.nodes, attention.key.nodes
+    assert query.meta["val"].shape[-3] == key.meta["val"].shape[-3] == H
+    assert (attention.logits is None) == (name in ("operator", "keywords", "five dimensions"))
     assert attention.causal == (name == "keywords")
     assert attention.scale == pytest.approx(1.0 if attention.logits is not None else D**-0.5)
 
 
 def test_two_attentions_in_the_order_of_the_graph() -> None:
     first, second = found(lambda q, k, v: attention(weights(q, k) @ v, k, v))
-    assert second.query is first.output
+    assert second.query.nodes == (first.output,)
 
 
 @pytest.mark.parametrize("written_out", [False, True])
@@ -226,13 +231,13 @@ def test_keys_and_values_are_peeled_together_or_not_at_all() -> None:
 
 def test_the_check_sees_wrong_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(find_attention_pass, "_real_heads", lambda node: node)
+        patch.setattr(find_attention_pass, "_real_heads", lambda node, dim, opaque: node)
         with pytest.raises(AssertionError):
             test_repeated_heads_are_peeled_and_tiled_ones_are_not("expand and reshape", False)
     with monkeypatch.context() as patch:
         patch.setattr(find_attention_pass, "_fit", lambda *_: True)
         with pytest.raises(AssertionError):
-            test_what_is_no_attention("one query head, many key heads")
+            test_what_is_no_attention("other heads of values")
     with monkeypatch.context() as patch:
         patch.setattr(find_attention_pass, "_refuse_dropout", lambda *_: None)
         with pytest.raises(pytest.fail.Exception):

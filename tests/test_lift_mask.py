@@ -35,7 +35,6 @@ LEFT: dict[str, Attend] = {
     "scores of a permutation": lambda m, q, k, v, doc, pos: (
         scores(q, k)[..., columns(q).flip(0) - k.shape[2]].softmax(-1) @ v
     ),
-    "five dimensions": lambda m, q, k, v, doc, pos: attention(q[None], k[None], v[None])[0],
 }
 
 

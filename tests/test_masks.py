@@ -117,6 +117,25 @@ def test_score_functions_are_residual_and_keep_their_structure() -> None:
     assert mask.labels == (leaf(0, b, q),) and mask.bands == (Band(q, 0, None),)
 
 
+@settings(max_examples=60, deadline=None)
+@given(conditions(), conditions(), st.sampled_from([-sympy.oo, sympy.Float(-3.4e38)]))
+def test_masks_that_are_added_beside_a_bias(one: sympy.Basic, other: sympy.Basic, masked: sympy.Expr) -> None:
+    masks = [sympy.Piecewise((sympy.Integer(0), c), (masked, True)) for c in (one, other)]
+    check(score + masks[0] + (q - k) * sympy.Float(0.25))
+    check(sympy.Add(score, *masks, leaf(0, b, k)))
+
+
+@pytest.mark.parametrize(
+    ("masked", "kept"), [(-sympy.oo, True), (sympy.Float(-3.4e38), True), (-(10**4), False)]
+)
+def test_a_mask_beside_a_bias_keeps_its_structure(masked: sympy.Expr, kept: bool) -> None:
+    """Where no bias is so large that it could take the mask away."""
+    condition = sympy.And(DOCUMENT, q >= k)
+    mask, _ = normalise(score + leaf(2, h, q - k) + sympy.Piecewise((0, condition), (masked, True)))
+    assert mask.residual and mask.soft == (kept and masked != -sympy.oo)
+    assert (mask.labels, mask.bands) == (((leaf(0, b, q),), (Band(q, 0, None),)) if kept else ((), ()))
+
+
 @pytest.mark.parametrize(
     "condition",
     [score > 0, sympy.Or(score > 0, KEY), sympy.Or(q > k, KEY), sympy.false, sympy.Eq(leaf(3), 0)],

@@ -83,6 +83,7 @@ LOCAL: dict[str, Pattern] = {
     "matmul left": lambda p, x, i: (p.square @ x.transpose(1, 2)).mT,
     "vector": lambda p, x, i: x + (x @ p.vector)[..., None],
     "einsum": lambda p, x, i: torch.einsum("bsf,fg->bsg", x, p.square),
+    "einsum of more": lambda p, x, i: torch.einsum("...f, fg -> ...g", x, p.square),
     "affine": lambda p, x, i: x * p.vector + p.scalar,
     "layer norm": lambda p, x, i: x + F.layer_norm(x, (WIDTH,), p.vector, p.vector),
     "rms norm": lambda p, x, i: x + F.rms_norm(x, (WIDTH,), p.vector),
@@ -130,6 +131,12 @@ LOCAL: dict[str, Pattern] = {
     "length": lambda p, x, i: x / x.shape[1] + x.shape[0],
     "token mean": lambda p, x, i: x - x.mean(1, keepdim=True) / 2,
     "token sum": lambda p, x, i: x * (x * x).sum().tanh() + x.sum((0, 1)) / x.shape[1],
+    "token norm": lambda p, x, i: x + F.normalize(x, dim=1),
+    "token deviation": lambda p, x, i: x / (1 + x.std(1, keepdim=True)) + x.var(),
+    "some token": lambda p, x, i: torch.where((x > 0.5).any(1, keepdim=True), x, p.vector),
+    "covariance": lambda p, x, i: x @ (x.mT @ x) / x.shape[1],
+    "weight in both": lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0],
+    "attention": lambda p, x, i: x + F.scaled_dot_product_attention(*[(x @ p.square)[None, None]] * 3)[0, 0],
     "tail mean": lambda p, x, i: x + x[:, 1:].mean((0, 1)),
     "middle sum": lambda p, x, i: x + (x[:, 2:-1] * p.square[0]).sum(1, keepdim=True) / x.shape[1],
     "tail labels": lambda p, x, i: x * F.cross_entropy(x[:, :-1].flatten(0, 1), i[:, 1:].flatten() % WIDTH),
@@ -159,20 +166,13 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     "largest": (lambda p, x, i: x - x.amax(1, keepdim=True), 1),
     "reordered": (lambda p, x, i: x[:, torch.arange(x.shape[1]).flip(0)], 1),
     "sorted": (lambda p, x, i: x.sort(1).values, 1),
-    "covariance": (lambda p, x, i: x @ (x.mT @ x) / x.shape[1], 1),
     "token axis first": (
         lambda p, x, i: (x.reshape(x.shape[1], x.shape[0], WIDTH) * x.transpose(0, 1)).reshape(x.shape), 2
-    ),
-    "weight in both": (
-        lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0], 1
     ),
     "counted words": (
         lambda p, x, i: x * torch.bincount(x.argmax(-1).flatten(), minlength=WIDTH)[:WIDTH] / x.shape[1], 1
     ),
     "some tokens": (lambda p, x, i: x * (1 + x[i > 4].mean() + x[i < 4].sum() / x.shape[1]), 2),
-    "attention of five dimensions": (
-        lambda p, x, i: x + F.scaled_dot_product_attention(*[(x @ p.square)[None, None]] * 3)[0, 0], 1
-    ),
     "rows mixed": (lambda p, x, i: x + F.layer_norm(x.mT, x.shape[1:2]).mT, 1),
 }  # fmt: skip
 

@@ -1,0 +1,121 @@
+"""What sums tokens away on ranks: norms, deviations, truth values, products; and what only looks like it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hsap_compile.kernels import exchange
+from hsap_compile.passes import _totals
+from simulate import eager, simulate, traced, worst
+from test_shard_tokens import LOCAL, Pattern, Program, batch, check, trace
+
+einsum = torch.einsum
+
+
+def linear_attention(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """Every query reads one state, the sum over all keys: no softmax over tokens."""
+    q, k = F.elu(x @ p.square) + 1, F.elu(x * p.vector) + 1
+    state, size = einsum("bsd,bse->bde", k, x), einsum("bsd,bsd->bs", q, k.sum(1, keepdim=True))
+    return einsum("bsd,bde->bse", q, state) / size[..., None]
+
+
+def heads(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """Heads of (B, H, S, D) and their products over S."""
+    h = x.unflatten(-1, (2, 3)).transpose(1, 2)
+    return (h @ (h.mT @ h.sin())).transpose(1, 2).flatten(2) / x.shape[1]
+
+
+TOTALS: dict[str, Pattern] = {
+    "norm": lambda p, x, i: x / x.norm(dim=1, keepdim=True),
+    "norm of everything": lambda p, x, i: x / x.norm() + x.norm(p=3),
+    "norm of more": lambda p, x, i: x / x.norm(dim=(1, 2), keepdim=True) + x.norm(1, 1)[:, None],
+    "norm of a tail": lambda p, x, i: x / x[:, 2:].norm(dim=1, keepdim=True),
+    "normalised": lambda p, x, i: F.normalize(x, dim=1),
+    "deviation": lambda p, x, i: (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 0.1),
+    "deviation of a tail": lambda p, x, i: x * x[:, 1:].std((0, 1), unbiased=False) + x[:, :-2].var(),
+    "variance, correction": lambda p, x, i: x * torch.var(x, (1, 2), correction=3, keepdim=True),
+    "some": lambda p, x, i: torch.where((x > 2).any(1, keepdim=True), x, p.vector) * (x > -9).any(),
+    "all of a head": lambda p, x, i: torch.where((x[:, :-1] > -1).all(1, keepdim=True), x, p.vector),
+    "linear attention": linear_attention,
+    "heads": heads,
+    "pooled": lambda p, x, i: x + einsum("bs,bsd->bd", (x @ p.vector).sigmoid(), x)[:, None],
+    "three operands": lambda p, x, i: x + einsum("bsd,de,bse->b", x, p.square, x.cos())[:, None, None],
+    "a vector": lambda p, x, i: x + (x[..., 0][:, None] @ x) / x.shape[1],
+    "a part": lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1]).mean(2)[:, None],
+    "folded": lambda p, x, i: x + x @ (x.flatten(0, 1).T @ x.flatten(0, 1)) / x.shape[1],
+    "summed alone": lambda p, x, i: x + einsum("bsd,de->be", x, p.square)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_totals_stay_local(name: str) -> None:
+    of = trace(Program((LOCAL["linear"], TOTALS[name], LOCAL["affine"])), rows=2)
+    assert check(of, 3, 1, tolerance=1e-11) == []
+    assert check(of, 2, 2, tolerance=1e-11) == []
+
+
+#: Computed on gathered tokens: how many operators.
+GATHERED: dict[str, tuple[Pattern, int]] = {
+    "the largest": (lambda p, x, i: x / x.norm(float("inf"), dim=1, keepdim=True), 1),
+    "tokens of others": (lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1].flip(1)).mean(2)[:, None], 2),
+    "an ellipsis summed": (lambda p, x, i: x + einsum("...d,...d->d", x, x.cos()) / x.shape[1], 1),
+    "two sums": (lambda p, x, i: x + einsum("bsd,bte->bd", x, x.cos())[:, None] / x.shape[1], 1),
+    "every pair": (lambda p, x, i: x + einsum("bsd,btd->bst", x, x.cos()).mean((1, 2))[:, None, None], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_what_is_no_total_is_gathered(name: str) -> None:
+    pattern, count = GATHERED[name]
+    assert len(check(trace(Program((LOCAL["linear"], pattern)), rows=2), 3, 1, tolerance=1e-11)) == count
+
+
+def test_nothing_has_a_norm_without_gradient() -> None:
+    """The root of zero has no derivative: eager takes it as zero, and so do ranks."""
+
+    class Zero(nn.Module):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            y = (x * (ids < 0)[..., None]).clamp(min=0)
+            return (x * (1 + y.norm(dim=1, keepdim=True) + y.norm() + y.std(1, keepdim=True))).sum()
+
+    of = traced(Zero(), batch(2, 13))
+    wanted = eager(of)
+    for step in simulate(of, 3, 1).ranks:
+        assert max(worst(step, wanted)) <= 1e-12
+        assert all(g.isfinite().all() for g in step.gradients.values())
+
+
+def test_low_precision_is_summed_in_float32() -> None:
+    """A sum of ranks' parts in bfloat16 would lose what float32 keeps."""
+
+    class Low(nn.Module):
+        def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            y = (x * (ids >= 0)[..., None]).bfloat16()
+            return y.norm(dim=1), y.std(1), einsum("bsd,bse->bde", y, y)
+
+    of = traced(Low(), batch(2, 64, grad=False))
+    for step in simulate(of, 3, 1, backward=False).ranks:
+        for got, wanted in zip(step.outputs, eager(of).outputs, strict=True):
+            assert got.dtype == torch.bfloat16
+            assert float((got - wanted).abs().max()) <= 2**-7 * float(wanted.abs().max())
+
+
+BROKEN = {
+    "one rank's part": (exchange, "SUM_RANKS", lambda x, group: x.clone(), TOTALS["heads"]),
+    "another root": (_totals, "_root", lambda sharder, x, p: _ROOT(sharder, x, 3), TOTALS["norm"]),
+    "the mean of a part": (_totals, "_count", lambda source, dims: 7, TOTALS["deviation"]),
+}
+_ROOT = _totals._root
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rules_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, attribute, broken, pattern = BROKEN[name]
+    of = trace(Program((LOCAL["linear"], pattern)), rows=2)
+    check(of, 2, 1, tolerance=1e-11)
+    monkeypatch.setattr(owner, attribute, broken)
+    with pytest.raises(AssertionError):
+        check(of, 2, 1, tolerance=1e-11)
