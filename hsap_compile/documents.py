@@ -70,6 +70,7 @@ class _Reader:
         }  # fmt: skip
         value = torch.as_tensor(formula.evaluate(expr, index, self.leaves))
         rows = value.shape[0] if value.dim() == 2 else 1
+        value = value.float() if value.dtype == torch.bfloat16 else value  # numpy has none; every value fits
         return value.expand(rows, self.tokens).numpy()
 
     def labels(self, exprs: Sequence[sympy.Expr]) -> np.ndarray | None:

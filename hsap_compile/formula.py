@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from sympy.printing.str import StrPrinter
 
 b, h, q, k = sympy.symbols("b h q k", integer=True, nonnegative=True)
@@ -50,6 +51,14 @@ def leaves_of(expr: sympy.Basic) -> tuple[int, ...]:
     """The numbers of the tensors that ``expr`` reads, ascending."""
     found = {leaf_index(e) for e in sympy.preorder_traversal(expr)}
     return tuple(sorted(i for i in found if i is not None))
+
+
+def valued_leaves_of(expr: sympy.Basic) -> set[int]:
+    """The numbers of the tensors whose values, and not only what is compared with them, are in ``expr``."""
+    if isinstance(expr, Boolean):
+        return set()
+    number = leaf_index(expr)
+    return set[int]().union(() if number is None else {number}, *map(valued_leaves_of, expr.args))
 
 
 def renumber(expr: sympy.Basic, numbers: Mapping[int, int]) -> sympy.Basic:

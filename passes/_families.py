@@ -289,6 +289,13 @@ def _norm(sharder: Sharder, node: Node) -> Any:
     return _as_is(sharder, node)
 
 
+def _group_norm(sharder: Sharder, node: Node) -> Any:
+    source, axis = source_of(node)
+    if source is not args_of(node)[0] or axis.dim != 0:
+        raise NotLocal("a normalisation over tokens")
+    return _as_is(sharder, node)
+
+
 def _embedding(sharder: Sharder, node: Node) -> Any:
     if args_of(node)[0].meta.get("tokens") is not None:
         raise NotLocal("a table whose rows are tokens")
@@ -326,6 +333,21 @@ def _index(sharder: Sharder, node: Node) -> Any:
     return _as_is(sharder, node)
 
 
+def _index_put(sharder: Sharder, node: Node) -> Any:
+    """``x[mask] = values``: one value, or one for each feature, of every token that a mask has."""
+    given = arguments(node)
+    source, axis = source_of(node)
+    (mask, *more), values = given["indices"], given["values"]
+    if source is not given["self"] or more or mask is None or mask.meta["val"].dtype != torch.bool:
+        raise NotLocal("a write at places that an index says")
+    if mask.meta.get("tokens") != axis:
+        raise NotLocal("token dimensions of the mask and of what it writes to differ")
+    features = source.meta["val"].dim() - mask.meta["val"].dim()
+    if values.meta.get("tokens") is not None or values.meta["val"].dim() > features:
+        raise NotLocal("a value for each token that is written")
+    return _as_is(sharder, node)
+
+
 def _by_dim(sharder: Sharder, node: Node) -> Any:
     """Operators that mix the dimensions they name and leave the others alone."""
     source, axis = source_of(node)
@@ -353,6 +375,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     if here not in dims:
         for other in tensor_inputs(node):
             other_axis = other.meta.get("tokens")
+            if other_axis is None and name == "aten::index_select" and other is given["index"]:
+                continue
             same = isinstance(other_axis, TokenAxis) and other_axis == axis
             if not same:
                 raise NotLocal("token dimensions of the operands differ")
@@ -412,8 +436,10 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("linear"), _linear),
     **dict.fromkeys(_names("matmul mm bmm addmm baddbmm"), _matmul),
     **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(_names("group_norm"), _group_norm),
     **dict.fromkeys(_names("embedding"), _embedding),
     **dict.fromkeys(_names("index"), _index),
+    **dict.fromkeys(_names("index_put"), _index_put),
     **dict.fromkeys(_names("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"), cross_entropy),
     **dict.fromkeys(_names("copy"), _copy),
     **dict.fromkeys(_names("repeat"), _repeat),
@@ -427,6 +453,6 @@ RULES: dict[str, Any] = {
 
 #: The rules whose operators act on every row alone, whatever the order of the rows.
 ROW_BY_ROW = (
-    _elementwise, _linear, _matmul, _norm, _embedding, _index, _by_dim, _getitem, _view, _expand, _copy, _pad,
-    _einsum, _pairs,
+    _elementwise, _linear, _matmul, _norm, _group_norm, _embedding, _index, _index_put, _by_dim, _getitem,
+    _view, _expand, _copy, _pad, _einsum, _pairs,
 )  # fmt: skip

@@ -73,7 +73,9 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         used = formula.leaves_of(mask.logits)
         numbers = {old: new for new, old in enumerate(used)}
         mask = _renumbered(mask, numbers)
-        leaves = [lifter.leaves[i] for i in used]
+        valued = formula.valued_leaves_of(mask.logits)  # a comparison has no gradient
+        read = [lifter.leaves[i] for i in used]
+        leaves = [(node, cut or i not in valued) for i, (node, cut) in enumerate(read)]
         dense_masks += any(len(token_dims(leaf)) > 1 for leaf, _ in leaves)
         written[attention.output] = _rewrite(module, mode, attention, leaves, mask, attention.scale * scale)
     remove_dead(module)

@@ -186,6 +186,30 @@ def test_attentions_over_other_numbers_of_rows(of: Any, order: int) -> None:
         assert max(max(worst(step, eager(trace))) for step in found.ranks) <= 1e-12
 
 
+class Compared(Tiny):
+    """A window that is a parameter: nothing but a comparison reads it, so it has no gradient, and not 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = torch.nn.Parameter(torch.tensor(2.5, dtype=torch.float64))
+        self.slope = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        apart = (torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])).abs()
+        near = (documents[:, None, :, None] == documents[:, None, None, :]) & (apart < self.window)
+        return F.scaled_dot_product_attention(q, k, v, torch.where(near, -self.slope * apart, -torch.inf))
+
+
+@pytest.mark.parametrize(("inter", "intra"), [(1, 1), (3, 1), (1, 2)])
+def test_what_is_only_compared_has_no_gradient(inter: int, intra: int) -> None:
+    trace = traced(Compared(), batch([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3]))
+    wanted = eager(trace)
+    assert len(wanted.gradients) == 4  # of all parameters but the window
+    assert max(max(worst(step, wanted)) for step in simulate(trace, inter, intra).ranks) <= 1e-12
+
+
 class OneHead(Tiny):
     """An attention of (B, S, D), which has one row, behind one of (B, H, S, D)."""
 

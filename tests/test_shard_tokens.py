@@ -71,6 +71,13 @@ def _detached_parts(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return x * torch.cat([c, c], -1).exp().clamp(max=2.0)
 
 
+def _written(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    y, z = x.clone(), x * 1.0
+    y[i > 4] = 0
+    z[i < 3] = p.vector
+    return y + z
+
+
 def _filled(p: Program, x: Tensor, i: Tensor) -> Tensor:
     y = x.clone()
     y[..., 1:3] = x[..., 3:5] * p.scalar
@@ -114,6 +121,11 @@ LOCAL: dict[str, Pattern] = {
     "shifted labels": lambda p, x, i: x * F.pad(i, (0, 1))[:, 1:, None].to(x.dtype).sigmoid(),
     "spread": lambda p, x, i: x + p.vector.expand(x.shape[0], x.shape[1], WIDTH),
     "filled": _filled,
+    "written where": _written,
+    "features selected": lambda p, x, i: x.index_select(-1, torch.arange(WIDTH).flip(0)) * p.vector,
+    "groups normalised": lambda p, x, i: (
+        x + F.group_norm(x.flatten(0, 1), 2, p.vector, p.vector).view(x.shape)
+    ),
     "zeros": lambda p, x, i: x + x.new_full(x.shape, 0.5) + torch.ones_like(x) + x.new_zeros(3).sum(),
     "all twice": lambda p, x, i: x + torch.cat([x, -x * p.scalar], 1).mean((0, 1)),
     "repeated": lambda p, x, i: x * x.flatten(0, 1).repeat(3, 1).view(3, -1, WIDTH).sin().mean((0, 1)),
