@@ -28,7 +28,7 @@ from hsap_compile import formula
 from hsap_compile._torch import expr_of, operator_name
 from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
-from hsap_compile.graph import Builder, placeholders, positional, remove_dead
+from hsap_compile.graph import Builder, ancestors, placeholders, positional, remove_dead
 from hsap_compile.kernels import dense
 from hsap_compile.masks import normalise
 from hsap_compile.passes._elements import (
@@ -75,7 +75,9 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         mask = _renumbered(mask, numbers)
         valued = formula.valued_leaves_of(mask.logits)  # a comparison has no gradient
         read = [lifter.leaves[i] for i in used]
-        leaves = [(node, cut or i not in valued) for i, (node, cut) in enumerate(read)]
+        leaves = [
+            (node, cut or (i not in valued and _has_gradient(node))) for i, (node, cut) in enumerate(read)
+        ]
         dense_masks += any(len(token_dims(leaf)) > 1 for leaf, _ in leaves)
         written[attention.output] = _rewrite(module, mode, attention, leaves, mask, attention.scale * scale)
     remove_dead(module)
@@ -100,6 +102,13 @@ def _renumbered(mask: Any, numbers: dict[int, int]) -> Any:
         bands=tuple(replace(band, position=new(band.position)) for band in mask.bands),
         key_valid=new(mask.key_valid),
         query_valid=new(mask.query_valid),
+    )
+
+
+def _has_gradient(node: Node) -> bool:
+    value = node.meta["val"]
+    return value.is_floating_point() and any(
+        n.op == "placeholder" and getattr(n.meta["val"], "requires_grad", False) for n in ancestors([node])
     )
 
 

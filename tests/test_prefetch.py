@@ -22,9 +22,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     make = runtime.make
 
-    def counting(masks: Any, *rest: Any) -> Any:
+    def counting(masks: Any, *rest: Any, **more: Any) -> Any:
         made.append(masks[0].tokens)
-        return make(masks, *rest)
+        return make(masks, *rest, **more)
 
     monkeypatch.setattr(runtime, "make", counting)
     return made
