@@ -176,6 +176,9 @@ def check(case: Case, dtype: torch.dtype) -> None:
         limits = [2 * max(e, torch.finfo(dtype).eps) for e in eager]  # eager may be exact by luck
     else:
         limits = [1e-11 if dtype == torch.float64 else 1e-5] * len(exact)
+        if dtype == torch.float32:  # a slope's gradient is a difference of terms as large as distances are
+            slopes = sum(x.is_floating_point() for x in case.leaves)
+            limits[len(limits) - slopes :] = [1e-4] * slopes
     assert [e for e in zip(errors(found, exact), limits, strict=True) if e[0] > e[1]] == []
 
 

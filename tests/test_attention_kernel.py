@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,8 +20,16 @@ from hsap_compile.kernels.attention import BAND, CAUSAL, FULL, MOD, Span
 from hsap_compile.kernels.reference import attend_reference
 
 
+#: A slope whose keys are 25 rows away: its gradient cancels.
+FAR = {
+    "slices": [[0, 26, 1, 4, MOD, 0, 0]], "own": 26, "remote": 0, "heads": (1, 1), "sizes": (8, 8),
+    "mod": "alibi", "otherwise": -sympy.oo, "sink": False, "strided": False, "seed": 0,
+}  # fmt: skip
+
+
 @settings(max_examples=200, deadline=None)
 @given(drawn(), st.sampled_from([torch.float64, torch.float32]))
+@example(FAR, torch.float32)
 def test_equals_the_reference(arguments: dict[str, Any], dtype: torch.dtype) -> None:
     check(make_case(**arguments), dtype)
 
