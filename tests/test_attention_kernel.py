@@ -19,7 +19,6 @@ from hsap_compile.kernels import attention, slices
 from hsap_compile.kernels.attention import BAND, CAUSAL, FULL, MOD, Span
 from hsap_compile.kernels.reference import attend_reference
 
-
 #: A slope whose keys are 25 rows away: its gradient cancels.
 FAR = {
     "slices": [[0, 26, 1, 4, MOD, 0, 0]], "own": 26, "remote": 0, "heads": (1, 1), "sizes": (8, 8),
