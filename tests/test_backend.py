@@ -174,7 +174,7 @@ class OtherRows(Tiny):
         return x
 
 
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("of", [lambda x: x[:1], lambda x: torch.cat([x, x.flip(0)])], ids=["fewer", "more"])
 def test_attentions_over_other_numbers_of_rows(of: Any, order: int) -> None:
     given = batch([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3], 2)

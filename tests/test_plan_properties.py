@@ -74,7 +74,7 @@ LIMITS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(problem(), LIMITS)
 def test_against_brute_force(drawn, limit):
     masks, mesh, kind = drawn

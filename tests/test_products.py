@@ -39,7 +39,11 @@ def error(call: Traced, inter: int, intra: int) -> tuple[float, Program]:
     return max(max(worst(step, wanted)) for step in result.ranks), result.program
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (3, 1), (1, 2), (2, 2)])
+SLOW = pytest.mark.slow
+MESHES = [pytest.param((1, 1), marks=SLOW), (3, 1), pytest.param((1, 2), marks=SLOW), (2, 2)]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_attention(name: str, mesh: tuple[int, int]) -> None:
     attend, kv_heads, row = FORMS[name]
