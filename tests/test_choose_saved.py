@@ -155,6 +155,7 @@ def only_the_exchange(*args: Any) -> list[Seen]:
         return steps(*args)
 
 
+@pytest.mark.slow
 def test_an_exchange_whose_copies_are_kept_is_noticed(pool: Pool) -> None:
     options = {"intra": 1, "lower": "aot_eager"}
     kept = pool.run(steps, "nano", PACKS[:1], options, world=2)

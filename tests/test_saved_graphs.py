@@ -28,7 +28,7 @@ def one_trace(name: str) -> Any:
     return traced(build(name), batch(name, PACKS[0]))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     st.sampled_from([(2, 1), (3, 1), (1, 2), (2, 2), (4, 1)]),
     st.sampled_from(["slices", "flex"]),

@@ -37,7 +37,7 @@ def one_trace(name: str) -> tuple[Traced, dict[str, Any]]:
 # --- values --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(["nano", "llama"]),
     st.sampled_from([(2, 1), (3, 1), (4, 1), (2, 2)]),
