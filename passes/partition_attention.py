@@ -87,7 +87,7 @@ class Site:
     @classmethod
     def of(cls, node: Node) -> Site:
         """``node`` calls the canonical operator."""
-        operands: Any = node.args
+        operands = _operands(node)
         heads, kv_heads = (int(x.meta["val"].shape[1]) for x in operands[:2])
         mask, reads = node.meta["mask"], node.meta["reads"]
         return cls(where(node), module_of(node), heads, kv_heads, mask, tuple(operands[3]), reads)
@@ -134,7 +134,7 @@ def partition_attention(
     limit = _receive_limit(sites, mesh, length, most)
     for site in sites:
         mask: Mask = site.meta["mask"]
-        operands: Any = site.args
+        operands = _operands(site)
         leaves = tuple(operands[3])
         key = (operands[4], leaves, _batch(site))
         if key not in keys:
@@ -257,7 +257,7 @@ class _Site:
     ) -> None:
         self.build, self.tables, self.mesh, self.group, self.flex = build, tables, mesh, group, flex
         self.site, self.index, self.stages = site, index, range(stages)
-        operands: Any = site.args
+        operands = _operands(site)
         self.q, self.k, self.v, self.leaves, _, self.scale = operands
         self.batch, self.heads = (int(s) for s in self.q.meta["val"].shape[:2])
         self.kv_heads = int(self.k.meta["val"].shape[1])

@@ -69,6 +69,13 @@ def test_interleaved_documents_are_legal() -> None:
             assert max(worst(step, wanted)) <= 1e-12
 
 
+def test_documents_may_be_numbered_in_bfloat16() -> None:
+    given = batch([0] * 4 + [1] * 3 + [256] * 2 + [257] * 4)  # the last two round to one number
+    trace = traced(Tiny(), given | {"documents": given["documents"].bfloat16()})
+    for step in simulate(trace, 3, 1).ranks:
+        assert max(worst(step, eager(trace))) <= 1e-12
+
+
 def test_heads_that_do_not_divide_are_refused_with_what_would() -> None:
     trace = traced(Tiny(heads=3), batch([0] * 12))
     with pytest.raises(Refused, match=r"groups of 2 ranks are not possible") as caught:

@@ -111,6 +111,7 @@ LOCAL: dict[str, Pattern] = {
     "picked": lambda p, x, i: x.gather(-1, (i[..., None] % WIDTH).expand(-1, -1, WIDTH)),
     "flipped": lambda p, x, i: x.flip(-1) + x.roll(1, -1),
     "words": lambda p, x, i: x + F.embedding(i, p.words),
+    "words by frequency": lambda p, x, i: x + F.embedding(i, p.words, scale_grad_by_freq=True),
     "words by index": lambda p, x, i: x + p.words[i],
     "one hot": lambda p, x, i: x + F.one_hot(i % WIDTH, WIDTH).to(x.dtype) * p.scalar,
     "where": lambda p, x, i: torch.where((i > 4)[..., None], x, p.vector),
@@ -257,6 +258,12 @@ def test_strict_refuses(name: str) -> None:
     with pytest.raises(Refused, match=r"cannot be computed on one rank's tokens") as caught:
         simulate(trace(Program((pattern,)), rows=2), 2, 1, strict=True)
     assert "drop strict=True" in str(caught.value) and "test_shard_tokens.py:" in str(caught.value)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    with pytest.raises(Refused, match=r"an embedding whose gradient is sparse") as caught:
+        simulate(trace(Program((lambda p, x, i: x + F.embedding(i, p.words, sparse=True),)), rows=2), 2, 1)
+    assert "do:     drop sparse=True" in str(caught.value) and "test_shard_tokens.py:" in str(caught.value)
 
 
 #: Shrinking a failure would compile hundreds of programs; the names are readable as they are.
