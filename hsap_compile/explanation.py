@@ -250,6 +250,8 @@ def _counted(
     of_inputs = [n for n in sums if _of_input(n)]
     outputs = [n for n in gathers if n in for_outputs]
     inside = [n for n in gathers if n not in for_outputs]
+    extremes = _calls(graph, exchange.EXTREME)
+    learned = [n for n in extremes if n.meta["val"].is_floating_point() and not _is_detached(n)]
     everyone = "all ranks"
     rows_of_table: tuple[tuple[str, str, list[Node], list[Node], int | None, int | None], ...] = (
         ("heads of attention", "in groups", heads, heads, step.intra_bytes // 2, step.intra_bytes // 2),
@@ -259,6 +261,7 @@ def _counted(
         ("gathered for operators", everyone, inside, [], None, None),
         ("gradients of whole values cut into rows", everyone, [], _calls(graph, exchange.SHARD), None, None),
         ("sums over tokens", everyone, _calls(graph, exchange.SUM_RANKS), [], None, None),
+        ("largest of tokens", everyone, extremes, learned, None, None),
         ("gradient sums of parameters", everyone, [], of_inputs, None, None),
         ("gradient sums of other values", everyone, [], [n for n in sums if n not in of_inputs], None, None),
     )
@@ -286,6 +289,10 @@ def _shifted(exchanged: Node, placement: Placement) -> int:
     sent = positional(exchanged)[0].meta["val"]
     row = math.prod(hint_of(s) for s in sent.shape[1:]) * int(sent.itemsize)
     return row * int(shifted(placement, _splits(exchanged)[0]).rows(placement.mesh.size).sum())
+
+
+def _is_detached(node: Node) -> bool:
+    return positional(node)[0].target is torch.ops.aten.detach.default
 
 
 def _of_input(node: Node) -> bool:

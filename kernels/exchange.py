@@ -8,6 +8,7 @@ gather          whole tensor from all rows   shard
 sum_ranks       all-reduce                   identity
 broadcast       identity (a copy)            all-reduce
 share           identity (a copy)            the gradient on rank 0, else 0
+extreme         largest over dims and ranks  the gradient, shared by all that are as large
 all_to_all      rows to ranks by a table     all_to_all, the table reversed
 split           first and other tokens       join
 join            both together again          split
@@ -29,6 +30,7 @@ reads one table, so that the rows of all layers would be packed, and held, at on
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -177,6 +179,44 @@ SHARE = _define(
     _like,
     lambda ctx, grad: (ON_FIRST(grad, ctx.group), None),
     _keep_group,
+)
+
+
+def _extreme(x: torch.Tensor, dims: list[int], least: bool, group: str) -> torch.Tensor:
+    """The largest (smallest) number of ``x`` over ``dims``, which stay as 1, and over ranks.  A gather, as no
+    all-reduce promises to keep NaN."""
+    take = torch.amin if least else torch.amax
+    if x.numel():
+        part = take(x, dims, keepdim=True)
+    else:
+        info = torch.finfo(x.dtype) if x.is_floating_point() else torch.iinfo(x.dtype)
+        worst = (info.max if least else info.min) if not x.is_floating_point() else math.inf * (-1, 1)[least]
+        part = x.new_full(_extreme_fake(x, dims, least, group).shape, worst)
+    return take(all_gather(part[None], dist.get_world_size(), group), 0)
+
+
+def _extreme_fake(x: Any, dims: list[int], least: bool, group: str) -> Any:
+    return x.new_empty([1 if d in dims else size for d, size in enumerate(x.shape)])
+
+
+def _extreme_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, ctx.dims, _, ctx.group = inputs
+    ctx.save_for_backward(x, output)
+
+
+def _extreme_backward(ctx: Any, grad: torch.Tensor) -> Any:
+    x, found = ctx.saved_tensors
+    hits = x == found
+    count = SUM_RANKS(hits.sum(ctx.dims, keepdim=True), ctx.group)
+    return grad / count * hits, None, None, None
+
+
+EXTREME = _define(
+    "extreme(Tensor x, int[] dims, bool least, str group) -> Tensor",
+    _extreme,
+    _extreme_fake,
+    _extreme_backward,
+    _extreme_setup,
 )
 
 

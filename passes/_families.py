@@ -25,6 +25,14 @@ from hsap_compile.errors import Refused, where
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
+from hsap_compile.passes._numbered import (
+    added_along,
+    added_at,
+    masked_rows,
+    masked_scatter,
+    read_along,
+    read_at,
+)
 from hsap_compile.passes._operands import (
     args_of,
     einsum_letters,
@@ -320,7 +328,7 @@ def _index(sharder: Sharder, node: Node) -> Any:
         if (axis.dim < len(indices) and indices[axis.dim] is not None) or any(
             i.meta.get("tokens") is not None for i in numbers
         ):
-            raise NotLocal("an index into tokens")
+            return read_at(sharder, node)
         return _as_is(sharder, node)
     if axis is MANY or any(i is None for i in indices):
         raise NotLocal("an index into tokens")
@@ -334,8 +342,10 @@ def _index(sharder: Sharder, node: Node) -> Any:
 
 
 def _index_put(sharder: Sharder, node: Node) -> Any:
-    """``x[mask] = values``: one value, or one for each feature, of every token that a mask has."""
+    """``x[mask] = values``: one value, one for each feature, or a row for each, of every token in a mask."""
     given = arguments(node)
+    if given["self"].meta["tokens"] is None:
+        return added_at(sharder, node)
     source, axis = source_of(node)
     (mask, *more), values = given["indices"], given["values"]
     if source is not given["self"] or more or mask is None or mask.meta["val"].dtype != torch.bool:
@@ -343,7 +353,9 @@ def _index_put(sharder: Sharder, node: Node) -> Any:
     if mask.meta.get("tokens") != axis:
         raise NotLocal("token dimensions of the mask and of what it writes to differ")
     features = source.meta["val"].dim() - mask.meta["val"].dim()
-    if values.meta.get("tokens") is not None or values.meta["val"].dim() > features:
+    if values.meta["val"].dim() > features and values.meta["val"].shape[0] != 1:
+        return masked_rows(sharder, node)
+    if values.meta.get("tokens") is not None:
         raise NotLocal("a value for each token that is written")
     return _as_is(sharder, node)
 
@@ -353,6 +365,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     source, axis = source_of(node)
     name = operator_name(node.target)
     given = arguments(node)
+    if name == "aten::scatter_add" and given["self"].meta["tokens"] is None:
+        return added_along(sharder, node)
     rank = source.meta["val"].dim() + (name == "aten::stack")
     named: list[int] = []
     for key in ("dim", "dims", "dimension", "dim0", "dim1", "source", "destination", "axis0", "axis1"):
@@ -383,6 +397,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
         return _as_is(sharder, node)
     if name in TOTALS:
         return TOTALS[name](sharder, node, source, axis, dims)
+    if name in ("aten::index_select", "aten::gather"):
+        return read_along(sharder, node)
     if name in ALONG_TOKENS:
         return ALONG_TOKENS[name](sharder, node)
     if name == "aten::cat":
@@ -440,6 +456,8 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("embedding"), _embedding),
     **dict.fromkeys(_names("index"), _index),
     **dict.fromkeys(_names("index_put"), _index_put),
+    **dict.fromkeys(_names("index_add scatter_reduce"), added_along),
+    **dict.fromkeys(_names("masked_scatter"), masked_scatter),
     **dict.fromkeys(_names("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"), cross_entropy),
     **dict.fromkeys(_names("copy"), _copy),
     **dict.fromkeys(_names("repeat"), _repeat),

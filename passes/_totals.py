@@ -101,6 +101,68 @@ def truth(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set
     return sharder.emit(aten.gt.Scalar if some else aten.eq.Scalar, total, 0)
 
 
+def largest(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
+    """amax, amin, and max and min of everything."""
+    if isinstance(node.meta["val"], tuple | list):
+        raise NotLocal("which token is the largest")
+    least = operator_name(node.target) in ("aten::amin", "aten::min")
+    found = _extreme(sharder, _numbers(sharder, source, axis, least), dims, least)
+    return found if arguments(node).get("keepdim") else sharder.emit(aten.squeeze.dims, found, sorted(dims))
+
+
+def log_sum(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
+    """logsumexp"""
+    _, top, mass = _exponentials(sharder, source, axis, dims)
+    made = sharder.emit(aten.add.Tensor, sharder.emit(aten.log.default, mass), top)
+    made = made if arguments(node)["keepdim"] else sharder.emit(aten.squeeze.dims, made, sorted(dims))
+    return _typed(sharder, made, node)
+
+
+def softmax(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
+    """softmax and log_softmax: every rank's exponentials, over the sum of all."""
+    away, _, mass = _exponentials(sharder, source, axis, dims)
+    mass = sharder.emit(exchange.BROADCAST, mass, sharder.group)
+    if "log" in operator_name(node.target):
+        made = sharder.emit(aten.sub.Tensor, away, sharder.emit(aten.log.default, mass))
+        valid = sharder.valid_rows(axis, sharder.start_of(source), made.meta["val"].dim())
+        made = made if valid is None else sharder.emit(aten.where.ScalarOther, valid, made, 0)
+    else:
+        made = sharder.emit(aten.div.Tensor, sharder.emit(aten.exp.default, away), mass)
+    return Local(_typed(sharder, made, node), sharder.start_of(source))
+
+
+def _exponentials(
+    sharder: Sharder, source: Node, axis: TokenAxis, dims: set[int]
+) -> tuple[Node, Node, Node]:
+    """x - the largest x (this rank's rows), the largest, and sum_ranks(sum(exp(x - the largest)))."""
+    value = _numbers(sharder, source, axis, least=False)
+    wide = _wide(source.meta["val"].dtype)
+    value = value if wide is None else sharder.emit(aten.to.dtype, value, wide)
+    top = _extreme(sharder, sharder.emit(aten.detach.default, value), dims, least=False)
+    away = sharder.emit(aten.sub.Tensor, value, top)
+    part = sharder.emit(aten.sum.dim_IntList, sharder.emit(aten.exp.default, away), sorted(dims), True)
+    return away, top, sharder.emit(exchange.SUM_RANKS, part, sharder.group)
+
+
+def _numbers(sharder: Sharder, source: Node, axis: TokenAxis, least: bool) -> Node:
+    """This rank's rows, and numbers that are never the largest in rows that are not part of the value."""
+    dtype = source.meta["val"].dtype
+    if dtype == torch.bool:
+        raise NotLocal("the largest of truth values")
+    start = sharder.start_of(source)
+    value, valid = sharder.local(source, start), sharder.valid_rows(axis, start, source.meta["val"].dim())
+    if valid is None:
+        return value
+    ends = (-math.inf, math.inf)
+    if not dtype.is_floating_point:
+        ends = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    return sharder.emit(aten.where.ScalarOther, valid, value, ends[least])
+
+
+def _extreme(sharder: Sharder, value: Node, dims: set[int], least: bool) -> Node:
+    return sharder.emit(exchange.EXTREME, value, sorted(dims), least, sharder.group)
+
+
 def _root(sharder: Sharder, total: Node, p: float) -> Node:
     """total^(1 / p), whose gradient at zero is taken as zero."""
     zero = sharder.emit(aten.eq.Scalar, total, 0)
@@ -271,4 +333,6 @@ def cross_entropy(sharder: Sharder, node: Node) -> Any:
 TOTALS = {
     "aten::sum": reduced, "aten::mean": reduced, "aten::linalg_vector_norm": vector_norm,
     "aten::var": variance, "aten::std": variance, "aten::any": truth, "aten::all": truth,
+    **dict.fromkeys(("aten::amax", "aten::amin", "aten::max", "aten::min"), largest), "aten::logsumexp": log_sum,
+    **dict.fromkeys(("aten::softmax", "aten::_softmax", "aten::log_softmax", "aten::_log_softmax"), softmax),
 }  # fmt: skip

@@ -489,7 +489,7 @@ def _settle_parameters(sharder: Sharder) -> None:
 def _varying(sharder: Sharder) -> set[Node]:
     """The nodes of the new graph that differ between ranks."""
     found: set[Node] = set()
-    same = {exchange.GATHER, exchange.SUM_RANKS}
+    same = {exchange.GATHER, exchange.SUM_RANKS, exchange.EXTREME}
     seeds = {sharder.tables["columns"], sharder.tables["n"]}
     for node in sharder.graph.nodes:
         if node in seeds or (node.target not in same and any(n in found for n in node.all_input_nodes)):

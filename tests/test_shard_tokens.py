@@ -148,6 +148,13 @@ LOCAL: dict[str, Pattern] = {
     "token deviation": lambda p, x, i: x / (1 + x.std(1, keepdim=True)) + x.var(),
     "some token": lambda p, x, i: torch.where((x > 0.5).any(1, keepdim=True), x, p.vector),
     "covariance": lambda p, x, i: x @ (x.mT @ x) / x.shape[1],
+    "largest": lambda p, x, i: x - x.amax(1, keepdim=True) * p.vector,
+    "token softmax": lambda p, x, i: x.softmax(1),
+    "few rows": lambda p, x, i: x + x[:, i[0, :3] % 7].sum(1, keepdim=True) * p.vector,
+    "by number": lambda p, x, i: (
+        x + p.words.new_zeros(3, WIDTH).index_add(0, i[0] % 3, x[0])[i % 3] / x.shape[1] * p.scalar
+    ),
+    "in the order of a mask": lambda p, x, i: x.masked_scatter((i > 6)[..., None], p.places.sin()),
     "weight in both": lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0],
     "attention": lambda p, x, i: x + F.scaled_dot_product_attention(*[(x @ p.square)[None, None]] * 3)[0, 0],
     "tail mean": lambda p, x, i: x + x[:, 1:].mean((0, 1)),
@@ -173,10 +180,8 @@ LOCAL: dict[str, Pattern] = {
 
 GATHERED: dict[str, tuple[Pattern, int]] = {
     "cumsum": (lambda p, x, i: x.cumsum(1) / x.shape[1], 1),
-    "softmax": (lambda p, x, i: x.softmax(1), 1),
     "turned": (lambda p, x, i: x.flip(1), 1),
     "doubled": (lambda p, x, i: torch.cat([x, x], 1)[:, : x.shape[1]], 1),
-    "largest": (lambda p, x, i: x - x.amax(1, keepdim=True), 1),
     "reordered": (lambda p, x, i: x[:, torch.arange(x.shape[1]).flip(0)], 1),
     "sorted": (lambda p, x, i: x.sort(1).values, 1),
     "token axis first": (

@@ -46,6 +46,18 @@ TOTALS: dict[str, Pattern] = {
     "a vector": lambda p, x, i: x + (x[..., 0][:, None] @ x) / x.shape[1],
     "a part": lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1]).mean(2)[:, None],
     "folded": lambda p, x, i: x + x @ (x.flatten(0, 1).T @ x.flatten(0, 1)) / x.shape[1],
+    "largest": lambda p, x, i: x - x.amax(1, keepdim=True) + x.amin((0, 1)),
+    "largest of everything": lambda p, x, i: x / x.abs().max() + x.min() - i.max() + i[:, 1:-1].min(),
+    "largest of many": lambda p, x, i: x + x.round().clamp(-1, 1).amax((1, 2))[:, None, None],
+    "largest of a tail": lambda p, x, i: x + x[:, 2:].amax(1, keepdim=True) + x[:, :-1].sin().min(),
+    "largest and a parameter": lambda p, x, i: x + (x.amax(1) @ p.square * p.vector)[:, None],
+    "logarithm of a sum": lambda p, x, i: x + x.logsumexp(1, keepdim=True) + x[:, 1:].logsumexp((0, 1)),
+    "softmax": lambda p, x, i: x.softmax(1) + (3 * x).log_softmax(1) / 9,
+    "softmax of a part": lambda p, x, i: torch.cat([x[:, :-1].softmax(1), x[:, :1] * 0], 1),
+    "softmax of a part, a parameter": lambda p, x, i: (
+        x + (x[:, 1:].log_softmax(1) * p.vector).mean(1, keepdim=True)
+    ),
+    "pooled by softmax": lambda p, x, i: x + ((x @ p.vector).softmax(1)[:, None] @ x),
     "summed alone": lambda p, x, i: x + einsum("bsd,de->be", x, p.square)[:, None],
 }
 
@@ -60,6 +72,7 @@ def test_totals_stay_local(name: str) -> None:
 #: Computed on gathered tokens: how many operators.
 GATHERED: dict[str, tuple[Pattern, int]] = {
     "the largest": (lambda p, x, i: x / x.norm(float("inf"), dim=1, keepdim=True), 1),
+    "which is the largest": (lambda p, x, i: x + x.max(1, keepdim=True).values, 1),
     "tokens of others": (lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1].flip(1)).mean(2)[:, None], 2),
     "an ellipsis summed": (lambda p, x, i: x + einsum("...d,...d->d", x, x.cos()) / x.shape[1], 1),
     "two sums": (lambda p, x, i: x + einsum("bsd,bte->bd", x, x.cos())[:, None] / x.shape[1], 1),

@@ -1,0 +1,230 @@
+"""Rules where numbers that are no tokens name tokens, or the other way round.
+
+    x[:, numbers], gather(x, 1, numbers)     few tokens, at positions that all ranks know
+    index_add(zeros, 0, numbers, x)          sums of tokens by number: of a document, of a class
+    x[mask] = rows, masked_scatter           the mask's tokens get the rows of a whole value, in order
+
+The first two are sums over ranks: of rows, each of which one rank has, and of every rank's sums.  In the third
+every rank reads the rows that its tokens get, counted from the whole mask.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from hsap_compile._torch import operator_name
+from hsap_compile.kernels import exchange
+from hsap_compile.passes._forms import Local, NotLocal
+from hsap_compile.passes._operands import args_of, schema_of
+from hsap_compile.passes._reindex import where
+from hsap_compile.passes.find_attention import arguments
+from hsap_compile.passes.infer_tokens import TokenAxis
+
+if TYPE_CHECKING:
+    from hsap_compile.passes.shard_tokens import Sharder
+
+aten = torch.ops.aten
+
+
+# --- few tokens at positions ----------------------------------------------------------------------------
+
+
+def read_along(sharder: Sharder, node: Node) -> Node:
+    """index_select(x, dim, numbers), gather(x, dim, numbers) along the tokens of x."""
+    given = arguments(node)
+    source, numbers = given["self"], given["index"]
+    behind = source.meta["val"].dim() - 1 - given["dim"] % source.meta["val"].dim()
+    return _read(sharder, node, numbers, behind if operator_name(node.target) == "aten::index_select" else 0)
+
+
+def read_at(sharder: Sharder, node: Node) -> Node:
+    """x[.., numbers, ..] with numbers in the place of the tokens."""
+    source, indices = args_of(node)
+    dim = sharder.axis(source).dim
+    named = {d: index.meta["val"] for d, index in enumerate(indices) if index is not None}
+    if dim not in named or any(value.dtype == torch.bool for value in named.values()):
+        raise NotLocal("an index into tokens")
+    together = max(named) - min(named) < len(named)
+    in_front = min(named) if together else 0
+    behind = node.meta["val"].dim() - in_front - max(value.dim() for value in named.values())
+    return _read(sharder, node, indices[dim], behind)
+
+
+def _read(sharder: Sharder, node: Node, numbers: Node, behind: int) -> Node:
+    """``node`` reads the tokens ``numbers`` of its first operand; its result has ``behind`` dimensions behind
+    them.  Whoever holds a row gives it to all, as a sum in which it is the only one that is not zero."""
+    source = args_of(node)[0]
+    home, emit = sharder.home.get(source), sharder.emit
+    if numbers.meta["tokens"] is not None or node.meta["tokens"] is not None:
+        raise NotLocal("an index into tokens")
+    if home is None or home.routed or source.meta["val"].dtype == torch.bool:
+        raise NotLocal("some tokens of a value that are not its rows in order")
+    at = sharder.whole(numbers)
+    at = emit(aten.index.Tensor, _own_rows(sharder, sharder.axis(source), home.start), [at])
+    held, at = emit(aten.ge.Scalar, at, 0), emit(aten.clamp.default, at, 0)
+    args, kwargs = map_arg(
+        (node.args, node.kwargs),
+        lambda n: home.node if n is source else at if n is numbers else sharder.whole(n),
+    )
+    rows = emit(node.target, *args, **kwargs)
+    for _ in range(behind):
+        held = emit(aten.unsqueeze.default, held, -1)
+    return emit(exchange.SUM_RANKS, where(sharder, held, rows, 0), sharder.group)
+
+
+def _own_rows(sharder: Sharder, axis: TokenAxis, start: int) -> Node:
+    """(outer * length * inner,) int64: which of this rank's rows an element of the dimension is, or -1."""
+    emit, n, columns = sharder.emit, sharder.tables["n"], sharder.tables["columns"]
+    options = {"dtype": torch.int64, "device": columns.meta["val"].device}
+    rows = emit(aten.full.default, [sharder.tables["S"]], -1, **options)
+    rows = emit(aten.index_put.default, rows, [columns], emit(aten.arange.default, n, **options))
+    if axis.length != sharder.symbol:
+        rows = emit(aten.slice.Tensor, rows, 0, start, sharder.size(axis.length + start))
+    if not axis.folded:
+        return rows
+    rows = emit(aten.unsqueeze.default, rows, 1)
+    first = emit(aten.arange.default, axis.outer, **options)
+    first = emit(aten.reshape.default, emit(aten.mul.Tensor, first, n), [axis.outer, 1, 1])
+    each = emit(aten.mul.Tensor, emit(aten.add.Tensor, rows, first), axis.inner)
+    each = emit(aten.add.Tensor, each, emit(aten.arange.default, axis.inner, **options))
+    return emit(aten.reshape.default, where(sharder, emit(aten.ge.Scalar, rows, 0), each, -1), [-1])
+
+
+# --- sums by number ---------------------------------------------------------------------------------------
+
+
+def added_along(sharder: Sharder, node: Node) -> Node:
+    """index_add(x, dim, numbers, y), scatter_add(x, dim, numbers, y): every rank adds up its tokens' y."""
+    given = arguments(node)
+    target, numbers = given["self"], given["index"]
+    values = given["source"] if "source" in given else given["src"]
+    dim, axis = given["dim"] % max(target.meta["val"].dim(), 1), values.meta["tokens"]
+    here = 0 if operator_name(node.target) == "aten::index_add" else dim
+    its = numbers.meta["tokens"]
+    if not isinstance(axis, TokenAxis) or not isinstance(its, TokenAxis):
+        raise NotLocal("a sum of tokens whose numbers are no tokens")
+    if axis.dim != dim or its.dim != here or its.layout != axis.layout:
+        raise NotLocal("token dimensions of the operands differ")
+    if given.get("reduce", "sum") not in ("sum", "mean"):
+        raise NotLocal("the largest of tokens by number")
+    if given.get("reduce") == "mean" and not target.meta["val"].is_floating_point():
+        raise NotLocal("a mean of whole numbers by number")
+    return _added(sharder, node, target, values)
+
+
+def added_at(sharder: Sharder, node: Node) -> Node:
+    """index_put(x, numbers, y, accumulate=True): the same, of numbers in several dimensions."""
+    given = arguments(node)
+    target, indices, values = given["self"], given["indices"], given["values"]
+    places = {
+        (i.meta["tokens"].dim - i.meta["val"].dim(), i.meta["tokens"].layout)
+        for i in indices
+        if i is not None and isinstance(i.meta["tokens"], TokenAxis)
+    }
+    axis = values.meta["tokens"]
+    if not given["accumulate"] or None in indices or len(places) != 1 or not isinstance(axis, TokenAxis):
+        raise NotLocal("a write at places that an index says")
+    ((from_right, layout),) = places
+    behind = target.meta["val"].dim() - len(indices)
+    if axis.layout != layout or axis.dim - values.meta["val"].dim() != from_right - behind:
+        raise NotLocal("token dimensions of the operands differ")
+    return _added(sharder, node, target, values)
+
+
+def _added(sharder: Sharder, node: Node, target: Node, values: Node) -> Node:
+    """x + sum_ranks(the operator on zeros and this rank's rows)"""
+    emit, dtype, axis, given = sharder.emit, target.meta["val"].dtype, sharder.axis(values), arguments(node)
+    if target.meta["tokens"] is not None or node.meta["tokens"] is not None or dtype == torch.bool:
+        raise NotLocal("a write to some tokens")
+    tokens = [n for n in node.all_input_nodes if n.meta.get("tokens") is not None]
+    if any(n in sharder.home and sharder.home[n].routed for n in tokens):
+        raise NotLocal("rows in the order of a sort")
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    start = sharder.start_of(*tokens)
+    valid = sharder.valid_rows(axis, start, values.meta["val"].dim())
+    base = sharder.whole(target)
+    rows = sharder.local(values, start)
+    zeros = emit(aten.zeros_like.default, base, dtype=wide)
+
+    def total(rows: Node) -> Node:
+        rows = rows if valid is None else where(sharder, valid, rows, 0)
+        rows = rows if wide == dtype else emit(aten.to.dtype, rows, wide)
+        replaced = {target: zeros, values: rows}
+        args = [
+            map_arg(value, lambda n: replaced[n] if n in replaced else sharder.operand(n, start))
+            for value in {**given, **({"reduce": "sum", "include_self": True} if reduces else {})}.values()
+        ]
+        named = dict(zip(given, args, strict=True))
+        plain = [named.pop(a.name) for a in schema_of(node) if not a.kwarg_only]
+        return emit(exchange.SUM_RANKS, emit(node.target, *plain, **named), sharder.group)
+
+    reduces = "reduce" in given
+    mean, more = reduces and given["reduce"] == "mean", not reduces or given["include_self"]
+    made = total(rows)
+    made = emit(aten.add.Tensor, base, made) if more else made
+    if mean or not more:
+        count = total(emit(aten.ones_like.default, rows))
+        if mean:
+            made = emit(aten.div.Tensor, made, emit(aten.add.Scalar, count, 1) if more else emit(aten.clamp.default, count, 1))
+        made = made if more else emit(aten.where.self, emit(aten.gt.Scalar, count, 0), made, base)
+    return made if made.meta["val"].dtype == dtype else emit(aten.to.dtype, made, dtype)
+
+
+# --- rows in the order of a mask --------------------------------------------------------------------------
+
+
+def masked_scatter(sharder: Sharder, node: Node) -> Local:
+    """masked_scatter(x, mask, y): the mask's elements, in order, are the first numbers of y."""
+    given = arguments(node)
+    target, mask, source = given["self"], given["mask"], given["source"]
+    if target.meta["tokens"] != node.meta["tokens"] or source.meta["tokens"] is not None:
+        raise NotLocal("a write at places that an index says")
+    sizes = [sharder.size(size) for size in node.meta["val"].shape]
+    every = sharder.emit(aten.expand.default, sharder.whole(mask), sizes)
+    flat = sharder.emit(aten.reshape.default, sharder.operand(source), [-1])
+    return _in_order(sharder, target, every, flat, exact=False)
+
+
+def masked_rows(sharder: Sharder, node: Node) -> Local:
+    """x[mask] = y: the mask's tokens, in order, are the rows of y."""
+    given = arguments(node)
+    target, (mask,), source = given["self"], given["indices"], given["values"]
+    if source.meta["tokens"] is not None:
+        raise NotLocal("a write of tokens to other tokens")
+    return _in_order(sharder, target, sharder.whole(mask), sharder.operand(source), exact=True)
+
+
+def _in_order(sharder: Sharder, target: Node, mask: Node, source: Node, exact: bool) -> Local:
+    """``target`` with rows of ``source`` where ``mask`` (whole, of its first dimensions) is true.  Too few rows
+    are an index out of range, as are too many if ``exact``."""
+    emit, axis, columns = sharder.emit, sharder.axis(target), sharder.tables["columns"]
+    home, dim = sharder.home.get(target), sharder.axis(target).dim
+    if axis.folded or axis.length != sharder.symbol or (home is not None and (home.start or home.routed)):
+        raise NotLocal("a write to some of the tokens")
+    inside = list(range(dim + 1, mask.meta["val"].dim()))
+    counts = emit(aten.sum.dim_IntList, mask, inside, dtype=torch.int64) if inside else emit(aten.to.dtype, mask, torch.int64)
+    ends = emit(aten.cumsum.default, emit(aten.reshape.default, counts, [-1]), 0)
+    ends = emit(aten.view_as.default, ends, counts)
+    number = emit(aten.index_select.default, emit(aten.sub.Tensor, ends, counts), dim, columns)
+    mask = emit(aten.index_select.default, mask, dim, columns)
+    if inside:
+        own = emit(aten.to.dtype, mask, torch.int64)
+        own = emit(aten.sub.Tensor, emit(aten.cumsum.default, emit(aten.flatten.using_ints, own, dim + 1), -1), emit(aten.flatten.using_ints, own, dim + 1))
+        number = emit(aten.view_as.default, emit(aten.add.Tensor, emit(aten.unsqueeze.default, number, -1), own), mask)
+    behind = emit(aten.add.Scalar, number, 1)  # one row of zeros stands in front, for whatever the mask has not
+    if exact:
+        rows = emit(aten.sym_size.int, source, 0)
+        other = emit(aten.ne.Scalar, emit(aten.sum.default, counts), rows)
+        wrong = emit(aten.mul.Scalar, emit(aten.to.dtype, other, torch.int64), emit(operator.add, rows, 1))
+        behind = emit(aten.add.Tensor, behind, wrong)
+    picked = emit(aten.where.ScalarOther, mask, behind, 0)
+    padded = emit(aten.constant_pad_nd.default, source, [0, 0] * (source.meta["val"].dim() - 1) + [1, 0])
+    values, rows = emit(aten.index.Tensor, padded, [picked]), sharder.local(target)
+    for _ in range(rows.meta["val"].dim() - mask.meta["val"].dim()):
+        mask = emit(aten.unsqueeze.default, mask, -1)
+    return Local(emit(aten.where.self, mask, values, rows))

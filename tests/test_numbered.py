@@ -1,0 +1,128 @@
+"""Few tokens at positions, sums of tokens by number, rows in the order of a mask: all without a gather."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simulate import simulate
+from test_shard_tokens import LOCAL, WIDTH, WORDS, Pattern, Program, batch, check, trace
+
+
+def _starts(i: Tensor) -> Tensor:
+    """Positions that the batch says, some from the end."""
+    return torch.stack([i[0, 0], i[0, 1] % 5, i[0, 2] * 0 - 1, i[0, 0] - 11])
+
+
+def _added(x: Tensor, p: Program, i: Tensor, **how: object) -> Tensor:
+    return x + p.vector.expand(4, WIDTH).scatter_reduce(
+        0, (i % 4).flatten()[:, None].expand(-1, WIDTH), x.flatten(0, 1), **how
+    ).sin().sum(0)
+
+
+def _of_document(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """The mean of every document's tokens, given back to them."""
+    document = (i > 7).cumsum(1)
+    sums = x.new_zeros(x.shape[0], 30, WIDTH).scatter_add(1, document[..., None].expand(-1, -1, WIDTH), x)
+    count = x.new_zeros(x.shape[0], 30).scatter_add(1, document, torch.ones_like(x[..., 0]))
+    mean = sums / count.clamp(min=1)[..., None]
+    return x + mean.gather(1, document[..., None].expand(-1, -1, WIDTH))
+
+
+def _counted(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    kind = x.argmax(-1).flatten()
+    count = torch.zeros(WIDTH, dtype=torch.int64).index_add(0, kind, torch.ones_like(kind))
+    return x * count / x.shape[1]
+
+
+def _images(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    rows = (p.places * 2)[:, :WIDTH]
+    return x.masked_scatter((i > 6)[..., None].expand_as(x), rows) + x.masked_scatter(
+        i[..., None] > 7, rows.sin()
+    )
+
+
+NUMBERED: dict[str, Pattern] = {
+    "rows selected": lambda p, x, i: x + x.index_select(1, i[0, :3]).sin().sum(1, keepdim=True),
+    "rows at numbers": lambda p, x, i: x + x[:, _starts(i)].sin().sum(1, keepdim=True),
+    "rows at constants": lambda p, x, i: x + x[:, [1, -2, 1]].sin().sum(1, keepdim=True),
+    "one of each row": lambda p, x, i: x + x[torch.arange(x.shape[0]), i[:, 0]].sin()[:, None],
+    "one feature": lambda p, x, i: x + x[0, i[0, :2], i[0, 1:3] % WIDTH].sin().sum(),
+    "features apart": lambda p, x, i: x + x.mT[:, i[0, :3] % WIDTH][..., i[0, :2]].sum((1, 2))[:, None, None],
+    "gathered": lambda p, x, i: (
+        x + x.gather(1, i[:, :2, None].expand(-1, -1, WIDTH)).sin().sum(1, keepdim=True)
+    ),
+    "pairs": lambda p, x, i: x + x[torch.arange(2)[:, None], i[0, :3]].sin().sum(1, keepdim=True),
+    "pairs, as many": lambda p, x, i: x + x[torch.arange(2)[:, None], i[0, :2]].sin().sum(1, keepdim=True),
+    "of a tail": lambda p, x, i: x + x[:, 2:][:, i[0, :3]].sin().sum(1, keepdim=True),
+    "of folded rows": lambda p, x, i: x + x.flatten(0, 1)[torch.tensor([3, -1, 0])].sin().sum(0),
+    "of folded rows behind": lambda p, x, i: (
+        x + x.repeat_interleave(2, 1).flatten(0, 1)[torch.tensor([3, -1, 0, 5])].sin().sum(0)
+    ),
+    "by document": _of_document,
+    "added to a parameter": lambda p, x, i: (
+        x + p.places[:WORDS].index_add(0, i.flatten(), x.flatten(0, 1), alpha=0.5).sin().sum(0)
+    ),
+    "added along a row": lambda p, x, i: (
+        x + x.new_zeros(2, 4, WIDTH).index_add(1, i[0] % 4, x).sin().sum(1)[:, None]
+    ),
+    "added of a tail": lambda p, x, i: (
+        x + x.new_zeros(2, 4, WIDTH).index_add(1, i[0, 1:] % 4, x[:, 1:]).sin().sum(1)[:, None]
+    ),
+    "put at numbers": lambda p, x, i: (
+        x + p.square.index_put((i % 3,), x * 0.1, accumulate=True).sin().sum(0)
+    ),
+    "put at pairs": lambda p, x, i: (
+        x + x.new_zeros(3, 2, WIDTH).index_put((i % 3, i % 2), x, accumulate=True).sin().sum((0, 1))
+    ),
+    "mean by number": lambda p, x, i: _added(x, p, i, reduce="mean"),
+    "mean without itself": lambda p, x, i: _added(x, p, i, reduce="mean", include_self=False),
+    "sum without itself": lambda p, x, i: _added(x, p, i, reduce="sum", include_self=False),
+    "counted": _counted,
+    "one hot": lambda p, x, i: x + (F.one_hot(i % 4, 4).to(x.dtype).mT @ x).sin().sum(1, keepdim=True),
+    "masked scatter": _images,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_numbers_stay_local(name: str) -> None:
+    of = trace(Program((LOCAL["linear"], NUMBERED[name], LOCAL["affine"])), rows=2)
+    assert check(of, 3, 1, tolerance=1e-11) == []
+    assert check(of, 2, 2, tolerance=1e-11) == []
+
+
+def _written(rows: int, trailing: bool) -> Pattern:
+    """Tokens that an image has, written in order, as ``inputs_embeds[mask] = image``."""
+
+    def pattern(p: Program, x: Tensor, i: Tensor) -> Tensor:
+        y = x.clone()
+        y[i > 6 if trailing else (i > 6)[:, :, None].expand_as(x)] = (
+            p.places[:rows, :WIDTH] if trailing else p.places.flatten()[:rows]
+        ) * 2
+        return y * p.vector
+
+    return pattern
+
+
+@pytest.mark.parametrize("trailing", [True, False])
+def test_rows_are_written_in_the_order_of_a_mask(trailing: bool) -> None:
+    count = int((batch(2, 13)["ids"] > 6).sum())
+    of = trace(Program((LOCAL["linear"], _written(count if trailing else count * WIDTH, trailing))), rows=2)
+    assert check(of, 3, 1, tolerance=1e-11) == []
+    assert check(of, 2, 2, tolerance=1e-11) == []
+
+
+@pytest.mark.parametrize(("column", "word"), [(0, 1), (1, 7)], ids=["fewer", "more"])
+def test_another_number_of_rows_than_the_mask_has_is_an_error(column: int, word: int) -> None:
+    ids = batch(2, 13)["ids"]
+    of = trace(Program((LOCAL["linear"], _written(int((ids > 6).sum()), True))), rows=2)
+    (at,) = [n for n, x in enumerate(of.args) if isinstance(x, Tensor) and torch.equal(x, ids)]
+    changed = ids.clone()
+    changed[0, column] = word
+    assert int((changed > 6).sum()) != int((ids > 6).sum())
+    with pytest.raises(IndexError, match="out of range|out of bounds"):
+        simulate(replace(of, args=(*of.args[:at], changed, *of.args[at + 1 :])), 2, 1)
