@@ -143,7 +143,7 @@ GATHERED: dict[str, tuple[Callable[[Program, Tensor, Tensor], Tensor], int]] = {
     ),
     "other counts": (other_counts, 2),
     "unsorted rows": (unsorted_rows, 1),
-    "best tokens": (lambda p, x, i: x + x.flatten(0, 1)[(x @ p.vector).flatten().topk(3).indices].mean(0), 2),
+    "best tokens": (lambda p, x, i: x + x.flatten(0, 1)[(x @ p.vector).flatten().topk(3).indices].mean(0), 1),
 }  # fmt: skip
 
 
