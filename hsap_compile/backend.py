@@ -19,6 +19,8 @@ from hsap_compile._torch import (
     equal_now,
     expr_of,
     fixed_at,
+    guard_at_most,
+    hint_of,
     mark_symbolic,
 )
 from hsap_compile.errors import Refused, innermost
@@ -26,7 +28,7 @@ from hsap_compile.graph import placeholders, positional
 from hsap_compile.mesh import world
 from hsap_compile.options import parse
 from hsap_compile.passes._varlen import cumulative_lengths
-from hsap_compile.pipeline import compile_graph
+from hsap_compile.pipeline import LEAST, compile_graph
 from hsap_compile.runtime import Runner
 
 log = logging.getLogger("hsap_compile")
@@ -45,18 +47,31 @@ def hsap(
     """
     check_version()
     chosen = parse(options, mode)
+    if of_constants(module):
+        return module.forward
     _, ranks = world()
     return Runner(compile_graph(module, chosen, prepare(module, example_inputs, ranks)))
 
 
+def of_constants(module: GraphModule) -> bool:
+    """Whether no tensor goes into dynamo's graph: a piece between two graph breaks, which runs as it is."""
+    return not any(isinstance(n.meta["example_value"], torch.Tensor) for n in placeholders(module))
+
+
 def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> sympy.Symbol | None:
-    """Check the inputs and return the symbol of the sequence length, None when it is static, which only one
-    rank can do with.
+    """Check the inputs and return the symbol of the sequence length, None when it is static.
+
+    On several ranks None means that no input has tokens (a piece between two graph breaks).
 
     Raises ``RetraceWithSymbols``, which dynamo answers with a graph that has one.
     """
     _check_inputs(module)
     size = _sequence_size(module)
+    few = size is not None and hint_of(size) < LEAST * ranks
+    if few and ranks > 1 and not any(True for _ in _attended(module)):
+        if isinstance(size, torch.SymInt):
+            guard_at_most(size, LEAST * ranks - 1)
+        return None  # a vector of a piece between two graph breaks: every rank computes all of it
     if ranks > 1 and isinstance(size, torch.SymInt):
         _share_length(module, size)
     try:

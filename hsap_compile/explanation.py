@@ -25,7 +25,7 @@ from hsap_compile._torch import (
     operator_name,
     source_name,
 )
-from hsap_compile.backend import prepare
+from hsap_compile.backend import of_constants, prepare
 from hsap_compile.errors import Refused, where
 from hsap_compile.facts import (
     AttentionFact,
@@ -109,6 +109,8 @@ class _Explainer:
         self.graphs: list[GraphExplanation] = []
 
     def backend(self, module: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        if of_constants(module):
+            return module.forward
         made: Rewritten | str
         names = [source_name(n) for n in placeholders(module)]  # dynamo forgets them after compilation
         try:
@@ -149,6 +151,7 @@ class _Explainer:
             grad_sync=self.options.grad_sync,
             grad=self.grad,
             step=step,
+            whole=self.ranks > 1 and isinstance(program.tokens, int),
             break_reason=stopped,
         )
 

@@ -70,7 +70,8 @@ class Collective:
 @dataclass(frozen=True)
 class GraphExplanation:
     """One of dynamo's graphs.  ``refused`` is why it cannot be run, empty when it can; ``break_reason`` why
-    the graph ends before the model does, empty at the end; ``step`` the plan of the given batch."""
+    the graph ends before the model does, empty at the end; ``step`` the plan of the given batch; ``whole``:
+    every rank computes all of the graph."""
 
     attentions: tuple[AttentionFact, ...] = ()
     gathered: tuple[Gathered, ...] = ()
@@ -81,6 +82,7 @@ class GraphExplanation:
     grad_sync: bool = True
     grad: bool = True
     step: StepReport | None = None
+    whole: bool = False
     refused: str = ""
     break_reason: str = ""
 
@@ -92,7 +94,7 @@ class GraphExplanation:
                 _attentions(self.attentions),
                 _outputs(self.outputs, bool(self.break_reason)),
                 _gradients(self) if self.grad else "",
-                _step(self.step),
+                _WHOLE if self.whole else _step(self.step),
                 _received(self.step) if self.grad else "",
                 _collectives(self.collectives),
             ]
@@ -129,6 +131,9 @@ class Explanation:
 
 
 # --- text ------------------------------------------------------------------------------------------------
+
+
+_WHOLE = "no input says how long a row is: every rank computes all of the graph"
 
 
 def _indented(text: str) -> str:

@@ -93,11 +93,14 @@ def rewrite(
     inputs = len(placeholders(graph))
     fallbacks: tuple[Fallback, ...] = ()
     local_outputs: frozenset[int] = frozenset()
-    length = _token_input(graph, symbol, inputs) if symbol is not None else _static_length(attentions)
+    length: tuple[int, int] | int
+    if symbol is None and ranks > 1:
+        symbol, length = _without_tokens(graph, attentions, options), LEAST * ranks
+    else:
+        length = _static_length(attentions) if symbol is None else _token_input(graph, symbol, inputs)
     tokens = symbol if symbol is not None else sympy.Integer(length)
     if ranks > 1:
-        if symbol is None:
-            raise _no_tokens()
+        assert symbol is not None
         _refuse_cache(graph, attentions)
         infer_tokens(graph, symbol)
         rows = torch.zeros(8, dtype=torch.int64, device=device)
@@ -256,6 +259,17 @@ def _token_input(graph: GraphModule, symbol: sympy.Symbol | None, inputs: int) -
                 if expr_of(size) == symbol:
                     return i, dim
     raise _no_tokens()
+
+
+def _without_tokens(graph: GraphModule, attentions: Sequence[Attention], options: Options) -> sympy.Symbol:
+    """A symbol that no size has: a piece between graph breaks may get no batch, and then every rank computes
+    all of it."""
+    if attentions or options.strict:
+        raise _no_tokens()
+    first = next((n for n in graph.graph.nodes if n.op == "call_function"), None)
+    at = "" if first is None else f", from {where(first)} on"
+    log.warning("no input of a graph says how long a row is: every rank computes all of it%s", at)
+    return sympy.Symbol("tokens")
 
 
 def _size(graph: GraphModule, tokens: tuple[int, int] | int) -> Any:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_one_process_needs_no_process_group() -> None:
     given = batch([0, 0, 1, 1, 1, 2])
     got = torch.compile(model, backend="hsap", options=EAGER)(**given)
     assert relative(got.detach(), model(**given).detach()) <= 1e-13
+
+
+def test_several_ranks_need_a_batch() -> None:
+    """Without one, a graph is a piece between graph breaks, unless it attends or ``strict`` is asked for."""
+    x = torch.randn(1, 2, 9, 4, dtype=torch.float64)
+    trace = traced(lambda x: x.logsumexp(-1).mean(), {"x": x})
+    assert simulate(trace, 2, 1).ranks[1].outputs == eager(trace).outputs
+    attending = traced(lambda x: F.scaled_dot_product_attention(x, x, x).mean(), {"x": x})
+    for of, options in ((trace, {"strict": True}), (replace(attending, symbol=None), {})):
+        with pytest.raises(Refused, match="no input has the tokens as a dimension") as caught:
+            simulate(of, 2, 1, **options)
+        assert "do:     compile the function that takes the batch" in str(caught.value)
 
 
 def test_interleaved_documents_are_legal() -> None:

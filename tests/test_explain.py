@@ -183,6 +183,28 @@ def test_every_graph_has_a_section_and_a_break_its_cost() -> None:
     assert f"graph break: {first.break_reason}" in text and "13.2 kB gathered here" in text
 
 
+class Pieces(Broken):
+    """Behind the break, constants, and what is made of one number."""
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor):
+        loss, logits = self.first(ids, labels, starts.cumsum(1), positions)
+        torch._dynamo.graph_break()
+        weights = torch.ones(3) * 2
+        torch._dynamo.graph_break()
+        return loss * weights.sum(), logits
+
+
+def test_a_piece_without_a_batch_is_said_to_be_computed_by_all() -> None:
+    given = batch("nano", PACK)
+    given["starts"] = (given["positions"] == 0).long()
+    del given["documents"]
+    result = explain(Pieces().double(), **given, hsap_ranks=2)
+    first, second = result.graphs
+    assert (first.whole, second.whole, result.failure) == (False, True, "")
+    said = "no input says how long a row is: every rank computes all of the graph"
+    assert said not in str(first) and said in str(second) and "plan of this batch" not in str(second)
+
+
 class Odd(nn.Module):
     """Causal over all tokens but the last, then one that no mask can say."""
 

@@ -1,0 +1,81 @@
+"""Pieces between graph breaks that get no batch: every rank computes all of them, and the sums of gradients
+stay right.
+
+This module must not import hsap_compile: the ranks find the backend by its entry point.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models import batch, build
+from pool import Pool
+
+PACK = [[5, 1, 9, 4, 8]]
+
+
+class Broken(nn.Module):
+    """A model whose loss is made behind graph breaks: of vectors alone, of constants, of a few numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head, self.scale = build("nano", torch.float32), nn.Linear(1, 3), nn.Linear(1, 3)
+
+    def forward(self, **given: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits = self.inner(**given)
+        torch._dynamo.graph_break()
+        most = self.head(logits.logsumexp(-1)[..., None])
+        drawn = nn.functional.dropout(most.detach(), 0.5).sum()
+        loss = loss + most.square().mean()
+        torch._dynamo.graph_break()
+        weights = torch.ones(3) * 2
+        torch._dynamo.graph_break()
+        lengths = torch.tensor(PACK[0][:3])
+        torch._dynamo.graph_break()
+        return loss + (self.scale(loss[None]) * weights * lengths / lengths.sum()).sum(), drawn
+
+
+def step(sync: bool) -> tuple[list[str], float, float]:
+    """What was logged, what was drawn, and the largest relative error of the loss and the gradients."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hsap_compile")
+    logger.addHandler(handler)
+    torch.manual_seed(0)
+    model = Broken()
+    reference, given = copy.deepcopy(model), batch("nano", PACK)
+    given = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+    torch.manual_seed(dist.get_rank())  # ranks draw apart
+    try:
+        options = {"lower": "eager", "grad_sync": sync}
+        loss, drawn = torch.compile(model, backend="hsap", options=options)(**given)
+    finally:
+        logger.removeHandler(handler)
+    wanted, _ = reference(**given)
+    loss.backward()
+    wanted.backward()
+    errors = [float(((loss - wanted) / wanted).detach().abs())]
+    for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert mine.grad is not None and other.grad is not None
+        if not sync:
+            dist.all_reduce(mine.grad)
+        errors.append(float((mine.grad - other.grad).abs().max() / other.grad.abs().max()))
+    return said, float(drawn), max(errors)
+
+
+@pytest.mark.parametrize("sync", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_pieces_without_a_batch(pool: Pool, sync: bool) -> None:
+    steps = pool.run(step, sync, world=2, timeout=240.0)
+    assert len({drawn for _, drawn, _ in steps}) == 1  # what the first rank drew
+    for said, _, error in steps:
+        assert error < 2e-5
+        texts = [s for s in said if "no input of a graph says how long a row is" in s]
+        assert len(texts) >= 2 and all("every rank computes all of it, from" in s for s in texts)
+        assert all("test_breaks.py:" in s for s in texts)
