@@ -186,22 +186,25 @@ def masked_scatter(sharder: Sharder, node: Node) -> Local:
         raise NotLocal("a write at places that an index says")
     sizes = [sharder.size(size) for size in node.meta["val"].shape]
     every = sharder.emit(aten.expand.default, sharder.whole(mask), sizes)
-    flat = sharder.emit(aten.reshape.default, sharder.operand(source), [-1])
+    flat = sharder.emit(aten.reshape.default, sharder.spread(source), [-1])
     return _in_order(sharder, target, every, flat, exact=False)
 
 
 def masked_rows(sharder: Sharder, node: Node) -> Local:
-    """x[mask] = y: the mask's tokens, in order, are the rows of y."""
+    """x[mask] = y, or x[mask] += y: the mask's tokens, in order, get the rows of y."""
     given = arguments(node)
     target, (mask,), source = given["self"], given["indices"], given["values"]
     if source.meta["tokens"] is not None:
         raise NotLocal("a write of tokens to other tokens")
-    return _in_order(sharder, target, sharder.whole(mask), sharder.operand(source), exact=True)
+    adds = bool(given["accumulate"])
+    return _in_order(sharder, target, sharder.whole(mask), sharder.spread(source), exact=True, adds=adds)
 
 
-def _in_order(sharder: Sharder, target: Node, mask: Node, source: Node, exact: bool) -> Local:
-    """``target`` with rows of ``source`` where ``mask`` (whole, of its first dimensions) is true.  Too few rows
-    are an index out of range, as are too many if ``exact``."""
+def _in_order(
+    sharder: Sharder, target: Node, mask: Node, source: Node, exact: bool, adds: bool = False
+) -> Local:
+    """``target`` with rows of ``source`` in the place of its own, or added, where ``mask`` (whole, of its first
+    dimensions) is true.  Too few rows are an index out of range, as are too many if ``exact``."""
     emit, axis, columns = sharder.emit, sharder.axis(target), sharder.tables["columns"]
     home, dim = sharder.home.get(target), sharder.axis(target).dim
     if axis.folded or axis.length != sharder.symbol or (home is not None and (home.start or home.routed)):
@@ -225,6 +228,7 @@ def _in_order(sharder: Sharder, target: Node, mask: Node, source: Node, exact: b
     picked = emit(aten.where.ScalarOther, mask, behind, 0)
     padded = emit(aten.constant_pad_nd.default, source, [0, 0] * (source.meta["val"].dim() - 1) + [1, 0])
     values, rows = emit(aten.index.Tensor, padded, [picked]), sharder.local(target)
+    values = emit(aten.add.Tensor, values, rows) if adds else values
     for _ in range(rows.meta["val"].dim() - mask.meta["val"].dim()):
         mask = emit(aten.unsqueeze.default, mask, -1)
     return Local(emit(aten.where.self, mask, values, rows))

@@ -183,7 +183,7 @@ def token_write(sharder: Sharder, node: Node) -> Any:
     begin = _position(sharder, axis, index)
     rows = sharder.local(target, start)
     if source.meta["tokens"] is None:
-        few = sharder.operand(source)
+        few = sharder.spread(source)
         few = sharder.emit(aten.unsqueeze.default, few, axis.dim) if "index" in given else few
         count = int(few.meta["val"].shape[axis.dim])
         return Local(_put(sharder, rows, few, axis.dim, sharder.size(begin + start), count), start)

@@ -237,7 +237,14 @@ class Sharder:
         if node.op == "placeholder":
             self.locally_used.add(node)
             return value
-        key = (node, -1)
+        return self.spread(node)
+
+    def spread(self, node: Node) -> Any:
+        """A whole value without tokens of which every rank uses a part: what a rule changes before it meets
+        local rows, which ``operand`` may only be where it meets them."""
+        value, key = self.whole(node), (node, -1)
+        if node not in self.differentiable:
+            return value
         if key not in self.locals:
             self.locals[key] = self.emit(exchange.BROADCAST, value, self.group)
         return self.locals[key]
