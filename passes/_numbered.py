@@ -98,11 +98,14 @@ def _own_rows(sharder: Sharder, axis: TokenAxis, start: int) -> Node:
 # --- sums by number ---------------------------------------------------------------------------------------
 
 
+_ADDED = ("source", "src", "values")  # what operators call what they add
+
+
 def added_along(sharder: Sharder, node: Node) -> Node:
     """index_add(x, dim, numbers, y), scatter_add(x, dim, numbers, y): every rank adds up its tokens' y."""
     given = arguments(node)
     target, numbers = given["self"], given["index"]
-    values = given["source"] if "source" in given else given["src"]
+    (values,) = (given[name] for name in _ADDED if name in given)
     dim, axis = given["dim"] % max(target.meta["val"].dim(), 1), values.meta["tokens"]
     here = 0 if operator_name(node.target) == "aten::index_add" else dim
     its = numbers.meta["tokens"]
@@ -154,14 +157,16 @@ def _added(sharder: Sharder, node: Node, target: Node, values: Node) -> Node:
     def total(rows: Node) -> Node:
         rows = rows if valid is None else where(sharder, valid, rows, 0)
         rows = rows if wide == dtype else emit(aten.to.dtype, rows, wide)
-        replaced = {target: zeros, values: rows}
-        args = [
-            map_arg(value, lambda n: replaced[n] if n in replaced else sharder.operand(n, start))
-            for value in {**given, **({"reduce": "sum", "include_self": True} if reduces else {})}.values()
-        ]
-        named = dict(zip(given, args, strict=True))
+        named = {
+            name: zeros if name == "self" else rows if name in _ADDED else map_arg(value, operand)
+            for name, value in given.items()
+        }
+        named.update({"reduce": "sum", "include_self": True} if reduces else {})
         plain = [named.pop(a.name) for a in schema_of(node) if not a.kwarg_only]
         return emit(exchange.SUM_RANKS, emit(node.target, *plain, **named), sharder.group)
+
+    def operand(n: Node) -> Any:
+        return sharder.operand(n, start)
 
     reduces = "reduce" in given
     mean, more = reduces and given["reduce"] == "mean", not reduces or given["include_self"]

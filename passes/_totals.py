@@ -111,8 +111,8 @@ def largest(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: s
 
 
 def log_sum(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
-    """logsumexp"""
-    _, top, mass = _exponentials(sharder, source, axis, dims)
+    """logsumexp; nothing but -inf adds up to it."""
+    _, top, mass = _exponentials(sharder, source, axis, dims, finite=True)
     made = sharder.emit(aten.add.Tensor, sharder.emit(aten.log.default, mass), top)
     made = made if arguments(node)["keepdim"] else sharder.emit(aten.squeeze.dims, made, sorted(dims))
     return _typed(sharder, made, node)
@@ -132,13 +132,16 @@ def softmax(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: s
 
 
 def _exponentials(
-    sharder: Sharder, source: Node, axis: TokenAxis, dims: set[int]
+    sharder: Sharder, source: Node, axis: TokenAxis, dims: set[int], finite: bool = False
 ) -> tuple[Node, Node, Node]:
-    """x - the largest x (this rank's rows), the largest, and sum_ranks(sum(exp(x - the largest)))."""
+    """x - the largest x (this rank's rows), the largest, and sum_ranks(sum(exp(x - the largest))).
+    ``finite``: 0 is taken for an infinite largest."""
     value = _numbers(sharder, source, axis, least=False)
     wide = _wide(source.meta["val"].dtype)
     value = value if wide is None else sharder.emit(aten.to.dtype, value, wide)
     top = _extreme(sharder, sharder.emit(aten.detach.default, value), dims, least=False)
+    if finite:
+        top = sharder.emit(aten.masked_fill.Scalar, top, sharder.emit(aten.isinf.default, top), 0)
     away = sharder.emit(aten.sub.Tensor, value, top)
     part = sharder.emit(aten.sum.dim_IntList, sharder.emit(aten.exp.default, away), sorted(dims), True)
     return away, top, sharder.emit(exchange.SUM_RANKS, part, sharder.group)

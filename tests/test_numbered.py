@@ -39,6 +39,12 @@ def _counted(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return x * count / x.shape[1]
 
 
+def _numbers_as_values(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    kind = x.argmax(-1).flatten()
+    sums = torch.ones(WIDTH, dtype=torch.int64).scatter_reduce(0, kind, kind, "sum", include_self=False)
+    return x * sums.scatter_add(0, kind, kind) / x.shape[1]
+
+
 def _images(p: Program, x: Tensor, i: Tensor) -> Tensor:
     rows = (p.places * 2)[:, :WIDTH]
     x = x.masked_scatter((i > 5)[..., None], p.places)  # a parameter as it is
@@ -84,6 +90,7 @@ NUMBERED: dict[str, Pattern] = {
     "mean without itself": lambda p, x, i: _added(x, p, i, reduce="mean", include_self=False),
     "sum without itself": lambda p, x, i: _added(x, p, i, reduce="sum", include_self=False),
     "counted": _counted,
+    "numbers as values": _numbers_as_values,
     "one hot": lambda p, x, i: x + (F.one_hot(i % 4, 4).to(x.dtype).mT @ x).sin().sum(1, keepdim=True),
     "masked scatter": _images,
 }  # fmt: skip

@@ -52,6 +52,9 @@ TOTALS: dict[str, Pattern] = {
     "largest of a tail": lambda p, x, i: x + x[:, 2:].amax(1, keepdim=True) + x[:, :-1].sin().min(),
     "largest and a parameter": lambda p, x, i: x + (x.amax(1) @ p.square * p.vector)[:, None],
     "logarithm of a sum": lambda p, x, i: x + x.logsumexp(1, keepdim=True) + x[:, 1:].logsumexp((0, 1)),
+    "logarithm of nothing": lambda p, x, i: torch.where(
+        x.detach().masked_fill(p.vector > 0, -torch.inf).logsumexp(1, keepdim=True) < 0, x, p.vector
+    ),
     "softmax": lambda p, x, i: x.softmax(1) + (3 * x).log_softmax(1) / 9,
     "softmax of a part": lambda p, x, i: torch.cat([x[:, :-1].softmax(1), x[:, :1] * 0], 1),
     "softmax of a part, a parameter": lambda p, x, i: (
