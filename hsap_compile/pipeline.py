@@ -103,8 +103,10 @@ def rewrite(
         assert symbol is not None
         _refuse_cache(graph, attentions)
         infer_tokens(graph, symbol)
-        rows = torch.zeros(8, dtype=torch.int64, device=device)
-        columns, order = (fake_table(mode, rows, (0,), LEAST) for _ in range(2))
+        columns, order = (
+            fake_table(mode, torch.zeros(shape, dtype=torch.int64, device=device), (len(shape) - 1,), LEAST)
+            for shape in ((8,), (2, 8))
+        )
         sharded = shard_tokens(
             graph,
             mode,

@@ -49,7 +49,7 @@ def _states_meet(module: GraphModule, after: str, length: sympy.Symbol | None) -
     for node in placeholders(module):
         if "table" in node.meta:
             symbols = {s for size in node.meta["val"].shape for s in expr_of(size).free_symbols}
-            (everyones if node.meta["table"] == "order" else mine).update(symbols)
+            mine.update(symbols)
     for node in module.graph.nodes:
         if node.op != "call_function" or node.target in _CROSSING or not _tensor(node):
             continue

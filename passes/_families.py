@@ -76,7 +76,7 @@ _BY_DIM = _names(
     "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp topk sort argsort chunk split"
     " split_with_sizes slice select cat stack gather index_select unbind flip roll narrow argmax argmin glu"
     " transpose squeeze unsqueeze movedim swapaxes diff logsumexp amax amin sum mean prod any all max min var"
-    " std norm linalg_vector_norm scatter scatter_add cummax kthvalue tensor_split"
+    " std norm linalg_vector_norm scatter scatter_add scatter_reduce index_add cummax kthvalue tensor_split"
     " slice_scatter select_scatter unfold var_mean std_mean cosine_similarity"
 )
 _NORMS = _names("layer_norm rms_norm native_layer_norm _fused_rms_norm")
@@ -365,8 +365,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     source, axis = source_of(node)
     name = operator_name(node.target)
     given = arguments(node)
-    if name == "aten::scatter_add" and given["self"].meta["tokens"] is None:
-        return added_along(sharder, node)
+    if name in _NUMBERED and given["self"].meta["tokens"] is None:
+        return added_along(sharder, node) if name in _ADDED else _looked_up(sharder, node)
     rank = source.meta["val"].dim() + (name == "aten::stack")
     named: list[int] = []
     for key in ("dim", "dims", "dimension", "dim0", "dim1", "source", "destination", "axis0", "axis1"):
@@ -389,7 +389,7 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     if here not in dims:
         for other in tensor_inputs(node):
             other_axis = other.meta.get("tokens")
-            if other_axis is None and name == "aten::index_select" and other is given["index"]:
+            if other_axis is None and name in _OF_DIMENSIONS and other is given["index"]:
                 continue
             same = isinstance(other_axis, TokenAxis) and other_axis == axis
             if not same:
@@ -408,6 +408,19 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     raise NotLocal("it works along the tokens")
 
 
+def _looked_up(sharder: Sharder, node: Node) -> Any:
+    """index_select(table, dim, i), gather(table, dim, i): every token reads the table at its own number."""
+    given = arguments(node)
+    axis, dim = given["index"].meta["tokens"], given["dim"] % max(given["self"].meta["val"].dim(), 1)
+    if operator_name(node.target) == "aten::gather" and axis.dim != dim:
+        raise NotLocal("a table whose rows are tokens")
+    return _as_is(sharder, node)
+
+
+#: Operators whose ``index`` holds numbers; of the last, one for each place of a dimension.
+_ADDED = _names("scatter_add scatter_reduce index_add")
+_NUMBERED = _ADDED | _names("gather index_select")
+_OF_DIMENSIONS = _names("index_select index_add")
 _MOVES = _names("transpose squeeze movedim swapaxes permute t")
 REDUCTIONS = _names("sum mean amax amin max min any all prod var std norm linalg_vector_norm argmax argmin")
 
@@ -456,7 +469,6 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("embedding"), _embedding),
     **dict.fromkeys(_names("index"), _index),
     **dict.fromkeys(_names("index_put"), _index_put),
-    **dict.fromkeys(_names("index_add scatter_reduce"), added_along),
     **dict.fromkeys(_names("masked_scatter"), masked_scatter),
     **dict.fromkeys(_names("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"), cross_entropy),
     **dict.fromkeys(_names("copy"), _copy),

@@ -11,6 +11,7 @@ every rank reads the rows that its tokens get, counted from the whole mask.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,9 +38,10 @@ aten = torch.ops.aten
 def read_along(sharder: Sharder, node: Node) -> Node:
     """index_select(x, dim, numbers), gather(x, dim, numbers) along the tokens of x."""
     given = arguments(node)
-    source, numbers = given["self"], given["index"]
-    behind = source.meta["val"].dim() - 1 - given["dim"] % source.meta["val"].dim()
-    return _read(sharder, node, numbers, behind if operator_name(node.target) == "aten::index_select" else 0)
+    source, dim = given["self"], given["dim"]
+    behind = source.meta["val"].dim() - 1 - dim % source.meta["val"].dim()
+    behind = behind if operator_name(node.target) == "aten::index_select" else 0
+    return _read(sharder, node, given["index"], behind, lambda rows, at: (rows, dim, at))
 
 
 def read_at(sharder: Sharder, node: Node) -> Node:
@@ -52,12 +54,19 @@ def read_at(sharder: Sharder, node: Node) -> Node:
     together = max(named) - min(named) < len(named)
     in_front = min(named) if together else 0
     behind = node.meta["val"].dim() - in_front - max(value.dim() for value in named.values())
-    return _read(sharder, node, indices[dim], behind)
+
+    def call(rows: Node, at: Node) -> tuple[Any, ...]:
+        return rows, [at if d == dim else map_arg(i, sharder.whole) for d, i in enumerate(indices)]
+
+    return _read(sharder, node, indices[dim], behind, call)
 
 
-def _read(sharder: Sharder, node: Node, numbers: Node, behind: int) -> Node:
+def _read(
+    sharder: Sharder, node: Node, numbers: Node, behind: int, call: Callable[[Node, Node], tuple[Any, ...]]
+) -> Node:
     """``node`` reads the tokens ``numbers`` of its first operand; its result has ``behind`` dimensions behind
-    them.  Whoever holds a row gives it to all, as a sum in which it is the only one that is not zero."""
+    them; ``call``: its arguments from this rank's rows and their numbers.  Whoever holds a row gives it to
+    all, as a sum in which it is the only one that is not zero."""
     source = args_of(node)[0]
     home, emit = sharder.home.get(source), sharder.emit
     if numbers.meta["tokens"] is not None or node.meta["tokens"] is not None:
@@ -67,11 +76,7 @@ def _read(sharder: Sharder, node: Node, numbers: Node, behind: int) -> Node:
     at = sharder.whole(numbers)
     at = emit(aten.index.Tensor, _own_rows(sharder, sharder.axis(source), home.start), [at])
     held, at = emit(aten.ge.Scalar, at, 0), emit(aten.clamp.default, at, 0)
-    args, kwargs = map_arg(
-        (node.args, node.kwargs),
-        lambda n: home.node if n is source else at if n is numbers else sharder.whole(n),
-    )
-    rows = emit(node.target, *args, **kwargs)
+    rows = emit(node.target, *call(home.node, at))
     for _ in range(behind):
         held = emit(aten.unsqueeze.default, held, -1)
     return emit(exchange.SUM_RANKS, where(sharder, held, rows, 0), sharder.group)
@@ -102,7 +107,8 @@ _ADDED = ("source", "src", "values")  # what operators call what they add
 
 
 def added_along(sharder: Sharder, node: Node) -> Node:
-    """index_add(x, dim, numbers, y), scatter_add(x, dim, numbers, y): every rank adds up its tokens' y."""
+    """index_add(x, dim, numbers, y), scatter_add(x, dim, numbers, y) where x has no tokens: every rank adds up
+    its tokens' y."""
     given = arguments(node)
     target, numbers = given["self"], given["index"]
     (values,) = (given[name] for name in _ADDED if name in given)

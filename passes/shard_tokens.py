@@ -396,7 +396,7 @@ def shard_tokens(
     whole_outputs: int,
     strict: bool,
 ) -> Sharded:
-    """``columns`` (n,) and ``order`` (S,) are the fake tables that the new graph gets as inputs.  The last
+    """``columns`` (n,) and ``order`` (2, K) are the fake tables that the new graph gets as inputs.  The last
     ``whole_outputs`` outputs are whole whatever ``outputs`` says."""
     sharder = Sharder(module, mode, symbol, group, strict)
     sharder.tables["ranks"] = ranks
@@ -427,8 +427,9 @@ def shard_tokens(
     for placeholder in placeholders(new):
         placeholder.meta.setdefault("tokens", None)
     remove_dead(new)
-    for placeholder in [n for n in new.graph.nodes if isinstance(n.meta.get("table"), tuple) and not n.users]:
-        new.graph.erase_node(placeholder)  # of a rule that gave up
+    for placeholder in [n for n in placeholders(new) if n.meta.get("table", "columns") != "columns"]:
+        if not placeholder.users:  # nothing is gathered, or a rule gave up
+            new.graph.erase_node(placeholder)
     new.recompile()
     return Sharded(new, tuple(sharder.fallbacks), frozenset(stay))
 
@@ -468,12 +469,23 @@ def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> Non
                 sharder.symbols[expr_of(size)] = sharder.emit(aten.sym_size.int, sharder.wholes[node], dim)
     if sharder.symbol in sharder.symbols:  # else no value has tokens
         sharder.tables["S"] = sharder.symbols[sharder.symbol]
+        sharder.tables["order"] = _unfolded_order(sharder)
+
+
+def _unfolded_order(sharder: Sharder) -> Node:
+    """(S,) the place of every column among all ranks' rows; as ``plan.placement.unfold``."""
+    emit, order = sharder.emit, sharder.tables["order"]
+    first, jump = (emit(aten.select.int, order, 0, i) for i in (0, 1))
+    device = order.meta["val"].device
+    steps = emit(aten.ones.default, [sharder.tables["S"]], dtype=torch.int64, device=device)
+    return emit(aten.cumsum.default, emit(aten.index_put.default, steps, [first], jump), 0)
 
 
 def _settle_parameters(sharder: Sharder) -> None:
     """Every rank has its share of a parameter's gradient, to be summed: local uses give their rows' part,
     whole ones (alike on every rank) count on one rank only."""
     varying = _varying(sharder)
+    last = [n for n in sharder.graph.nodes if n.op == "placeholder"][-1]
     for old in placeholders(sharder.old):
         if not (old in sharder.locally_used or old.meta["parameter"]):
             continue
@@ -481,7 +493,7 @@ def _settle_parameters(sharder: Sharder) -> None:
         whole_users = {u for u in new.users if u not in varying and u.target is not aten.detach.default}
         new.meta["sum_gradient"] = old in sharder.differentiable and bool(new.users)
         if whole_users and old in sharder.differentiable:
-            with sharder.graph.inserting_after(sharder.tables["order"]):
+            with sharder.graph.inserting_after(last):
                 share = sharder.emit(exchange.SHARE, new, sharder.group)
             new.replace_all_uses_with(share, delete_user_cb=lambda u, users=whole_users: u in users)
 

@@ -13,6 +13,10 @@ from simulate import simulate
 from test_shard_tokens import LOCAL, WIDTH, WORDS, Pattern, Program, batch, check, trace
 
 
+def _twice(x: Tensor, numbers: Tensor) -> Tensor:
+    return x[numbers, numbers].sin().sum()
+
+
 def _starts(i: Tensor) -> Tensor:
     """Positions that the batch says, some from the end."""
     return torch.stack([i[0, 0], i[0, 1] % 5, i[0, 2] * 0 - 1, i[0, 0] - 11])
@@ -62,6 +66,18 @@ NUMBERED: dict[str, Pattern] = {
     "features apart": lambda p, x, i: x + x.mT[:, i[0, :3] % WIDTH][..., i[0, :2]].sum((1, 2))[:, None, None],
     "gathered": lambda p, x, i: (
         x + x.gather(1, i[:, :2, None].expand(-1, -1, WIDTH)).sin().sum(1, keepdim=True)
+    ),
+    "the same numbers twice": lambda p, x, i: (
+        x + x[:, i[0, :3] % WIDTH, i[0, :3] % WIDTH].sin().sum() + _twice(x, i[0, :2] % 2)
+    ),
+    "values given back": lambda p, x, i: (
+        x * p.words.gather(0, (i % 3).flatten()[:, None].expand(-1, WIDTH)).view(x.shape)
+        + p.square.index_select(1, (i % 3).flatten()).mT.view(x.shape)
+        + x.sum(1).gather(1, i % WIDTH)[..., None]
+    ),
+    "numbers of features": lambda p, x, i: (
+        x.index_add(2, torch.tensor([1, 0]), x[..., 2:4] * p.scalar)
+        + x.scatter_reduce(2, (i[..., None] % WIDTH).expand_as(x), x * p.vector, "sum")
     ),
     "pairs": lambda p, x, i: x + x[torch.arange(2)[:, None], i[0, :3]].sin().sum(1, keepdim=True),
     "pairs, as many": lambda p, x, i: x + x[torch.arange(2)[:, None], i[0, :2]].sin().sum(1, keepdim=True),

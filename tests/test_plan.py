@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hsap_compile.plan import BAND, CAUSAL, FULL, MOD, Attended, MeshShape, Plan, RankTables, make, place
+from hsap_compile.plan.placement import unfold
 
 
 def mesh_of(inter: int, intra: int) -> MeshShape:
@@ -81,7 +82,7 @@ def check_columns(mesh: MeshShape, tokens: int, tables: Sequence[RankTables]) ->
             mine = (len(t.columns) - t.alone, len(tables[m].columns) - tables[m].alone)
             assert tuple(t.head_splits[:, m]) == (mine if m in group else (0, 0))
     for t in tables:
-        assert np.array_equal(laid[t.order], np.arange(tokens))
+        assert np.array_equal(laid[unfold(t.order, tokens)], np.arange(tokens))
 
 
 def check_alone(mask: Attended, tables: Sequence[RankTables]) -> None:

@@ -91,7 +91,7 @@ BROKEN: dict[str, tuple[Callable[[RankTables], RankTables], str]] = {
     "a column twice": (of_rank(columns=put(0, 20)), "a column is on no rank or on several"),
     "a column fewer": (of_rank(columns=lambda x: x[:-1]), "holds too few or too many columns"),
     "columns out of order": (of_rank(columns=lambda x: x[::-1]), "rank 1: columns are out of order"),
-    "order": (of_rank(order=lambda x: np.roll(x, 1)), "rank 1: order does not lead back to the row"),
+    "order": (of_rank(order=add((1, 1), 1)), "rank 1: order does not lead back to the row"),
     "alone": (of_rank(alone=lambda x: int(x) + 1), "rank 1: columns are out of order"),
     "alone, far off": (of_rank(alone=lambda x: 99), "rank 1 holds too many alone columns"),
     "group columns": (

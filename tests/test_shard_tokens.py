@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hsap_compile.errors import Refused
 from hsap_compile.kernels import exchange
-from hsap_compile.passes import _families
+from hsap_compile.passes import _families, _numbered
 from hsap_compile.passes import shard_tokens as sharding
 from simulate import Traced, eager, simulate, traced, worst
 
@@ -321,6 +321,11 @@ def _first_rows(sharder: sharding.Sharder, node: object, start: int) -> object:
 
 _LOCAL_FROM_WHOLE = sharding.Sharder._local_from_whole
 
+
+def _own_largest(x: Tensor, dims: list[int], least: bool, group: str) -> Tensor:
+    return x.amax(dims, keepdim=True)
+
+
 #: broken rule: (owner, name, what it becomes, the pattern that needs it)
 MUTATIONS = {
     "no sum over ranks": (exchange, "SUM_RANKS", _unsummed, LOCAL["token sum"]),
@@ -331,6 +336,8 @@ MUTATIONS = {
     "wrong start": (_families, "Local", lambda node, start=0: sharding.Local(node), LOCAL["head labels"]),
     "rows outside counted": (sharding.Sharder, "valid_rows", lambda *_: None, LOCAL["tail mean"]),
     "rows in front ignored": (_families, "rows_in_front", lambda *_: 1, GATHERED["token axis first"][0]),
+    "the largest of one rank": (exchange, "EXTREME", _own_largest, LOCAL["largest"]),
+    "rows of others read": (_numbered, "where", lambda _, held, rows, other: rows, LOCAL["few rows"]),
     "no_grad forgotten": (sharding.Sharder, "_detached", lambda self, node, new: new, LOCAL["no grad"]),
 }
 

@@ -174,11 +174,10 @@ def _runs(mask: Attended, valid: Bools | None) -> Runs:
     tokens = mask.tokens
     given = [x for x in (mask.labels, valid) if x is not None]
     rows = max((len(x) for x in given), default=1)
-    cut = np.zeros((rows, tokens), np.bool_)
-    cut[:, 0] = True
-    for x in given:
-        cut[:, 1:] |= x[:, 1:] != x[:, :-1]
-    at = np.flatnonzero(cut)
+    cuts = [x[:, 1:] != x[:, :-1] for x in given]
+    cut = cuts[0] if len(cuts) == 1 else sum(cuts, np.zeros((rows, tokens - 1), np.bool_))
+    row, column = np.divmod(np.flatnonzero(cut), tokens - 1)
+    at = np.sort(np.append(row * tokens + column + 1, np.arange(rows) * tokens))
     row, start = np.divmod(at, tokens)
     stop = np.append(at[1:], rows * tokens) - row * tokens
     label, labels = np.zeros(len(at), np.int64), 1

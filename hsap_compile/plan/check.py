@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hsap_compile.plan.attended import Bools, Ints, Runs, Structure, area, keys_between, ranges, unanswered
+from hsap_compile.plan.placement import unfold
 from hsap_compile.plan.slices import BAND, CAUSAL, FULL, MOD
 
 if TYPE_CHECKING:
@@ -77,7 +78,10 @@ def _check_columns(plan: Plan, tables: Sequence[RankTables]) -> None:
     for r, t in enumerate(tables):
         at = f"rank {r}: "
         if r == 0 or t.order is not tables[r - 1].order:  # ranks of one plan have one array
-            good = len(t.order) == tokens and bool(np.all(laid[t.order] == np.arange(tokens)))
+            place = unfold(t.order, tokens)
+            good = bool(np.all((place >= 0) & (place < len(laid)))) and bool(
+                np.all(laid[place] == np.arange(tokens))
+            )
             _require(
                 good, at + "order does not lead back to the row", "another column", "each column's place"
             )

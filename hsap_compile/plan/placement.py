@@ -309,6 +309,17 @@ def _placed(mesh: MeshShape, tokens: int, runs: Ints, line: int, counts: Ints, a
     return Placement(mesh, tokens, ranks[at[order]], shared[order], start[order], stop[order])
 
 
+def unfold(order: Ints, tokens: int) -> Ints:
+    """(S,) the place of each column in the concatenation over all ranks of their columns, each padded to T.
+
+    In the compiled graph the same three operators make it, where something is gathered: it is larger than all
+    that the host plans.
+    """
+    steps = np.ones(tokens, np.int64)
+    steps[order[0]] = order[1]
+    return np.cumsum(steps, out=steps)
+
+
 def expand(start: Ints, stop: Ints) -> Ints:
     """All integers of the intervals, in order."""
     size = stop - start

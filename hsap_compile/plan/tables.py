@@ -104,8 +104,8 @@ class RankTables:
         columns: (n,) this rank's columns: the alone ones, ascending, then the shared ones, ascending.
         alone: n_a, how many of them are alone; 0 in groups of 1.
         group_columns: (N,) its group's shared columns, of each member in turn, ascending.
-        order: (S,) position of each column in the concatenation over ranks 0..P-1 of their columns, each
-            padded to T.
+        order: (2, K) of the K runs of columns that lie together on a rank, from left to right: the first
+            column, and how far the place of that column is from the one before it; see `placement.unfold`.
         head_splits: (2, P) rows of the head exchange within the group: [0, r] sent to and [1, r] received
             from member r, per batch row; 0 for other ranks.
         masks: the tables of each mask.
@@ -282,10 +282,8 @@ class Plan:
             + ((np.arange(ranks) * longest) - np.cumsum(held) + held)[placement.rank[at]]
         )
         at = np.argsort(placement.start)
-        order = np.ones(placement.tokens, np.int64)
         jump = np.append(first[at][0], first[at][1:] - (first[at] + size[at])[:-1] + 1)
-        order[placement.start[at]] = jump
-        return np.cumsum(order, out=order)
+        return np.stack([placement.start[at], jump])
 
 
 def make(
