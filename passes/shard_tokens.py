@@ -283,7 +283,7 @@ class Sharder:
         try:
             result = self._by_rule(node)
         except NotLocal as reason:
-            if any(self._is_rows(n) for n in node.all_input_nodes):
+            if any(self._is_rows(n) for n in node.all_input_nodes) or self._is_first(node):
                 self._report(node, str(reason))
             self.wholes[node] = self._detached(node, self._recomputed(node))
             return
@@ -297,6 +297,13 @@ class Sharder:
     def _is_rows(self, node: Node) -> bool:
         """Whether ``node`` is this rank's rows, which others must send to make it whole."""
         return node in self.home and not isinstance(self.home[node].order, Counts)
+
+    def _is_first(self, node: Node) -> bool:
+        """Whether tokens with a gradient begin here, made of what has none: the gradient of every one is sent
+        to every rank."""
+        heavy = [n for n in node.all_input_nodes if n in self.heavy]
+        learned = node in self.differentiable and isinstance(node.meta["tokens"], TokenAxis)
+        return learned and all(n.meta.get("tokens") is None for n in heavy)
 
     def _is_whole(self, node: Node) -> bool:
         """Whether ``node`` has only one form: no tokens take part, or it is a size or a part of a tuple."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from simulate import simulate
+from simulate import simulate, traced
 from test_shard_tokens import LOCAL, WIDTH, WORDS, Pattern, Program, batch, check, trace
 
 
@@ -161,3 +161,17 @@ def test_another_number_of_rows_than_the_mask_has_is_an_error(column: int, word:
     assert int((changed > 6).sum()) != int((ids > 6).sum())
     with pytest.raises(IndexError, match="out of range|out of bounds"):
         simulate(replace(of, args=(*of.args[:at], changed, *of.args[at + 1 :])), 2, 1)
+
+
+def test_a_parameter_written_to_a_token_as_it_is() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            g = torch.Generator().manual_seed(2)
+            self.first = nn.Parameter(torch.randn(2, WIDTH, generator=g, dtype=torch.float64))
+
+        def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor]:
+            x = torch.select_scatter(x * (ids >= 0)[..., None], self.first, 1, 0)
+            return ((x * x.sin()).mean(),)
+
+    assert check(traced(Written(), batch(2, 13)), 3, 1) == []

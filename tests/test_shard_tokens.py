@@ -111,7 +111,6 @@ LOCAL: dict[str, Pattern] = {
     "picked": lambda p, x, i: x.gather(-1, (i[..., None] % WIDTH).expand(-1, -1, WIDTH)),
     "flipped": lambda p, x, i: x.flip(-1) + x.roll(1, -1),
     "words": lambda p, x, i: x + F.embedding(i, p.words),
-    "words by frequency": lambda p, x, i: x + F.embedding(i, p.words, scale_grad_by_freq=True),
     "words by index": lambda p, x, i: x + p.words[i],
     "one hot": lambda p, x, i: x + F.one_hot(i % WIDTH, WIDTH).to(x.dtype) * p.scalar,
     "where": lambda p, x, i: torch.where((i > 4)[..., None], x, p.vector),
@@ -191,6 +190,8 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
         lambda p, x, i: x * torch.bincount(x.argmax(-1).flatten(), minlength=WIDTH)[:WIDTH] / x.shape[1], 1
     ),
     "some tokens": (lambda p, x, i: x * (1 + x[i > 4].mean() + x[i < 4].sum() / x.shape[1]), 2),
+    "words by frequency": (lambda p, x, i: x + F.embedding(i, p.words, scale_grad_by_freq=True), 1),
+    "taken": (lambda p, x, i: x * torch.take(p.square, i * 3)[..., None], 1),
     "rows mixed": (lambda p, x, i: x + F.layer_norm(x.mT, x.shape[1:2]).mT, 1),
 }  # fmt: skip
 
