@@ -10,6 +10,7 @@ every rank reads the rows that its tokens get, counted from the whole mask.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import operator_name
+from hsap_compile._torch import hint_of, operator_name
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._operands import args_of, schema_of
@@ -73,6 +74,9 @@ def _read(
         raise NotLocal("an index into tokens")
     if home is None or home.routed or source.meta["val"].dtype == torch.bool:
         raise NotLocal("some tokens of a value that are not its rows in order")
+    few, all_of_them = (math.prod(hint_of(size) for size in n.meta["val"].shape) for n in (node, source))
+    if 2 * few > all_of_them:  # as it is while compiling
+        raise NotLocal("it reads more than half of the tokens, and what follows is the same on every rank")
     at = sharder.whole(numbers)
     at = emit(aten.index.Tensor, _own_rows(sharder, sharder.axis(source), home.start), [at])
     held, at = emit(aten.ge.Scalar, at, 0), emit(aten.clamp.default, at, 0)

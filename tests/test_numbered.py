@@ -119,6 +119,13 @@ def test_numbers_stay_local(name: str) -> None:
     assert check(of, 2, 2, tolerance=1e-11) == []
 
 
+def test_most_of_the_tokens_are_gathered() -> None:
+    """A part that is computed whole on every rank must not be large in silence."""
+    pattern: Pattern = lambda p, x, i: x + x[:, torch.arange(7)].sin().sum(1, keepdim=True)  # noqa: E731
+    (said,) = check(trace(Program((LOCAL["linear"], pattern)), rows=2), 3, 1)
+    assert "it reads more than half of the tokens" in said
+
+
 def _written(rows: int, trailing: bool) -> Pattern:
     """Tokens that an image has, written in order, as ``inputs_embeds[mask] = image``."""
 
