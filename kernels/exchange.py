@@ -30,7 +30,6 @@ reads one table, so that the rows of all layers would be packed, and held, at on
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -186,12 +185,7 @@ def _extreme(x: torch.Tensor, dims: list[int], least: bool, group: str) -> torch
     """The largest (smallest) number of ``x`` over ``dims``, which stay as 1, and over ranks.  A gather, as no
     all-reduce promises to keep NaN."""
     take = torch.amin if least else torch.amax
-    if x.numel():
-        part = take(x, dims, keepdim=True)
-    else:
-        info = torch.finfo(x.dtype) if x.is_floating_point() else torch.iinfo(x.dtype)
-        worst = (info.max if least else info.min) if not x.is_floating_point() else math.inf * (-1, 1)[least]
-        part = x.new_full(_extreme_fake(x, dims, least, group).shape, worst)
+    part = take(x, dims, keepdim=True)
     return take(all_gather(part[None], dist.get_world_size(), group), 0)
 
 

@@ -4,8 +4,8 @@
     index_add(zeros, 0, numbers, x)          sums of tokens by number: of a document, of a class
     x[mask] = rows, masked_scatter           the mask's tokens get the rows of a whole value, in order
 
-The first two are sums over ranks: of rows, each of which one rank has, and of every rank's sums.  In the third
-every rank reads the rows that its tokens get, counted from the whole mask.
+The first two are sums over ranks: of rows, each of which one rank has, and of every rank's sums.  In the
+third every rank reads the rows that its tokens get, counted from the whole mask.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ _ADDED = ("source", "src", "values")  # what operators call what they add
 
 
 def added_along(sharder: Sharder, node: Node) -> Node:
-    """index_add(x, dim, numbers, y), scatter_add(x, dim, numbers, y) where x has no tokens: every rank adds up
-    its tokens' y."""
+    """index_add(x, dim, numbers, y), scatter_add(x, dim, numbers, y) where x has no tokens: every rank adds
+    up its tokens' y."""
     given = arguments(node)
     target, numbers = given["self"], given["index"]
     (values,) = (given[name] for name in _ADDED if name in given)
@@ -185,7 +185,8 @@ def _added(sharder: Sharder, node: Node, target: Node, values: Node) -> Node:
     if mean or not more:
         count = total(emit(aten.ones_like.default, rows))
         if mean:
-            made = emit(aten.div.Tensor, made, emit(aten.add.Scalar, count, 1) if more else emit(aten.clamp.default, count, 1))
+            by = emit(aten.add.Scalar, count, 1) if more else emit(aten.clamp.default, count, 1)
+            made = emit(aten.div.Tensor, made, by)
         made = made if more else emit(aten.where.self, emit(aten.gt.Scalar, count, 0), made, base)
     return made if made.meta["val"].dtype == dtype else emit(aten.to.dtype, made, dtype)
 
@@ -218,23 +219,27 @@ def masked_rows(sharder: Sharder, node: Node) -> Local:
 def _in_order(
     sharder: Sharder, target: Node, mask: Node, source: Node, exact: bool, adds: bool = False
 ) -> Local:
-    """``target`` with rows of ``source`` in the place of its own, or added, where ``mask`` (whole, of its first
-    dimensions) is true.  Too few rows are an index out of range, as are too many if ``exact``."""
+    """``target`` with rows of ``source`` in the place of its own, or added, where ``mask`` (whole, of its
+    first dimensions) is true.  Too few rows are an index out of range, as are too many if ``exact``."""
     emit, axis, columns = sharder.emit, sharder.axis(target), sharder.tables["columns"]
     home, dim = sharder.home.get(target), sharder.axis(target).dim
     if axis.folded or axis.length != sharder.symbol or (home is not None and (home.start or home.routed)):
         raise NotLocal("a write to some of the tokens")
     inside = list(range(dim + 1, mask.meta["val"].dim()))
-    counts = emit(aten.sum.dim_IntList, mask, inside, dtype=torch.int64) if inside else emit(aten.to.dtype, mask, torch.int64)
+    counts: Node = emit(aten.sum.dim_IntList, mask, inside) if inside else mask
+    counts = emit(aten.to.dtype, counts, torch.int64)
     ends = emit(aten.cumsum.default, emit(aten.reshape.default, counts, [-1]), 0)
     ends = emit(aten.view_as.default, ends, counts)
     number = emit(aten.index_select.default, emit(aten.sub.Tensor, ends, counts), dim, columns)
     mask = emit(aten.index_select.default, mask, dim, columns)
     if inside:
-        own = emit(aten.to.dtype, mask, torch.int64)
-        own = emit(aten.sub.Tensor, emit(aten.cumsum.default, emit(aten.flatten.using_ints, own, dim + 1), -1), emit(aten.flatten.using_ints, own, dim + 1))
-        number = emit(aten.view_as.default, emit(aten.add.Tensor, emit(aten.unsqueeze.default, number, -1), own), mask)
-    behind = emit(aten.add.Scalar, number, 1)  # one row of zeros stands in front, for whatever the mask has not
+        own = emit(aten.flatten.using_ints, emit(aten.to.dtype, mask, torch.int64), dim + 1)
+        before = emit(aten.sub.Tensor, emit(aten.cumsum.default, own, -1), own)
+        before = emit(aten.add.Tensor, before, emit(aten.unsqueeze.default, number, -1))
+        number = emit(aten.view_as.default, before, mask)
+    behind = emit(
+        aten.add.Scalar, number, 1
+    )  # one row of zeros stands in front, for whatever the mask has not
     if exact:
         rows = emit(aten.sym_size.int, source, 0)
         other = emit(aten.ne.Scalar, emit(aten.sum.default, counts), rows)

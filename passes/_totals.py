@@ -336,6 +336,7 @@ def cross_entropy(sharder: Sharder, node: Node) -> Any:
 TOTALS = {
     "aten::sum": reduced, "aten::mean": reduced, "aten::linalg_vector_norm": vector_norm,
     "aten::var": variance, "aten::std": variance, "aten::any": truth, "aten::all": truth,
-    **dict.fromkeys(("aten::amax", "aten::amin", "aten::max", "aten::min"), largest), "aten::logsumexp": log_sum,
+    **dict.fromkeys(("aten::amax", "aten::amin", "aten::max", "aten::min"), largest),
+    "aten::logsumexp": log_sum,
     **dict.fromkeys(("aten::softmax", "aten::_softmax", "aten::log_softmax", "aten::_log_softmax"), softmax),
 }  # fmt: skip
