@@ -64,14 +64,25 @@ class _Reader:
 
     def array(self, expr: sympy.Basic) -> np.ndarray:
         """(B or 1, S): ``expr`` at every (b, q), or at every (b, k)."""
-        columns = torch.arange(self.tokens)[None, :]
-        index = {
-            "b": torch.arange(self.batch)[:, None], "q": columns, "k": columns, "S": self.tokens
-        }  # fmt: skip
-        value = torch.as_tensor(formula.evaluate(expr, index, self.leaves))
+        value = self._as_it_is(expr)
+        if value is None:
+            columns = torch.arange(self.tokens)[None, :]
+            index = {
+                "b": torch.arange(self.batch)[:, None], "q": columns, "k": columns, "S": self.tokens
+            }  # fmt: skip
+            value = torch.as_tensor(formula.evaluate(expr, index, self.leaves))
         rows = value.shape[0] if value.dim() == 2 else 1
         value = value.float() if value.dtype == torch.bfloat16 else value  # numpy has none; every value fits
         return value.expand(rows, self.tokens).numpy()
+
+    def _as_it_is(self, expr: sympy.Basic) -> torch.Tensor | None:
+        """A leaf whose element (b, q) is read at (b, q): what most masks read, at a tenth of the time.
+        It is a copy, as plans outlive the batch."""
+        number = formula.leaf_index(expr)
+        leaf = None if number is None else self.leaves[number]
+        if leaf is None or expr.args not in ((formula.b, formula.q), (formula.b, formula.k)):
+            return None
+        return leaf.clone() if leaf.shape == (self.batch, self.tokens) else None
 
     def labels(self, exprs: Sequence[sympy.Expr]) -> np.ndarray | None:
         if not exprs:
@@ -105,8 +116,9 @@ def _follows_columns(band: Band, read: _Reader, labels: np.ndarray | None) -> bo
         return bool((offset == offset[:, :1]).all())
     offset, labels = np.broadcast_arrays(offset, labels)
     for row, label in zip(offset, labels, strict=True):
-        order = np.argsort(label, kind="stable")
-        same = label[order][1:] == label[order][:-1]
-        if (row[order][1:] != row[order][:-1])[same].any():
+        if (label[1:] < label[:-1]).any():
+            order = np.argsort(label, kind="stable")
+            row, label = row[order], label[order]
+        if ((row[1:] != row[:-1]) & (label[1:] == label[:-1])).any():
             return False
     return True

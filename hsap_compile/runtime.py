@@ -275,11 +275,11 @@ def _placed(table: torch.Tensor, key: Any, device: torch.device) -> torch.Tensor
 
 
 def _digest(leaves: Sequence[torch.Tensor], tokens: int) -> bytes:
-    digest = hashlib.blake2b(str(tokens).encode(), digest_size=16)
+    digest = hashlib.sha1(str(tokens).encode(), usedforsecurity=False)  # what processors do fastest
     for leaf in leaves:
         digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
         digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
+    return digest.digest()[:16]
 
 
 def _warn_of_leaks(args: Sequence[Any], plan: Plan) -> bool:

@@ -118,6 +118,16 @@ def test_labels_are_combined() -> None:
     assert got.labels is not None and got.labels.shape == (1, 8) and len(np.unique(got.labels)) == 4
 
 
+def test_what_is_read_outlives_the_batch() -> None:
+    """Loaders write the next batch into the tensors of this one, and plans are kept."""
+    labels, positions = torch.tensor([[0, 0, 1, 1], [2, 0, 2, 0]]), torch.tensor([[0, 1, 0, 1], [0, 0, 2, 2]])
+    same = sympy.Eq(leaf(0, b, q), leaf(0, b, k)) & (leaf(1, b, k) <= leaf(1, b, q))
+    got = check(logits_of(same, "where", score), [labels, positions], 2, 4)
+    pairs = wanted(got).copy()
+    labels.zero_(), positions.zero_()
+    assert not got.residual and np.array_equal(wanted(got), pairs)
+
+
 def test_what_is_unknown_allows_everything() -> None:
     mask, _ = normalise(logits_of(sympy.Eq(leaf(0, b, q), leaf(0, b, k)), "min", score))
     got = unknown(mask, 2, 3)
