@@ -68,7 +68,7 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
     _check_inputs(module)
     size = _sequence_size(module)
     few = size is not None and hint_of(size) < LEAST * ranks
-    if few and ranks > 1 and not any(True for _ in _attended(module)):
+    if few and ranks > 1 and next(_attended(module), None) is None:
         if isinstance(size, torch.SymInt):
             guard_at_most(size, LEAST * ranks - 1)
         return None  # a vector of a piece between two graph breaks: every rank computes all of it

@@ -10,22 +10,11 @@ broadcast       identity (a copy)            all-reduce
 share           identity (a copy)            the gradient on rank 0, else 0
 extreme         largest over dims and ranks  the gradient, shared by all that are as large
 all_to_all      rows to ranks by a table     all_to_all, the table reversed
-split           first and other tokens       join
-join            both together again          split
-pool            own, received, constant row  unpool
-pack            rows that others need        unpack
-together        rows of several exchanges    apart
 ==============  ===========================  ==============================
 
 A *whole* tensor is the same on every rank, and so is its gradient; the gradients of ``share`` are parts
-of a sum that is taken outside of the graph.  Host tables (int64, CPU) say who
-gets what, so that nothing is compiled anew when documents change.
-
-split_heads, join_heads, pool, pack and together stay on the rank.  They are operators because they copy.  A
-view of an unknown number of rows, saved for the backward, has strides that Inductor does not promise to
-keep.  Where Inductor (2.13) builds the operands of a ``cat`` inside of its result, it may write over one in
-place, save that for the backward, and give the memory of the whole to another value.  And it fuses what
-reads one table, so that the rows of all layers would be packed, and held, at once.
+of a sum that is taken outside of the graph.  Host tables (int64, CPU) say who gets what, so that nothing is
+compiled anew when documents change.  What is copied for an exchange, and after it, stands in ``copies``.
 """
 
 from __future__ import annotations
@@ -53,7 +42,8 @@ def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), "sum", group))
 
 
-def _define(schema: str, implementation: Any, fake: Any, backward: Any = None, setup: Any = None) -> Any:
+def define(schema: str, implementation: Any, fake: Any, backward: Any = None, setup: Any = None) -> Any:
+    """The operator ``hsap::schema``, with its fake and its gradient."""
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -87,7 +77,7 @@ def _shard_backward(ctx: Any, grad: torch.Tensor) -> Any:
     return GATHER(grad, columns, order, ctx.size, ctx.dim, ctx.group), None, None, None, None
 
 
-SHARD = _define(
+SHARD = define(
     "shard(Tensor x, Tensor columns, Tensor order, int dim, str group) -> Tensor",
     _shard,
     _shard_fake,
@@ -125,7 +115,7 @@ def _gather_backward(ctx: Any, grad: torch.Tensor) -> Any:
     return SHARD(grad, columns, order, ctx.dim, ctx.group), None, None, None, None, None
 
 
-GATHER = _define(
+GATHER = define(
     "gather(Tensor x, Tensor columns, Tensor order, SymInt size, int dim, str group) -> Tensor",
     _gather,
     _gather_fake,
@@ -141,7 +131,7 @@ def _like(x: Any, group: str) -> Any:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _copy(x: torch.Tensor) -> torch.Tensor:
+def contiguous_copy(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -149,7 +139,7 @@ def _keep_group(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.group = inputs[1]
 
 
-SUM_RANKS = _define(
+SUM_RANKS = define(
     "sum_ranks(Tensor x, str group) -> Tensor",
     all_reduce,
     _like,
@@ -157,24 +147,24 @@ SUM_RANKS = _define(
     _keep_group,
 )
 
-BROADCAST = _define(
+BROADCAST = define(
     "broadcast(Tensor x, str group) -> Tensor",
-    lambda x, group: _copy(x),
+    lambda x, group: contiguous_copy(x),
     _like,
     lambda ctx, grad: (SUM_RANKS(grad, ctx.group), None),
     _keep_group,
 )
 
 
-ON_FIRST = _define(
+ON_FIRST = define(
     "on_first(Tensor x, str group) -> Tensor",
-    lambda x, group: _copy(x) if dist.get_rank() == 0 else torch.zeros_like(_like(x, group)),
+    lambda x, group: contiguous_copy(x) if dist.get_rank() == 0 else torch.zeros_like(_like(x, group)),
     _like,
 )
 
-SHARE = _define(
+SHARE = define(
     "share(Tensor x, str group) -> Tensor",
-    lambda x, group: _copy(x),
+    lambda x, group: contiguous_copy(x),
     _like,
     lambda ctx, grad: (ON_FIRST(grad, ctx.group), None),
     _keep_group,
@@ -205,7 +195,7 @@ def _extreme_backward(ctx: Any, grad: torch.Tensor) -> Any:
     return grad / count * hits, None, None, None
 
 
-EXTREME = _define(
+EXTREME = define(
     "extreme(Tensor x, int[] dims, bool least, str group) -> Tensor",
     _extreme,
     _extreme_fake,
@@ -250,7 +240,7 @@ def _all_to_all_backward(ctx: Any, grad: torch.Tensor) -> Any:
     return ALL_TO_ALL(grad, splits, ctx.rows, not ctx.reverse, ctx.group), None, None, None, None
 
 
-ALL_TO_ALL = _define(
+ALL_TO_ALL = define(
     "all_to_all(Tensor x, Tensor splits, SymInt rows, bool reverse, str group) -> Tensor",
     _all_to_all,
     _all_to_all_fake,
@@ -258,252 +248,11 @@ ALL_TO_ALL = _define(
     _all_to_all_setup,
 )
 
-# --- tokens apart and together ------------------------------------------------------------------------
-
-
-def _part_widths(xs: Any, repeats: list[int], groups: int) -> list[int]:
-    """Elements of a token in what one rank of a group is sent of each of ``xs`` (B, H, n, D)."""
-    return [x.shape[0] * (x.shape[1] * r // groups) * x.shape[3] for x, r in zip(xs, repeats, strict=True)]
-
-
-def _part_of(
-    packed: torch.Tensor, first: int, batch: int, heads: int, width: int, groups: int
-) -> torch.Tensor:
-    """What ``packed`` (groups * n, ...) holds of a tensor (B, H, n, D) from element ``first`` of a token on:
-    a view (B, n, groups, H / groups, D)."""
-    count = heads // groups
-    part = packed.narrow(1, first, batch * count * width).unflatten(1, (batch, count, width))
-    return part.unflatten(0, (groups, packed.shape[0] // groups)).permute(2, 1, 0, 3, 4)
-
-
-def _split_heads(xs: list[torch.Tensor], first: int, groups: int, repeats: list[int]) -> list[torch.Tensor]:
-    """Of each (B, H, n, D), its ``first`` tokens (B * first, H, D); and at the end what is sent of the other
-    tokens' heads, each repeated so often, to each rank of a group in turn, all of ``xs`` side by side:
-    (groups * (n - first), ...)."""
-    batch, _, n, _ = xs[0].shape
-    alone = [_copy(x[:, :, :first].transpose(1, 2)).flatten(0, 1) for x in xs]
-    widths = _part_widths(xs, repeats, groups)
-    packed = xs[0].new_empty((groups * (n - first), sum(widths)))
-    done = 0
-    for x, repeat, size in zip(xs, repeats, widths, strict=True):
-        _, heads, _, width = x.shape
-        part = _part_of(packed, done, batch, heads * repeat, width, groups)
-        rows = x[:, :, first:].transpose(1, 2)
-        if repeat > 1:
-            rows = rows.repeat_interleave(repeat, 2)
-        part.copy_(rows.unflatten(2, part.shape[2:4]))
-        done += size
-    return [*alone, packed]
-
-
-def _split_heads_fake(xs: Any, first: Any, groups: int, repeats: list[int]) -> Any:
-    batch, _, n, _ = xs[0].shape
-    alone = [x.new_empty((batch * first, x.shape[1], x.shape[3])) for x in xs]
-    return [*alone, xs[0].new_empty((groups * (n - first), sum(_part_widths(xs, repeats, groups))))]
-
-
-def _split_heads_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    xs, _, ctx.groups, ctx.repeats = inputs
-    ctx.batch, ctx.n = xs[0].shape[0], xs[0].shape[2]
-
-
-def _split_heads_backward(ctx: Any, grads: list[torch.Tensor]) -> Any:
-    return JOIN_HEADS(grads[:-1], grads[-1], ctx.batch, ctx.n, ctx.groups, ctx.repeats), None, None, None
-
-
-SPLIT_HEADS = _define(
-    "split_heads(Tensor[] xs, SymInt first, int groups, int[] repeats) -> Tensor[]",
-    _split_heads,
-    _split_heads_fake,
-    _split_heads_backward,
-    _split_heads_setup,
-)
-
-
-def _join_heads(
-    alone: list[torch.Tensor], packed: torch.Tensor, batch: int, n: int, groups: int, repeats: list[int]
-) -> list[torch.Tensor]:
-    """The transpose of split_heads: each (B, H, n, D), laid out as (B, n, H, D)."""
-    found, done = [], 0
-    for x, repeat in zip(alone, repeats, strict=True):
-        first, heads, width = x.shape[0] // batch, x.shape[1], x.shape[2]
-        made = x.new_empty((batch, n, heads, width))
-        made[:, :first] = x.unflatten(0, (batch, first))
-        part = _part_of(packed, done, batch, heads * repeat, width, groups)
-        done += batch * (heads * repeat // groups) * width
-        if repeat > 1:
-            made[:, first:] = part.flatten(2, 3).unflatten(2, (heads, repeat)).sum(3)
-        else:
-            made[:, first:].unflatten(2, part.shape[2:4]).copy_(part)
-        found.append(made.transpose(1, 2))
-    return found
-
-
-def _join_heads_fake(alone: Any, packed: Any, batch: int, n: Any, groups: int, repeats: list[int]) -> Any:
-    return [x.new_empty((batch, n, *x.shape[1:])).transpose(1, 2) for x in alone]
-
-
-def _join_heads_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    alone, _, batch, _, ctx.groups, ctx.repeats = inputs
-    ctx.first = alone[0].shape[0] // batch
-
-
-def _join_heads_backward(ctx: Any, grads: list[torch.Tensor]) -> Any:
-    *alone, packed = SPLIT_HEADS(grads, ctx.first, ctx.groups, ctx.repeats)
-    return alone, packed, None, None, None, None
-
-
-JOIN_HEADS = _define(
-    "join_heads(Tensor[] alone, Tensor packed, int batch, SymInt n, int groups, int[] repeats) -> Tensor[]",
-    _join_heads,
-    _join_heads_fake,
-    _join_heads_backward,
-    _join_heads_setup,
-)
-
-
-def _pool(own: torch.Tensor, received: torch.Tensor, dim: int, fill: float) -> torch.Tensor:
-    """The rows (dimension ``dim``) of ``own``, those of ``received`` (rows first), and one of ``fill``."""
-    n, more = own.shape[dim], received.shape[0]
-    made = own.new_empty((*own.shape[:dim], n + more + 1, *own.shape[dim + 1 :]))
-    made.narrow(dim, 0, n).copy_(own)
-    made.narrow(dim, n, more).copy_(received.movedim(0, dim))
-    made.narrow(dim, n + more, 1).fill_(fill)
-    return made
-
-
-def _pool_fake(own: Any, received: Any, dim: int, fill: float) -> Any:
-    return own.new_empty((*own.shape[:dim], own.shape[dim] + received.shape[0] + 1, *own.shape[dim + 1 :]))
-
-
-def _pool_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    own, received, ctx.dim, _ = inputs
-    ctx.own, ctx.received = own.shape[ctx.dim], received.shape[0]
-
-
-def _pool_backward(ctx: Any, grad: torch.Tensor) -> Any:
-    return *UNPOOL(grad, ctx.own, ctx.received, ctx.dim), None, None
-
-
-def _unpool(x: torch.Tensor, own: int, received: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    parts = x.narrow(dim, 0, own), x.narrow(dim, own, received).movedim(dim, 0)
-    return _copy(parts[0]), _copy(parts[1])
-
-
-def _unpool_fake(x: Any, own: Any, received: Any, dim: int) -> Any:
-    before, behind = x.shape[:dim], x.shape[dim + 1 :]
-    return x.new_empty((*before, own, *behind)), x.new_empty((received, *before, *behind))
-
-
-UNPOOL = _define(
-    "unpool(Tensor x, SymInt own, SymInt received, int dim) -> (Tensor, Tensor)", _unpool, _unpool_fake
-)
-POOL = _define(
-    "pool(Tensor own, Tensor received, int dim, float fill) -> Tensor",
-    _pool,
-    _pool_fake,
-    _pool_backward,
-    _pool_setup,
-)
-
-
-def _pack(k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
-    """``rows`` (R) of ``k`` (n, H, D) and ``v`` (n, H, Dv) side by side: (R, H * D + H * Dv).  It is not done
-    before ``after`` has been computed, whose elements it does not read."""
-    flat = k.flatten(1), v.flatten(1)
-    made = k.new_empty((rows.shape[0], flat[0].shape[1] + flat[1].shape[1]))
-    for x, part in zip(flat, made.split([x.shape[1] for x in flat], 1), strict=True):
-        torch.index_select(x, 0, rows, out=part)
-    return made
-
-
-def _pack_fake(k: Any, v: Any, rows: Any, after: Any) -> Any:
-    return k.new_empty((rows.shape[0], k.shape[1] * k.shape[2] + v.shape[1] * v.shape[2]))
-
-
-def _pack_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    k, v, rows, _ = inputs
-    ctx.n, ctx.heads, ctx.widths = k.shape[0], k.shape[1], [k.shape[2], v.shape[2]]
-    ctx.save_for_backward(rows)
-
-
-def _pack_backward(ctx: Any, grad: torch.Tensor) -> Any:
-    (rows,) = ctx.saved_tensors
-    return *UNPACK(grad, rows, ctx.n, ctx.heads, ctx.widths, None, None), None, None
-
-
-def _unpack(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    n: int,
-    heads: int,
-    widths: list[int],
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The transpose of pack, added to ``k`` and ``v``: what several ranks send back for a row is added up."""
-    found = []
-    for part, width, base in zip(x.split([heads * w for w in widths], 1), widths, (k, v), strict=True):
-        total = part.new_zeros((n, part.shape[1])) if base is None else _copy(base).flatten(1)
-        found.append(total.index_add_(0, rows, part).unflatten(1, (heads, width)))
-    return found[0], found[1]
-
-
-def _unpack_fake(x: Any, rows: Any, n: Any, heads: int, widths: list[int], k: Any, v: Any) -> Any:
-    return x.new_empty((n, heads, widths[0])), x.new_empty((n, heads, widths[1]))
-
-
-UNPACK = _define(
-    "unpack(Tensor x, Tensor rows, SymInt n, int heads, int[] widths, Tensor? k, Tensor? v)"
-    " -> (Tensor, Tensor)",
-    _unpack,
-    _unpack_fake,
-)
-PACK = _define(
-    "pack(Tensor k, Tensor v, Tensor rows, Tensor? after) -> Tensor",
-    _pack,
-    _pack_fake,
-    _pack_backward,
-    _pack_setup,
-)
-
-
-def _together(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The rows of all ``parts``, in turn."""
-    return torch.cat(parts)
-
-
-def _together_fake(parts: Any) -> Any:
-    return parts[0].new_empty((sum(p.shape[0] for p in parts), *parts[0].shape[1:]))
-
-
-def _together_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.sizes = [p.shape[0] for p in inputs[0]]
-
-
-def _together_backward(ctx: Any, grad: torch.Tensor) -> Any:
-    return APART(grad, ctx.sizes)
-
-
-def _apart(x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-    return [_copy(part) for part in x.split(sizes)]
-
-
-APART = _define(
-    "apart(Tensor x, SymInt[] sizes) -> Tensor[]",
-    _apart,
-    lambda x, sizes: [x.new_empty((size, *x.shape[1:])) for size in sizes],
-)
-TOGETHER = _define(
-    "together(Tensor[] parts) -> Tensor", _together, _together_fake, _together_backward, _together_setup
-)
-
-
 # --- apart in time ------------------------------------------------------------------------------------
 
 # all_to_all = wait(start), and so is sum_ranks: apart, other work goes on in between.  They have no gradient:
 # graphs that have been differentiated are rewritten to them (passes/overlap.py).
-ALL_TO_ALL_START = _define(
+ALL_TO_ALL_START = define(
     "all_to_all_start(Tensor x, Tensor splits, SymInt rows, bool reverse, str group) -> Tensor",
     _start,
     _all_to_all_fake,

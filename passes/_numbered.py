@@ -107,7 +107,7 @@ def _own_rows(sharder: Sharder, axis: TokenAxis, start: int) -> Node:
 # --- sums by number ---------------------------------------------------------------------------------------
 
 
-_ADDED = ("source", "src", "values")  # what operators call what they add
+_VALUES = ("source", "src", "values")  # what operators call what they add
 
 
 def added_along(sharder: Sharder, node: Node) -> Node:
@@ -115,7 +115,7 @@ def added_along(sharder: Sharder, node: Node) -> Node:
     up its tokens' y."""
     given = arguments(node)
     target, numbers = given["self"], given["index"]
-    (values,) = (given[name] for name in _ADDED if name in given)
+    (values,) = (given[name] for name in _VALUES if name in given)
     dim, axis = given["dim"] % max(target.meta["val"].dim(), 1), values.meta["tokens"]
     here = 0 if operator_name(node.target) == "aten::index_add" else dim
     its = numbers.meta["tokens"]
@@ -168,7 +168,7 @@ def _added(sharder: Sharder, node: Node, target: Node, values: Node) -> Node:
         rows = rows if valid is None else where(sharder, valid, rows, 0)
         rows = rows if wide == dtype else emit(aten.to.dtype, rows, wide)
         named = {
-            name: zeros if name == "self" else rows if name in _ADDED else map_arg(value, operand)
+            name: zeros if name == "self" else rows if name in _VALUES else map_arg(value, operand)
             for name, value in given.items()
         }
         named.update({"reduce": "sum", "include_self": True} if reduces else {})

@@ -35,7 +35,7 @@ from torch.fx import Graph, Node
 
 from hsap_compile._torch import fake_mode_of
 from hsap_compile.graph import Builder, ancestors
-from hsap_compile.kernels import attention, exchange, formula_blocks
+from hsap_compile.kernels import attention, copies, exchange, formula_blocks
 from hsap_compile.kernels.slices import OF_KEYS
 
 aten = torch.ops.aten
@@ -191,7 +191,7 @@ def _stages(node: Node, k: Node, v: Node, rows: Node | None) -> list[_Stage]:
     """In which the received keys and values of ``node`` arrive; one where they are kept."""
     joined: list[Any] = [x for x in (k, v, rows) if x is not None]
     alone = all(set(x.users) == {node} for x in (k, v))
-    if not alone or any(x.target is not exchange.TOGETHER for x in joined):
+    if not alone or any(x.target is not copies.TOGETHER for x in joined):
         return [_Stage(k, v, rows)]
     k_parts, v_parts, *at = (x.args[0] for x in joined)
     return [_Stage(*x) for x in zip(k_parts, v_parts, at[0] if at else [None] * len(k_parts), strict=True)]
@@ -201,11 +201,11 @@ def _ask_later(node: Node, following: Sequence[_Stage], after: Node) -> None:
     """Pack and send the rows of the stage in front of ``node``, when ``after`` has been computed."""
     for stage in following:
         pack: Any = stage.k
-        while pack.target is not exchange.PACK:  # from there, the way is one of first operands
+        while pack.target is not copies.PACK:  # from there, the way is one of first operands
             pack = pack.args[0]
         moved = {pack: None}
         for n in _from(pack.next, node):
-            if n.target is not exchange.TOGETHER and not moved.keys().isdisjoint(n.all_input_nodes):
+            if n.target is not copies.TOGETHER and not moved.keys().isdisjoint(n.all_input_nodes):
                 moved[n] = None
         pack.args = (*pack.args[:3], after)
         for n in moved:
@@ -215,13 +215,13 @@ def _ask_later(node: Node, following: Sequence[_Stage], after: Node) -> None:
 def _returns(node: Node, stages: int) -> list[_Return]:
     """One for each stage, unless the gradients are read by something else."""
     aparts = tuple(user for result in _results(node, 3, 4) for user in result.users)
-    if [n.target for n in aparts] != [exchange.APART] * 2:
+    if [n.target for n in aparts] != [copies.APART] * 2:
         return []
     found = []
     for stage in range(stages):
         gradients = tuple(n for apart in aparts for n in _results(apart, stage))
         exchanged = _reader(gradients, exchange.ALL_TO_ALL)
-        unpack = exchanged and _reader([exchanged], exchange.UNPACK)
+        unpack = exchanged and _reader([exchanged], copies.UNPACK)
         totals = _results(unpack, 0, 1) if unpack else []
         sums = tuple(user for total in totals for user in total.users)
         if exchanged and unpack and [n.target for n in sums] == [aten.add.Tensor] * 2:

@@ -23,7 +23,7 @@ import torch
 from torch.fx import Node
 
 from hsap_compile._torch import hint_of
-from hsap_compile.kernels import exchange
+from hsap_compile.kernels import copies, exchange
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._tables import Tables
 from hsap_compile.plan.shifts import Range, Shift
@@ -99,7 +99,7 @@ def _exchanged(sharder: Sharder, value: Node, dim: int, shift: Shift, fill: floa
     sent = emit(aten.permute.default, emit(aten.index_select.default, value, dim, send), order)
     rows = emit(aten.sym_size.int, arriving, 0)
     got = emit(exchange.ALL_TO_ALL, sent, splits, rows, False, sharder.group)
-    pool = emit(exchange.POOL, value, got, dim, float(fill))
+    pool = emit(copies.POOL, value, got, dim, float(fill))
     return _read(sharder, pool, dim, index, len(shift.offsets))
 
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import FLEX_ATTENTION, SAVED, checkpoint_tags
 from hsap_compile.graph import positional
-from hsap_compile.kernels import attention, exchange
+from hsap_compile.kernels import attention, copies, exchange
 
 _CROSSING = (exchange.ALL_TO_ALL, exchange.GATHER, exchange.SUM_RANKS)
 _ATTENTIONS = (attention.OP, FLEX_ATTENTION)
@@ -30,7 +30,7 @@ def choose_saved(module: GraphModule, *, again: bool) -> int:
         if again and sends_rows(node):
             _repeat(node)
             repeated += 1
-        elif again and node.target is exchange.TOGETHER and "recompute" not in node.meta:
+        elif again and node.target is copies.TOGETHER and "recompute" not in node.meta:
             node.meta.update(checkpoint_tags())  # the columns of all stages' rows
         elif node.target in _CROSSING or (node.target in _ATTENTIONS and "recompute" not in node.meta):
             node.meta["recompute"] = SAVED

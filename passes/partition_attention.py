@@ -29,7 +29,7 @@ from hsap_compile import formula
 from hsap_compile._torch import expr_of, guard_at_most, hint_of
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, ancestors, remove_dead
-from hsap_compile.kernels import attention, dense, exchange
+from hsap_compile.kernels import attention, copies, dense, exchange
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.kernels.flex import FlexAttention, Keys
 from hsap_compile.masks import Mask
@@ -280,12 +280,12 @@ class _Site:
         alone, rows = build.size(self._alone_columns(), 0), build.size(self._group_columns(), 0)
         there = build(operator.mul, build(operator.sub, n, alone), self.mesh.intra)  # rows at the other ranks
         repeats = _repeats(self.site, self.mesh.intra)
-        parts = build(exchange.SPLIT_HEADS, operands, alone, self.mesh.intra, [1, repeats, repeats])
+        parts = build(copies.SPLIT_HEADS, operands, alone, self.mesh.intra, [1, repeats, repeats])
         *mine, sent = (build(operator.getitem, parts, i) for i in range(4))
         out_alone = self._attend_alone(mine, alone)
         out = self._shared(self._heads_in(sent, rows), rows)
         back = self._heads_out(out, there, rows)
-        joined = build(exchange.JOIN_HEADS, [out_alone], back, self.batch, n, self.mesh.intra, [1])
+        joined = build(copies.JOIN_HEADS, [out_alone], back, self.batch, n, self.mesh.intra, [1])
         return build(operator.getitem, joined, 0)
 
     def _shared(self, operands: list[Node], rows: Any) -> Node:
@@ -371,7 +371,7 @@ class _Site:
         count = int(k.meta["val"].shape[1])
         widths = [count * self.widths[1], count * self.widths[2]]
         rows, splits = torch.zeros(7, dtype=torch.int64), torch.zeros(2, self.mesh.size, dtype=torch.int64)
-        sent = build(exchange.PACK, k, v, self.tables((self.index, "send_rows", stage), rows, (0,)), None)
+        sent = build(copies.PACK, k, v, self.tables((self.index, "send_rows", stage), rows, (0,)), None)
         splits_table = self.tables((self.index, "splits", stage), splits, ())
         arriving = build.size(self._arriving(stage), 0)
         got = build(exchange.ALL_TO_ALL, sent, splits_table, arriving, False, self.group)
@@ -382,7 +382,7 @@ class _Site:
         ]
 
     def _together(self, parts: list[Node]) -> Node:
-        return parts[0] if len(parts) == 1 else self.build(exchange.TOGETHER, parts)
+        return parts[0] if len(parts) == 1 else self.build(copies.TOGETHER, parts)
 
     def _arriving(self, stage: int) -> Node:
         return self.tables((self.index, "remote", stage), torch.zeros(9, 2, dtype=torch.int64), (0,))

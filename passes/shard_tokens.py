@@ -37,6 +37,7 @@ from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import rule_for
 from hsap_compile.passes._forms import Counts, Local, NotLocal
+from hsap_compile.passes._parameters import settle_parameters
 from hsap_compile.passes._random import agreed, disagreed, is_random
 from hsap_compile.passes._reindex import Longer, aligned, common_start, within
 from hsap_compile.passes._routing import is_count, routed, whole_counts
@@ -429,7 +430,7 @@ def shard_tokens(
     sharder.graph.output(
         [sharder.home[n].node if i in stay else map_arg(n, sharder.whole) for i, n in enumerate(values)]
     )
-    _settle_parameters(sharder)
+    settle_parameters(sharder)
     new = GraphModule(module, sharder.graph)
     for placeholder in placeholders(new):
         placeholder.meta.setdefault("tokens", None)
@@ -486,31 +487,3 @@ def _unfolded_order(sharder: Sharder) -> Node:
     device = order.meta["val"].device
     steps = emit(aten.ones.default, [sharder.tables["S"]], dtype=torch.int64, device=device)
     return emit(aten.cumsum.default, emit(aten.index_put.default, steps, [first], jump), 0)
-
-
-def _settle_parameters(sharder: Sharder) -> None:
-    """Every rank has its share of a parameter's gradient, to be summed: local uses give their rows' part,
-    whole ones (alike on every rank) count on one rank only."""
-    varying = _varying(sharder)
-    last = [n for n in sharder.graph.nodes if n.op == "placeholder"][-1]
-    for old in placeholders(sharder.old):
-        if not (old in sharder.locally_used or old.meta["parameter"]):
-            continue
-        new = sharder.wholes[old]
-        whole_users = {u for u in new.users if u not in varying and u.target is not aten.detach.default}
-        new.meta["sum_gradient"] = old in sharder.differentiable and bool(new.users)
-        if whole_users and old in sharder.differentiable:
-            with sharder.graph.inserting_after(last):
-                share = sharder.emit(exchange.SHARE, new, sharder.group)
-            new.replace_all_uses_with(share, delete_user_cb=lambda u, users=whole_users: u in users)
-
-
-def _varying(sharder: Sharder) -> set[Node]:
-    """The nodes of the new graph that differ between ranks."""
-    found: set[Node] = set()
-    same = {exchange.GATHER, exchange.SUM_RANKS, exchange.EXTREME}
-    seeds = {sharder.tables["columns"], sharder.tables["n"]}
-    for node in sharder.graph.nodes:
-        if node in seeds or (node.target not in same and any(n in found for n in node.all_input_nodes)):
-            found.add(node)
-    return found

@@ -150,6 +150,14 @@ def test_one_rank_exchanges_nothing() -> None:
     assert all(a.how.startswith("on the one rank") for a in graph.attentions)
 
 
+def starts() -> dict[str, Any]:
+    """The batch with where documents start in the place of their numbers."""
+    given = batch("nano", PACK)
+    given["starts"] = (given["positions"] == 0).long()
+    del given["documents"]
+    return given
+
+
 class Broken(nn.Module):
     """Two halves with a graph break between them; documents are made in the first."""
 
@@ -166,10 +174,7 @@ class Broken(nn.Module):
 
 
 def test_every_graph_has_a_section_and_a_break_its_cost() -> None:
-    given = batch("nano", PACK)
-    given["starts"] = (given["positions"] == 0).long()
-    del given["documents"]
-    result = explain(Broken().double(), **given, hsap_ranks=2)
+    result = explain(Broken().double(), **starts(), hsap_ranks=2)
     first, second = result.graphs
     assert f"{__file__}:{line_of('# the planted break')}" in first.break_reason
     assert second.break_reason == "" and second.refused == first.refused == ""
@@ -195,10 +200,7 @@ class Pieces(Broken):
 
 
 def test_a_piece_without_a_batch_is_said_to_be_computed_by_all() -> None:
-    given = batch("nano", PACK)
-    given["starts"] = (given["positions"] == 0).long()
-    del given["documents"]
-    result = explain(Pieces().double(), **given, hsap_ranks=2)
+    result = explain(Pieces().double(), **starts(), hsap_ranks=2)
     first, second = result.graphs
     assert (first.whole, second.whole, result.failure) == (False, True, "")
     said = "no input says how long a row is: every rank computes all of the graph"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsap_compile.kernels import exchange
 from simulate import simulate, traced
 from test_shard_tokens import LOCAL, WIDTH, WORDS, Pattern, Program, batch, check, trace
 
@@ -117,6 +119,35 @@ def test_numbers_stay_local(name: str) -> None:
     of = trace(Program((LOCAL["linear"], NUMBERED[name], LOCAL["affine"])), rows=2)
     assert check(of, 3, 1, tolerance=1e-11) == []
     assert check(of, 2, 2, tolerance=1e-11) == []
+
+
+SUMMED = exchange.SUM_RANKS
+#: What crosses ranks besides the loss: operators and the shapes of what they return.
+SENT: dict[str, tuple[Pattern, list[tuple[object, tuple[int, ...]]]]] = {
+    "rows read": (lambda p, x, i: x + x[:, i[0, :3]].sum(1, keepdim=True), [(SUMMED, (2, 3, WIDTH))]),
+    "sums by number": (
+        lambda p, x, i: x + x.new_zeros(2, 4, WIDTH).index_add(1, i[0] % 4, x).sum(1)[:, None],
+        [(SUMMED, (2, 4, WIDTH))],
+    ),
+    "means by number": (
+        lambda p, x, i: _added(x, p, i, reduce="mean"), [(SUMMED, (4, WIDTH)), (SUMMED, (4, WIDTH))]
+    ),
+    "in the order of a mask": (lambda p, x, i: x.masked_scatter((i > 6)[..., None], p.places * 2), []),
+    "the largest": (lambda p, x, i: x - x.amax(1, keepdim=True), [(exchange.EXTREME, (2, 1, WIDTH))]),
+    "softmax": (
+        lambda p, x, i: x.softmax(1), [(exchange.EXTREME, (2, 1, WIDTH)), (SUMMED, (2, 1, WIDTH))]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_nothing_else_is_sent(name: str) -> None:
+    pattern, wanted = SENT[name]
+    program = Program((LOCAL["linear"], pattern), ends="loss")
+    graph: Any = simulate(trace(program, rows=2, grad=False), 3, 1).program.function
+    crossing = (SUMMED, exchange.EXTREME, exchange.GATHER, exchange.SHARD, exchange.ALL_TO_ALL)
+    sent = [(n.target, tuple(n.meta["val"].shape)) for n in graph.graph.nodes if n.target in crossing]
+    assert sent == [*wanted, (SUMMED, ())]  # the loss
 
 
 def test_most_of_the_tokens_are_gathered() -> None:

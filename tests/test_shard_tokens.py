@@ -334,7 +334,7 @@ MUTATIONS = {
     "no sum over ranks": (exchange, "SUM_RANKS", _unsummed, LOCAL["token sum"]),
     "no broadcast": (exchange, "BROADCAST", _unsummed, LOCAL["turned weight"]),
     "no share": (exchange, "SHARE", _unsummed, LOCAL["regularised"]),
-    "gradients not summed": (sharding, "_settle_parameters", lambda sharder: None, LOCAL["linear"]),
+    "gradients not summed": (sharding, "settle_parameters", lambda sharder: None, LOCAL["linear"]),
     "local positions": (sharding.Sharder, "_local_from_whole", _first_rows, LOCAL["positions"]),
     "wrong start": (_families, "Local", lambda node, start=0: sharding.Local(node), LOCAL["head labels"]),
     "rows outside counted": (sharding.Sharder, "valid_rows", lambda *_: None, LOCAL["tail mean"]),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hsap_compile.kernels import exchange
+from hsap_compile.kernels import copies
 
 SIZES = st.tuples(st.integers(1, 2), st.integers(0, 3), st.integers(0, 4), st.integers(1, 3))
 PARTS = st.lists(
@@ -50,7 +50,7 @@ def test_heads(sizes: tuple[int, int, int, int], parts: list[tuple[int, int, int
     n, repeats = first + others, [repeat for repeat, _, _ in parts]
     xs = [made(batch, count * groups, n, width) for _, count, width in parts]
     check(
-        lambda *xs: exchange.SPLIT_HEADS(xs, first, groups, repeats),
+        lambda *xs: copies.SPLIT_HEADS(xs, first, groups, repeats),
         lambda *xs: apart(xs, first, groups, repeats),
         *xs,
     )
@@ -59,7 +59,7 @@ def test_heads(sizes: tuple[int, int, int, int], parts: list[tuple[int, int, int
         return torch.autograd.grad(apart(xs, first, groups, repeats), xs, ys, create_graph=True)
 
     check(
-        lambda *ys: exchange.JOIN_HEADS(ys[:-1], ys[-1], batch, n, groups, repeats),
+        lambda *ys: copies.JOIN_HEADS(ys[:-1], ys[-1], batch, n, groups, repeats),
         transposed,
         *(made(*y.shape) for y in apart(xs, first, groups, repeats)),
     )
@@ -71,14 +71,14 @@ def test_packed_rows(rows: list[int], later: bool) -> None:
     torch.manual_seed(0)
     at, k, v = torch.tensor(rows, dtype=torch.int64), made(6, 2, 3), made(6, 2, 4)
     check(
-        lambda k, v: [exchange.PACK(k, v, at, torch.full((), torch.nan) if later else None)],
+        lambda k, v: [copies.PACK(k, v, at, torch.full((), torch.nan) if later else None)],
         lambda k, v: [torch.cat([k[at].flatten(1), v[at].flatten(1)], 1)],
         k,
         v,
     )
     back = torch.randn(len(rows), 14, dtype=torch.float64)
-    found = exchange.UNPACK(back, at, 6, 2, [3, 4], k, v)
-    alone = exchange.UNPACK(back, at, 6, 2, [3, 4], None, None)
+    found = copies.UNPACK(back, at, 6, 2, [3, 4], k, v)
+    alone = copies.UNPACK(back, at, 6, 2, [3, 4], None, None)
     assert all(torch.allclose(a, b + c, rtol=1e-14) for a, b, c in zip(found, (k, v), alone, strict=True))
 
 
@@ -86,4 +86,4 @@ def test_packed_rows(rows: list[int], later: bool) -> None:
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4))
 def test_rows_of_several_exchanges(sizes: list[int]) -> None:
     torch.manual_seed(0)
-    check(lambda *xs: [exchange.TOGETHER(xs)], lambda *xs: [torch.cat(xs)], *(made(n, 2, 3) for n in sizes))
+    check(lambda *xs: [copies.TOGETHER(xs)], lambda *xs: [torch.cat(xs)], *(made(n, 2, 3) for n in sizes))
