@@ -32,6 +32,8 @@ from hsap_compile.passes._numbered import (
     masked_scatter,
     read_along,
     read_at,
+    written_along,
+    written_at,
 )
 from hsap_compile.passes._operands import (
     args_of,
@@ -77,7 +79,7 @@ _BY_DIM = _names(
     " split_with_sizes slice select cat stack gather index_select unbind flip roll narrow argmax argmin glu"
     " transpose squeeze unsqueeze movedim swapaxes diff logsumexp amax amin sum mean prod any all max min var"
     " std norm linalg_vector_norm scatter scatter_add scatter_reduce index_add cummax kthvalue tensor_split"
-    " slice_scatter select_scatter unfold var_mean std_mean cosine_similarity"
+    " slice_scatter select_scatter unfold var_mean std_mean cosine_similarity index_copy index_fill aminmax"
 )
 _NORMS = _names("layer_norm rms_norm native_layer_norm _fused_rms_norm")
 
@@ -348,8 +350,10 @@ def _index_put(sharder: Sharder, node: Node) -> Any:
         return added_at(sharder, node)
     source, axis = source_of(node)
     (mask, *more), values = given["indices"], given["values"]
-    if source is not given["self"] or more or mask is None or mask.meta["val"].dtype != torch.bool:
+    if source is not given["self"]:
         raise NotLocal("a write at places that an index says")
+    if more or mask is None or mask.meta["val"].dtype != torch.bool:
+        return written_at(sharder, node)
     if mask.meta.get("tokens") != axis:
         raise NotLocal("token dimensions of the mask and of what it writes to differ")
     features = source.meta["val"].dim() - mask.meta["val"].dim()
@@ -389,7 +393,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     if here not in dims:
         for other in tensor_inputs(node):
             other_axis = other.meta.get("tokens")
-            if other_axis is None and name in _OF_DIMENSIONS and other is given["index"]:
+            plain = name in _OF_DIMENSIONS and other in (given["index"], given.get("value"))
+            if other_axis is None and plain:
                 continue
             same = isinstance(other_axis, TokenAxis) and other_axis == axis
             if not same:
@@ -399,6 +404,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
         return TOTALS[name](sharder, node, source, axis, dims)
     if name in ("aten::index_select", "aten::gather"):
         return read_along(sharder, node)
+    if name in _WRITTEN:
+        return written_along(sharder, node)
     if name in ALONG_TOKENS:
         return ALONG_TOKENS[name](sharder, node)
     if name == "aten::cat":
@@ -417,12 +424,16 @@ def _looked_up(sharder: Sharder, node: Node) -> Any:
     return _as_is(sharder, node)
 
 
-#: Operators whose ``index`` holds numbers; of the last, one for each place of a dimension.
+#: Operators whose ``index`` holds numbers; of the last, one for each place of a dimension, and one ``value``.
 _ADDED = _names("scatter_add scatter_reduce index_add")
 _NUMBERED = _ADDED | _names("gather index_select")
-_OF_DIMENSIONS = _names("index_select index_add")
+_WRITTEN = _ADDED | _names("scatter index_copy index_fill")
+_OF_DIMENSIONS = _names("index_select index_add index_copy index_fill")
 _MOVES = _names("transpose squeeze movedim swapaxes permute t")
-REDUCTIONS = _names("sum mean amax amin max min any all prod var std norm linalg_vector_norm argmax argmin")
+REDUCTIONS = _names(
+    "sum mean amax amin aminmax max min any all prod var std var_mean std_mean norm linalg_vector_norm argmax"
+    " argmin"
+)
 
 
 def _reads_context(sharder: Sharder, node: Node, axes: list[Any]) -> bool:

@@ -1,11 +1,13 @@
 """Rules where numbers that are no tokens name tokens, or the other way round.
 
     x[:, numbers], gather(x, 1, numbers)     few tokens, at positions that all ranks know
+    x[:, numbers] = rows, index_copy         what such tokens become
     index_add(zeros, 0, numbers, x)          sums of tokens by number: of a document, of a class
     x[mask] = rows, masked_scatter           the mask's tokens get the rows of a whole value, in order
 
-The first two are sums over ranks: of rows, each of which one rank has, and of every rank's sums.  In the
-third every rank reads the rows that its tokens get, counted from the whole mask.
+What is read, and sums by number, are sums over ranks: of rows, each of which one rank has, and of every
+rank's sums.  What is written stays on the ranks that hold it: each of them reads the rows of a whole value
+that its tokens get, by the numbers, or counted from the whole mask.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch.fx.node import map_arg
 from hsap_compile._torch import hint_of, operator_name
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Local, NotLocal
-from hsap_compile.passes._operands import args_of, schema_of
+from hsap_compile.passes._operands import args_of, schema_of, value_of
 from hsap_compile.passes._reindex import where
 from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import TokenAxis
@@ -72,18 +74,26 @@ def _read(
     home, emit = sharder.home.get(source), sharder.emit
     if numbers.meta["tokens"] is not None or node.meta["tokens"] is not None:
         raise NotLocal("an index into tokens")
-    if home is None or home.routed or source.meta["val"].dtype == torch.bool:
+    if home is None or source.meta["val"].dtype == torch.bool:
         raise NotLocal("some tokens of a value that are not its rows in order")
     few, all_of_them = (math.prod(hint_of(size) for size in n.meta["val"].shape) for n in (node, source))
     if 2 * few > all_of_them:  # as it is while compiling
         raise NotLocal("it reads more than half of the tokens, and what follows is the same on every rank")
-    at = sharder.whole(numbers)
-    at = emit(aten.index.Tensor, _own_rows(sharder, sharder.axis(source), home.start), [at])
+    at = own_rows_at(sharder, source, sharder.whole(numbers))
     held, at = emit(aten.ge.Scalar, at, 0), emit(aten.clamp.default, at, 0)
     rows = emit(node.target, *call(home.node, at))
     for _ in range(behind):
         held = emit(aten.unsqueeze.default, held, -1)
     return emit(exchange.SUM_RANKS, where(sharder, held, rows, 0), sharder.group)
+
+
+def own_rows_at(sharder: Sharder, source: Node, numbers: Node) -> Node:
+    """Which of this rank's rows of ``source`` the tokens ``numbers`` (whole) are; -1: another rank's."""
+    home = sharder.home.get(source)
+    if home is not None and home.routed:
+        raise NotLocal("some tokens of a value that are not its rows in order")
+    rows = _own_rows(sharder, sharder.axis(source), 0 if home is None else home.start)
+    return sharder.emit(aten.index.Tensor, rows, [numbers])
 
 
 def _own_rows(sharder: Sharder, axis: TokenAxis, start: int) -> Node:
@@ -102,6 +112,51 @@ def _own_rows(sharder: Sharder, axis: TokenAxis, start: int) -> Node:
     each = emit(aten.mul.Tensor, emit(aten.add.Tensor, rows, first), axis.inner)
     each = emit(aten.add.Tensor, each, emit(aten.arange.default, axis.inner, **options))
     return emit(aten.reshape.default, where(sharder, emit(aten.ge.Scalar, rows, 0), each, -1), [-1])
+
+
+# --- few tokens written -----------------------------------------------------------------------------------
+
+
+def written_along(sharder: Sharder, node: Node) -> Local:
+    """index_copy, index_add, index_fill(x, dim, numbers, y), scatter and its like along the tokens of x."""
+    given = arguments(node)
+    return _written(sharder, node, given["index"], lambda at: {"index": at})
+
+
+def written_at(sharder: Sharder, node: Node) -> Local:
+    """x[.., numbers, ..] = y, or += y, with numbers in the place of the tokens."""
+    given = arguments(node)
+    indices, dim = given["indices"], sharder.axis(given["self"]).dim
+    if len(indices) <= dim or indices[dim] is None:
+        raise NotLocal("a write at places that an index says")
+    if any(i is not None and i.meta["val"].dtype == torch.bool for i in indices):
+        raise NotLocal("a write at places that an index and a mask say")
+    others = [None if i is None or d == dim else sharder.whole(i) for d, i in enumerate(indices)]
+    return _written(
+        sharder, node, indices[dim], lambda at: {"indices": [*others[:dim], at, *others[dim + 1 :]]}
+    )
+
+
+def _written(sharder: Sharder, node: Node, numbers: Node, named: Callable[[Node], dict[str, Any]]) -> Local:
+    """``node`` writes rows of whole values to the tokens ``numbers``; ``named``: the arguments that this
+    rank's numbers of them stand in.  Other ranks' tokens are written to a row that is dropped."""
+    given, emit = arguments(node), sharder.emit
+    target = given["self"]
+    axis, start = sharder.axis(target), sharder.start_of(target)
+    if any(n is not target and n.meta.get("tokens") is not None for n in node.all_input_nodes):
+        raise NotLocal("a write of tokens to other tokens")
+    at = own_rows_at(sharder, target, sharder.whole(numbers))
+    rows = sharder.local(target, start)
+    count = emit(aten.sym_size.int, rows, axis.dim)
+    at = emit(
+        aten.add.Tensor, at, emit(aten.mul.Scalar, emit(aten.lt.Scalar, at, 0), emit(operator.add, count, 1))
+    )
+    behind = rows.meta["val"].dim() - 1 - axis.dim
+    more = emit(aten.constant_pad_nd.default, rows, [0, 0] * behind + [0, 1])
+    chosen = {"self": more, **named(at)}
+    values = {n: v if n in chosen else map_arg(v, sharder.spread) for n, v in (given | chosen).items()}
+    plain = [values.pop(a.name) for a in schema_of(node) if not a.kwarg_only]
+    return Local(emit(aten.narrow.default, emit(node.target, *plain, **values), axis.dim, 0, count), start)
 
 
 # --- sums by number ---------------------------------------------------------------------------------------
@@ -222,9 +277,15 @@ def _in_order(
     """``target`` with rows of ``source`` in the place of its own, or added, where ``mask`` (whole, of its
     first dimensions) is true.  Too few rows are an index out of range, as are too many if ``exact``."""
     emit, axis, columns = sharder.emit, sharder.axis(target), sharder.tables["columns"]
-    home, dim = sharder.home.get(target), sharder.axis(target).dim
-    if axis.folded or axis.length != sharder.symbol or (home is not None and (home.start or home.routed)):
-        raise NotLocal("a write to some of the tokens")
+    home, dim, start = sharder.home.get(target), axis.dim, sharder.start_of(target)
+    if home is not None and home.routed:
+        raise NotLocal("rows in the order of a sort")
+    if axis.length != sharder.symbol:
+        last = emit(operator.sub, sharder.size(axis.length), 1)
+        columns = emit(aten.clamp.default, emit(aten.sub.Tensor, columns, start), 0, last)
+    if axis.folded:
+        sizes = [sharder.size(size) for size in value_of(target).shape[: mask.meta["val"].dim()]]
+        mask, dim = sharder.unfolded(mask, sizes, axis, sharder.size(axis.length))
     inside = list(range(dim + 1, mask.meta["val"].dim()))
     counts: Node = emit(aten.sum.dim_IntList, mask, inside) if inside else mask
     counts = emit(aten.to.dtype, counts, torch.int64)
@@ -246,9 +307,11 @@ def _in_order(
         wrong = emit(aten.mul.Scalar, emit(aten.to.dtype, other, torch.int64), emit(operator.add, rows, 1))
         behind = emit(aten.add.Tensor, behind, wrong)
     picked = emit(aten.where.ScalarOther, mask, behind, 0)
+    if axis.folded:
+        mask, picked = (emit(aten.flatten.using_ints, x, axis.dim, dim + 1) for x in (mask, picked))
     padded = emit(aten.constant_pad_nd.default, source, [0, 0] * (source.meta["val"].dim() - 1) + [1, 0])
-    values, rows = emit(aten.index.Tensor, padded, [picked]), sharder.local(target)
+    values, rows = emit(aten.index.Tensor, padded, [picked]), sharder.local(target, start)
     values = emit(aten.add.Tensor, values, rows) if adds else values
     for _ in range(rows.meta["val"].dim() - mask.meta["val"].dim()):
         mask = emit(aten.unsqueeze.default, mask, -1)
-    return Local(emit(aten.where.self, mask, values, rows))
+    return Local(emit(aten.where.self, mask, values, rows), start)

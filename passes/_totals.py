@@ -17,7 +17,9 @@ from torch.fx.node import map_arg
 from hsap_compile._torch import expr_of, operator_name
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Local, NotLocal
-from hsap_compile.passes._operands import schema_of, source_of, tensor_inputs
+from hsap_compile.passes._numbered import own_rows_at
+from hsap_compile.passes._operands import schema_of, source_of, tensor_inputs, value_of
+from hsap_compile.passes._reindex import along, where
 from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis
 
@@ -80,14 +82,18 @@ def variance(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: 
     size = _count(source, dims)
     count = sharder.size(size)
     total = _rank_sum(sharder, value, axis, start, rank, sorted(dims), True, None)
-    mean = sharder.emit(aten.detach.default, sharder.emit(aten.div.Tensor, total, count))
-    away = sharder.emit(aten.pow.Tensor_Scalar, sharder.emit(aten.sub.Tensor, value, mean), 2)
+    mean = sharder.emit(aten.div.Tensor, total, count)
+    away = sharder.emit(aten.sub.Tensor, value, sharder.emit(aten.detach.default, mean))
+    away = sharder.emit(aten.pow.Tensor_Scalar, away, 2)
     keep = bool(given.get("keepdim", False))
     total = _rank_sum(sharder, away, axis, start, rank, sorted(dims), keep, None)
     made = sharder.emit(aten.div.Tensor, total, sharder.emit(operator.sub, count, correction))
-    return _typed(
-        sharder, _root(sharder, made, 2) if operator_name(node.target) == "aten::std" else made, node
-    )
+    name = operator_name(node.target)
+    made = _typed(sharder, _root(sharder, made, 2) if "std" in name else made, node)
+    if not name.endswith("_mean"):
+        return made
+    mean = mean if keep else sharder.emit(aten.squeeze.dims, mean, sorted(dims))
+    return made, _typed(sharder, mean, node)
 
 
 def truth(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
@@ -102,12 +108,45 @@ def truth(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set
 
 
 def largest(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
-    """amax, amin, and max and min of everything."""
-    if isinstance(node.meta["val"], tuple | list):
-        raise NotLocal("which token is the largest")
-    least = operator_name(node.target) in ("aten::amin", "aten::min")
-    found = _extreme(sharder, _numbers(sharder, source, axis, least), dims, least)
-    return found if arguments(node).get("keepdim") else sharder.emit(aten.squeeze.dims, found, sorted(dims))
+    """amax, amin, aminmax, and max and min of everything."""
+    name = operator_name(node.target)
+    if isinstance(node.meta["val"], tuple | list) and name != "aten::aminmax":
+        return first_largest(sharder, node, source, axis, dims)
+
+    def found(least: bool) -> Node:
+        made = _extreme(sharder, _numbers(sharder, source, axis, least), dims, least)
+        return made if arguments(node).get("keepdim") else sharder.emit(aten.squeeze.dims, made, sorted(dims))
+
+    return (found(True), found(False)) if name == "aten::aminmax" else found(name in _LEAST)
+
+
+_LEAST = ("aten::amin", "aten::min", "aten::argmin")
+
+
+def first_largest(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
+    """argmax(x, dim), max(x, dim): of equal tokens the first, which alone gets the gradient; NaN is larger
+    than any number."""
+    if axis.folded or len(dims) != 1:
+        raise NotLocal("which of rows that share a dimension is the largest")
+    emit, least, dim = sharder.emit, operator_name(node.target) in _LEAST, axis.dim
+    value, start = _numbers(sharder, source, axis, least), sharder.start_of(source)
+    seen = emit(aten.detach.default, value)
+    top = _extreme(sharder, seen, dims, least)
+    hits = emit(aten.logical_or.default, emit(aten.eq.Tensor, seen, top), emit(aten.isnan.default, seen))
+    if (valid := sharder.valid_rows(axis, start, value.meta["val"].dim())) is not None:
+        hits = emit(aten.logical_and.default, hits, valid)
+    token = along(sharder, emit(aten.sub.Scalar, sharder.tables["columns"], start), value, dim)
+    token = emit(aten.where.ScalarOther, hits, token, torch.iinfo(torch.int64).max)
+    first = _extreme(sharder, token, dims, least=True)
+    keep = arguments(node)["keepdim"]
+    place = first if keep else emit(aten.squeeze.dim, first, dim)
+    if not isinstance(node.meta["val"], tuple | list):
+        return place
+    at = own_rows_at(sharder, source, first)
+    rows = emit(aten.gather.default, value, dim, emit(aten.clamp.default, at, 0))
+    rows = where(sharder, emit(aten.ge.Scalar, at, 0), rows, 0)
+    found = emit(exchange.SUM_RANKS, rows, sharder.group)
+    return (found if keep else emit(aten.squeeze.dim, found, dim)), place
 
 
 def log_sum(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
@@ -179,7 +218,7 @@ def _count(source: Node, dims: set[int]) -> Any:
 
 def _typed(sharder: Sharder, made: Node, node: Node) -> Node:
     """``made`` in the type of the result that it stands for."""
-    dtype = node.meta["val"].dtype
+    dtype = value_of(node).dtype
     return made if made.meta["val"].dtype == dtype else sharder.emit(aten.to.dtype, made, dtype)
 
 
@@ -335,8 +374,10 @@ def cross_entropy(sharder: Sharder, node: Node) -> Any:
 #: What reduces the tokens away, by the operator's name.
 TOTALS = {
     "aten::sum": reduced, "aten::mean": reduced, "aten::linalg_vector_norm": vector_norm,
-    "aten::var": variance, "aten::std": variance, "aten::any": truth, "aten::all": truth,
-    **dict.fromkeys(("aten::amax", "aten::amin", "aten::max", "aten::min"), largest),
+    **dict.fromkeys(("aten::var", "aten::std", "aten::var_mean", "aten::std_mean"), variance),
+    "aten::any": truth, "aten::all": truth,
+    **dict.fromkeys(("aten::amax", "aten::amin", "aten::aminmax", "aten::max", "aten::min"), largest),
+    "aten::argmax": first_largest, "aten::argmin": first_largest,
     "aten::logsumexp": log_sum,
     **dict.fromkeys(("aten::softmax", "aten::_softmax", "aten::log_softmax", "aten::_log_softmax"), softmax),
 }  # fmt: skip

@@ -37,6 +37,7 @@ from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import rule_for
 from hsap_compile.passes._forms import Counts, Local, NotLocal
+from hsap_compile.passes._operands import args_of
 from hsap_compile.passes._parameters import settle_parameters
 from hsap_compile.passes._random import agreed, disagreed, is_random
 from hsap_compile.passes._reindex import Longer, aligned, common_start, within
@@ -153,6 +154,8 @@ class Sharder:
                 return self.size(node.meta["val"])
             except NotLocal:  # no sum of products of inputs' sizes: read it from the whole value
                 pass
+        if node.target is operator.getitem and isinstance(parts := self.whole(args_of(node)[0]), tuple):
+            return parts[args_of(node)[1]]
         args = map_arg((node.args, node.kwargs), self.whole)
         made = self.emit(node.target, *args[0], **args[1])
         if node.target is dense.OP:  # every rank computes all of it
@@ -332,7 +335,7 @@ class Sharder:
             return result
         made = result.node if isinstance(result, Local) else result
         rows = isinstance(result, Local) and not isinstance(result.order, Counts)
-        if not self._fits(node.meta["val"], made.meta["val"], rows):
+        if not self._fits(node.meta["val"], map_arg(made, lambda n: n.meta["val"]), rows):
             raise NotLocal("its local result does not have one row for each token")
         return result
 
@@ -359,6 +362,8 @@ class Sharder:
         return new
 
     def _detached(self, node: Node, new: Any) -> Any:
+        if isinstance(new, tuple):
+            return tuple(self._detached(node, part) for part in new)
         if node in self.differentiable:
             new = self._cut(node, new)
         if node in self.no_grad and isinstance(new.meta["val"], torch.Tensor):

@@ -59,6 +59,54 @@ def _images(p: Program, x: Tensor, i: Tensor) -> Tensor:
     )
 
 
+def _put(x: Tensor, indices: tuple[Tensor | slice, ...], rows: Tensor) -> Tensor:
+    y = x.clone()
+    y[indices] = rows
+    return y
+
+
+def _folded_rows(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """As vision models merge images: rows of a batch that is folded into one."""
+    mask = i.flatten() > 6
+    y = x.flatten(0, 1).masked_scatter(mask[:, None], p.places.cos())
+    y = y.masked_scatter(mask[:, None], p.places).view(x.shape)
+    behind = y.repeat_interleave(2, 1).flatten(0, 1)
+    behind = behind.masked_scatter((i > 7).repeat_interleave(2, 1).flatten()[:, None], p.places)
+    return behind.view(2, -1, WIDTH).unflatten(1, (-1, 2)).sum(2)
+
+
+WRITTEN: dict[str, Pattern] = {
+    "put": lambda p, x, i: _put(x, (slice(None), i[0, :2]), p.square[:2]),
+    "put, from the end": lambda p, x, i: _put(x, (slice(None), _starts(i)[2:]), p.square[:2] * 2),
+    "put in each row": lambda p, x, i: _put(x, (torch.arange(2), i[:, 0]), p.square[:2]),
+    "put into a feature": lambda p, x, i: _put(x, (torch.arange(2), i[:, 0], i[:, 1] % WIDTH), p.vector[:2]),
+    "added to pairs": lambda p, x, i: (
+        x.index_put((torch.arange(2)[:, None], i[:, :2]), p.square[:2], accumulate=True)
+    ),
+    "copied": lambda p, x, i: x.index_copy(1, i[0, :2], x[:, i[0, 1:3]]),
+    "copied into a tail": lambda p, x, i: F.pad(
+        x[:, 2:].index_copy(1, i[0, :2], p.square[None, :2].expand(2, -1, -1)), (0, 0, 2, 0)
+    ),
+    "filled": lambda p, x, i: x.index_fill(1, i[0, :2], 0.5) + x.index_fill(2, i[0, :1] % WIDTH, p.scalar),
+    "truth filled": lambda p, x, i: torch.where((x > 0).index_fill(1, i[0, :2], True), x, p.vector),
+    "added": lambda p, x, i: x.index_add(1, i[0, :3] % 2, p.places[None, :3].expand(2, -1, -1), alpha=2),
+    "added to folded rows": lambda p, x, i: (
+        x.flatten(0, 1).index_add(0, torch.tensor([3, 5, 3]), p.square[:3]).view(x.shape)
+    ),
+    "scattered": lambda p, x, i: (
+        x.scatter(1, i[:, :2, None].expand(-1, -1, WIDTH), 0.5)
+        + x.scatter_add(1, i[:, :3, None].expand(-1, -1, 2), p.places[:3, :2].expand(2, -1, -1))
+    ),
+    "the largest written": lambda p, x, i: x.scatter_reduce(
+        1, i[:, :2, None].expand(-1, -1, WIDTH), p.square[:2].expand(2, -1, -1), "amax"
+    ),
+    "features copied": lambda p, x, i: x.index_copy(2, torch.tensor([4, 1]), x[..., :2] * p.scalar),
+    "folded rows in the order of a mask": _folded_rows,
+    "a tail in the order of a mask": lambda p, x, i: F.pad(
+        x[:, 1:].masked_scatter((i > 6)[:, 1:, None], p.places), (0, 0, 1, 0)
+    ),
+}  # fmt: skip
+
 NUMBERED: dict[str, Pattern] = {
     "rows selected": lambda p, x, i: x + x.index_select(1, i[0, :3]).sin().sum(1, keepdim=True),
     "rows at numbers": lambda p, x, i: x + x[:, _starts(i)].sin().sum(1, keepdim=True),
@@ -114,9 +162,9 @@ NUMBERED: dict[str, Pattern] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NUMBERED)
+@pytest.mark.parametrize("name", [*NUMBERED, *WRITTEN])
 def test_numbers_stay_local(name: str) -> None:
-    of = trace(Program((LOCAL["linear"], NUMBERED[name], LOCAL["affine"])), rows=2)
+    of = trace(Program((LOCAL["linear"], (NUMBERED | WRITTEN)[name], LOCAL["affine"])), rows=2)
     assert check(of, 3, 1, tolerance=1e-11) == []
     assert check(of, 2, 2, tolerance=1e-11) == []
 
@@ -132,7 +180,12 @@ SENT: dict[str, tuple[Pattern, list[tuple[object, tuple[int, ...]]]]] = {
     "means by number": (
         lambda p, x, i: _added(x, p, i, reduce="mean"), [(SUMMED, (4, WIDTH)), (SUMMED, (4, WIDTH))]
     ),
+    "rows written": (lambda p, x, i: x.index_copy(1, i[0, :2], p.square[:2].expand(2, -1, -1)), []),
     "in the order of a mask": (lambda p, x, i: x.masked_scatter((i > 6)[..., None], p.places * 2), []),
+    "which is the largest": (
+        lambda p, x, i: x + x.max(1, keepdim=True).values,
+        [(exchange.EXTREME, (2, 1, WIDTH))] * 2 + [(SUMMED, (2, 1, WIDTH))],
+    ),
     "the largest": (lambda p, x, i: x - x.amax(1, keepdim=True), [(exchange.EXTREME, (2, 1, WIDTH))]),
     "softmax": (
         lambda p, x, i: x.softmax(1), [(exchange.EXTREME, (2, 1, WIDTH)), (SUMMED, (2, 1, WIDTH))]

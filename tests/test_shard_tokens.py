@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hsap_compile.errors import Refused
 from hsap_compile.kernels import exchange
-from hsap_compile.passes import _families, _numbered
+from hsap_compile.passes import _families, _numbered, _totals
 from hsap_compile.passes import shard_tokens as sharding
 from simulate import Traced, eager, simulate, traced, worst
 
@@ -153,6 +153,8 @@ LOCAL: dict[str, Pattern] = {
     "by number": lambda p, x, i: (
         x + p.words.new_zeros(3, WIDTH).index_add(0, i[0] % 3, x[0])[i % 3] / x.shape[1] * p.scalar
     ),
+    "rows written": lambda p, x, i: x.index_copy(1, i[0, :2], p.square[:2].expand(x.shape[0], -1, -1)),
+    "first largest": lambda p, x, i: x + F.relu(x).max(1, keepdim=True).values,
     "in the order of a mask": lambda p, x, i: x.masked_scatter((i > 6)[..., None], p.places.sin()),
     "weight in both": lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0],
     "attention": lambda p, x, i: x + F.scaled_dot_product_attention(*[(x @ p.square)[None, None]] * 3)[0, 0],
@@ -329,6 +331,10 @@ def _own_largest(x: Tensor, dims: list[int], least: bool, group: str) -> Tensor:
     return x.amax(dims, keepdim=True)
 
 
+def _any_row(sharder: sharding.Sharder, source: object, numbers: object) -> object:
+    return sharder.emit(torch.ops.aten.clamp.default, numbers, 0, 1)
+
+
 #: broken rule: (owner, name, what it becomes, the pattern that needs it)
 MUTATIONS = {
     "no sum over ranks": (exchange, "SUM_RANKS", _unsummed, LOCAL["token sum"]),
@@ -341,6 +347,8 @@ MUTATIONS = {
     "rows in front ignored": (_families, "rows_in_front", lambda *_: 1, GATHERED["token axis first"][0]),
     "the largest of one rank": (exchange, "EXTREME", _own_largest, LOCAL["largest"]),
     "rows of others read": (_numbered, "where", lambda _, held, rows, other: rows, LOCAL["few rows"]),
+    "written on every rank": (_numbered, "own_rows_at", _any_row, LOCAL["rows written"]),
+    "another of equal ones": (_totals, "own_rows_at", _any_row, LOCAL["first largest"]),
     "no_grad forgotten": (sharding.Sharder, "_detached", lambda self, node, new: new, LOCAL["no grad"]),
 }
 

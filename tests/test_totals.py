@@ -51,6 +51,25 @@ TOTALS: dict[str, Pattern] = {
     "largest of many": lambda p, x, i: x + x.round().clamp(-1, 1).amax((1, 2))[:, None, None],
     "largest of a tail": lambda p, x, i: x + x[:, 2:].amax(1, keepdim=True) + x[:, :-1].sin().min(),
     "largest and a parameter": lambda p, x, i: x + (x.amax(1) @ p.square * p.vector)[:, None],
+    "least and largest": lambda p, x, i: (
+        x + torch.aminmax(x)[0] * torch.aminmax(x[:, :-1], dim=1, keepdim=True)[1]
+    ),
+    "the first of equal ones": lambda p, x, i: (
+        x + (F.relu(x).min(1).values * p.vector)[:, None] + F.relu(-x).max(1, keepdim=True)[0].sin()
+    ),
+    "which is the largest": lambda p, x, i: (
+        x.gather(1, x.argmax(1, keepdim=True)) * x
+        + x[:, 1:].argmin(1)[:, None] / 9
+        + i[:, 2:].max(1, keepdim=True)[1][..., None]
+    ),
+    "where no number is": lambda p, x, i: (
+        x + x.detach().masked_fill((i == 4)[..., None], torch.nan).max(1)[1][:, None]
+    ),
+    "nothing is larger": lambda p, x, i: x + (x[:, 1:] - torch.inf).detach().argmax(1, keepdim=True),
+    "deviation and mean": lambda p, x, i: (
+        x / (torch.std_mean(x, (0, 1))[0] + 1)
+        + torch.var_mean(x[:, 1:], 1, keepdim=True)[1].sin() * torch.var_mean(x, 1)[0][:, None]
+    ),
     "logarithm of a sum": lambda p, x, i: x + x.logsumexp(1, keepdim=True) + x[:, 1:].logsumexp((0, 1)),
     "logarithm of nothing": lambda p, x, i: torch.where(
         x.detach().masked_fill(p.vector > 0, -torch.inf).logsumexp(1, keepdim=True) < 0, x, p.vector
@@ -75,7 +94,8 @@ def test_totals_stay_local(name: str) -> None:
 #: Computed on gathered tokens: how many operators.
 GATHERED: dict[str, tuple[Pattern, int]] = {
     "the largest": (lambda p, x, i: x / x.norm(float("inf"), dim=1, keepdim=True), 1),
-    "which is the largest": (lambda p, x, i: x + x.max(1, keepdim=True).values, 1),
+    "which of everything": (lambda p, x, i: x + x.argmax() / 9, 1),
+    "which of folded rows": (lambda p, x, i: x + x.flatten(0, 1).max(0).values, 1),
     "tokens of others": (lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1].flip(1)).mean(2)[:, None], 2),
     "an ellipsis summed": (lambda p, x, i: x + einsum("...d,...d->d", x, x.cos()) / x.shape[1], 1),
     "two sums": (lambda p, x, i: x + einsum("bsd,bte->bd", x, x.cos())[:, None] / x.shape[1], 1),
