@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,6 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -107,8 +111,6 @@ def _launcher(rank: int, count: int) -> dict[str, str]:
 
 
 def _serve(pipe: Connection, store: str, rank: int, count: int, build: Any, args: Sequence[Any]) -> None:
-    import torch.distributed as dist
-
     if store:
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
     step = build(*args)
@@ -146,6 +148,18 @@ def resident_bytes() -> int:
     return _status_bytes("VmRSS")
 
 
+def allocated_bytes(step: Callable[[], Any]) -> int:
+    """The most that torch's CPU allocator had given out at one time in ``step()``, less what it had before:
+    every allocation counts as it is asked for, whatever the system makes of it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
+
+
 def _status_bytes(key: str) -> int:
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields[key].split()[0]) * 1024
@@ -161,8 +175,6 @@ def summary(seconds: Sequence[float]) -> Row:
 
 
 def environment() -> Row:
-    import torch
-
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),

@@ -9,8 +9,10 @@ it, on the rank with most; nothing is killed at the limit.  Freed memory goes ba
 (glibc is told so), so that the peak is what lives at one time.  The second step of every kind counts.
 
 layers: a small Llama on two ranks, one document of all tokens, whose key/value rows cross ("exchange"),
-against as many tokens in documents that live whole on a rank ("none").  "saved" counts the bytes that
-autograd keeps, each storage once; "received" is what the plan says that the rank with most receives.
+against as many tokens in documents that live whole on a rank ("none").  The resident peak is measured, and in
+a third step the most that torch's allocator has given out at one time, which leaves out how the system
+places it, and other libraries; the bars are of the latter.  "saved" counts the bytes that autograd keeps,
+each storage once; "received" is what the plan says that the rank with most receives.
 
 stages: the same model and packs on four ranks, each a group of its own, with ``received`` of fewer and fewer
 bytes.  "buffer" is those bytes, or what a layer receives.
@@ -30,7 +32,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from _measure import Bar, Ranks, Row, peak_bytes, report, reset_peak, resident_bytes
+from _measure import Bar, Ranks, Row, allocated_bytes, peak_bytes, report, reset_peak, resident_bytes
 from world_size_one import lengths, llama
 
 MiB = 2**20
@@ -85,7 +87,7 @@ def over_layers(arguments: argparse.Namespace) -> None:
     bars = []
     for what in ("forward", "save", "again"):
         first, *_, last = (r for r in rows if r["pass"] == what)
-        grown = (last["extra MiB"] - first["extra MiB"]) / last["received MiB a layer"]
+        grown = (last["extra allocated MiB"] - first["extra allocated MiB"]) / last["received MiB a layer"]
         least, most = arguments.layers[0], arguments.layers[-1]
         kept = most - least if what == "save" else 0
         bars.append(Bar(f"{what}: buffers that {most} layers add to {least}", grown, kept + SPARE))
@@ -98,9 +100,10 @@ def packs(tokens: int) -> dict[str, list[int]]:
 
 
 def turns(ranks: Ranks, documents: list[int]) -> Row:
-    """The second of two steps, on the rank with most memory."""
-    ranks.turn(documents, False)  # compiles, which no hook must see
-    return max(ranks.turn(documents, True), key=lambda found: found["bytes"])
+    """The second step, on the rank with most memory, and what is allocated in the third."""
+    ranks.turn(documents, "compile")
+    found = max(ranks.turn(documents, "resident"), key=lambda found: found["bytes"])
+    return found | {"allocated": max(f["allocated"] for f in ranks.turn(documents, "allocated"))}
 
 
 def row_of_layers(layers: int, what: str, found: dict[str, Row]) -> Row:
@@ -111,6 +114,9 @@ def row_of_layers(layers: int, what: str, found: dict[str, Row]) -> Row:
         "exchange MiB": round(with_rows["bytes"] / MiB, 2),
         "none MiB": round(without["bytes"] / MiB, 2),
         "extra MiB": round((with_rows["bytes"] - without["bytes"]) / MiB, 2),
+        "exchange, allocated MiB": round(with_rows["allocated"] / MiB, 2),
+        "none, allocated MiB": round(without["allocated"] / MiB, 2),
+        "extra allocated MiB": round((with_rows["allocated"] - without["allocated"]) / MiB, 2),
         "received MiB a layer": round(with_rows["received"] / layers / MiB, 3),
         "saved MiB, exchange": round(with_rows["saved"] / MiB, 3),
         "saved MiB, none": round(without["saved"] / MiB, 3),
@@ -204,8 +210,9 @@ def step_of(
     sizes: dict[str, int],
     training: bool,
     budget: float | None,
-) -> Callable[[list[int], bool], Row]:
-    """Steps on a row of documents, with one compiled model."""
+) -> Callable[[list[int], str], Row]:
+    """Steps on a row of documents, with one compiled model; what is counted: "resident" bytes and those that
+    autograd keeps, "allocated" bytes, or nothing, as it must be where it may compile."""
     from torch._functorch import config
 
     torch.set_num_threads(1)
@@ -219,7 +226,7 @@ def step_of(
     share = config.patch(activation_memory_budget=budget) if budget and backend != "hsap" else nullcontext()
     owned = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
-    def step(documents: list[int], counted: bool) -> Row:
+    def step(documents: list[int], counted: str) -> Row:
         module.zero_grad()
         tokens = sum(documents)
         ids = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(1))
@@ -233,22 +240,28 @@ def step_of(
                 storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
+        def forward_and_backward() -> float:
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+            with share, torch.set_grad_enabled(training):
+                with hooks if training and counted == "resident" else nullcontext():
+                    loss = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+                if training:
+                    loss.backward()
+            return round(loss.item(), 5)
+
+        if counted == "allocated":
+            return {"allocated": allocated_bytes(forward_and_backward)}
         before = resident_bytes()
         reset_peak()
         started = time.perf_counter()
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-        with share, torch.set_grad_enabled(training):
-            with hooks if training and counted else nullcontext():
-                loss = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
-            if training:
-                loss.backward()
+        loss = forward_and_backward()
         return {
             "bytes": peak_bytes() - before,
             "resident": before,
             "seconds": time.perf_counter() - started,
             "saved": sum(storages.values()),
             "received": reports[-1].received_bytes if reports else 0,
-            "loss": round(loss.item(), 5),
+            "loss": loss,
         }
 
     return step
