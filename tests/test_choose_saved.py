@@ -170,7 +170,8 @@ def test_a_budget_repeats_neither_attentions_nor_exchanges(pool: Pool) -> None:
     (usual, *_), (less, *_) = (
         pool.run(order_of_calls, {**options, "memory_budget": b}, world=2) for b in (1.0, 0.2)
     )
-    assert [Counter(calls) for calls in less] == [Counter(calls) for calls in usual]
+    once = [Counter(call for call in calls if call != "mm") for calls in (*less, *usual)]
+    assert once[: len(less)] == once[len(less) :]  # a product may be repeated
     kept = [
         pool.run(steps, "nano", [[[250]]], {"intra": 1, "lower": "aot_eager", "memory_budget": b}, world=2)[
             0
