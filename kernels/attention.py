@@ -30,6 +30,9 @@ import torch
 from torch import Tensor
 
 from hsap_compile.kernels import formula_blocks
+from hsap_compile.kernels.attend import BACKWARD as BACKWARD
+from hsap_compile.kernels.attend import OP as OP
+from hsap_compile.kernels.attend import compute_dtype
 from hsap_compile.kernels.formula_blocks import Formula
 from hsap_compile.kernels.slices import BAND as BAND
 from hsap_compile.kernels.slices import CAUSAL as CAUSAL
@@ -45,10 +48,6 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # ---------------------------------------------------------------------------------------------------
 # Operands
 # ---------------------------------------------------------------------------------------------------
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ class _Operands:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _compute_dtype(self.q.dtype)
+        return compute_dtype(self.q.dtype)
 
     @property
     def size(self) -> int:
@@ -173,23 +172,6 @@ def _formula_of(
 # Forward
 # ---------------------------------------------------------------------------------------------------
 
-_ATTEND = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? k_remote, Tensor? v_remote, Tensor slices, Tensor? rows, "
-    "Tensor? remote_rows, Tensor? heads, Tensor[] leaves, str mod, SymInt tokens, float scale) "
-    "-> (Tensor out, Tensor lse)"
-)
-# `wanted` numbers the leaves whose gradient is asked for: inside a compiled graph they do not say
-_ATTEND_BACKWARD = (
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? k_remote, Tensor? v_remote, Tensor slices, "
-    "Tensor? rows, Tensor? remote_rows, Tensor? heads, Tensor[] leaves, str mod, SymInt tokens, "
-    "float scale, Tensor out, Tensor lse, int[] wanted) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_remote, Tensor dv_remote, Tensor[] dleaves)"
-)
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-torch.library.define("hsap::attend", _ATTEND, tags=_TAGS)
-torch.library.define("hsap::attend_backward", _ATTEND_BACKWARD, tags=_TAGS)
-
-
 @torch.library.impl("hsap::attend", "cpu")
 @torch.autocast("cpu", enabled=False)  # the products inside are in the computed dtype
 def _attend(
@@ -227,8 +209,7 @@ def _attend(
             total.add(run.q.part(first, queries), out, lse, None)
     found, lse = total.out, total.lse()
     if index is not None and has_sink:
-        together = torch.logaddexp(lse, index.sinks(lse, index.leaves))
-        found, lse = found.mul_((lse - together).exp_()[..., None]), together
+        found, lse = formula_blocks.sink_forward(index, found, lse)
     return found.to(q.dtype), lse
 
 
@@ -236,7 +217,7 @@ class _Merge:
     """Softmax-weighted means of what runs say about the same rows."""
 
     def __init__(self, cover: Cover, q: Tensor, size: int, rescaled: bool) -> None:
-        shape, wide = (cover.rows, q.shape[1]), _compute_dtype(q.dtype)
+        shape, wide = (cover.rows, q.shape[1]), compute_dtype(q.dtype)
         out = q.new_empty(*shape, size, dtype=wide if cover.shared or rescaled else q.dtype)
         self.out = _zero_rows(out, cover.holes, 0)
         self._peak = _zero_rows(q.new_empty(shape, dtype=wide), cover.holes, -math.inf)
@@ -266,26 +247,6 @@ class _Merge:
 
     def lse(self) -> Tensor:
         return self._peak if self._mass is None else self._peak + self._mass.log()
-
-
-@torch.library.register_fake("hsap::attend")
-def _attend_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_remote: Tensor | None,
-    v_remote: Tensor | None,
-    slices: Tensor,
-    rows: Tensor | None,
-    remote_rows: Tensor | None,
-    heads: Tensor | None,
-    leaves: Sequence[Tensor],
-    mod: str,
-    tokens: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    n, n_heads, _ = q.shape
-    return q.new_empty(n, n_heads, v.shape[2]), q.new_empty(n, n_heads, dtype=_compute_dtype(q.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -338,14 +299,13 @@ def _attend_backward(
             dk, dv = _flash_backward_run(x, masks, run, softmax, d_q)
         for total, block in zip(remote if run.remote else own, (dk, dv), strict=True):
             total.add(run.k, block)
-    found = dict(zip(wanted, sums, strict=False))  # no sums where no slice has a formula
     return (
         d_q.total(),
         own[0].total(),
         own[1].total(),
         remote[0].total(),
         remote[1].total(),
-        [_leaf_grad(leaf, found.get(i), i in wanted) for i, leaf in enumerate(leaves)],
+        formula_blocks.leaf_grads(leaves, wanted, sums),
     )
 
 
@@ -402,7 +362,7 @@ class _Sum:
 
     def __init__(self, cover: Cover, like: Tensor) -> None:
         self._dtype = like.dtype
-        dtype = _compute_dtype(like.dtype) if cover.shared else like.dtype
+        dtype = compute_dtype(like.dtype) if cover.shared else like.dtype
         self._total = _zero_rows(like.new_empty(cover.rows, *like.shape[1:], dtype=dtype), cover.holes, 0)
 
     def add(self, span: Span, blocks: Tensor) -> None:
@@ -437,70 +397,3 @@ def _flash_backward_run(
             total[:, :, :keys].add_(part)
         sums = sums or tuple(parts)
     return sums[0], sums[1]
-
-
-def _leaf_grad(leaf: Tensor, total: Tensor | None, wanted: bool) -> Tensor:
-    if not wanted:
-        return leaf.new_empty(0)
-    return leaf.new_zeros(leaf.shape) if total is None else total.to(leaf.dtype).contiguous()
-
-
-@torch.library.register_fake("hsap::attend_backward")
-def _attend_backward_fake(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_remote: Tensor | None,
-    v_remote: Tensor | None,
-    slices: Tensor,
-    rows: Tensor | None,
-    remote_rows: Tensor | None,
-    heads: Tensor | None,
-    leaves: Sequence[Tensor],
-    mod: str,
-    tokens: int,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    wanted: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    n_remote = 0 if k_remote is None else k_remote.shape[0]
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        k.new_empty(n_remote, *k.shape[1:]),
-        v.new_empty(n_remote, *v.shape[1:]),
-        [leaf.new_empty(leaf.shape if i in wanted else 0) for i, leaf in enumerate(leaves)],
-    )
-
-
-_TENSORS = ("q", "k", "v", "k_remote", "v_remote", "slices", "rows", "remote_rows", "heads")
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, leaves, ctx.mod, ctx.tokens, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, *leaves, out, lse)
-
-
-def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
-    n = len(_TENSORS)
-    *inputs, out, lse = ctx.saved_tensors
-    tensors, leaves = inputs[:n], inputs[n:]
-    needs = ctx.needs_input_grad[n]
-    wanted = [i for i, need in enumerate(needs) if need and leaves[i].is_floating_point()]
-    dq, dk, dv, dk_remote, dv_remote, dleaves = torch.ops.hsap.attend_backward(
-        grad_out, *tensors, leaves, ctx.mod, ctx.tokens, ctx.scale, out, lse, wanted
-    )
-    remote = (None, None) if tensors[3] is None else (dk_remote, dv_remote)
-    found = [grad if i in wanted else None for i, grad in enumerate(dleaves)]
-    return dq, dk, dv, *remote, None, None, None, None, found, None, None, None
-
-
-torch.library.register_autograd("hsap::attend", _backward, setup_context=_setup_context)
-
-OP = torch.ops.hsap.attend.default
-BACKWARD = torch.ops.hsap.attend_backward.default

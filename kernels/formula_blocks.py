@@ -190,6 +190,12 @@ def backward(
     return d_q, torch.bmm(d_score.transpose(1, 2), _fold(q, groups)), d_values
 
 
+def sink_forward(index: Formula, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """out (R, Hq, D), in place, and lse (R, Hq) with the sink of every row, which has no value."""
+    together = torch.logaddexp(lse, index.sinks(lse, index.leaves))
+    return out.mul_((lse - together).exp_()[..., None]), together
+
+
 def sink_backward(
     index: Formula, delta: Tensor, lse: Tensor, wanted: Sequence[int], sums: Sequence[Tensor]
 ) -> None:
@@ -206,3 +212,18 @@ def sink_backward(
     for total, part in zip(sums, grads, strict=True):
         if part is not None:
             total.add_(part)
+
+
+def leaf_grads(leaves: Sequence[Tensor], wanted: Sequence[int], sums: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of all leaves; no ``sums`` where nothing read them; empty where none is wanted."""
+    found = dict(zip(wanted, sums, strict=False))
+    result = []
+    for i, leaf in enumerate(leaves):
+        total = found.get(i)
+        if i not in wanted:
+            result.append(leaf.new_empty(0))
+        else:
+            result.append(
+                leaf.new_zeros(leaf.shape) if total is None else total.to(leaf.dtype).contiguous()
+            )
+    return result

@@ -114,12 +114,7 @@ def plan(table: Tensor, own: int, remote: int, heads: int, width: int) -> Plan:
     Raises:
         ValueError: the table has another form, or a slice that is not empty leaves the rows.
     """
-    if table.device.type != "cpu" or table.dtype != torch.int64 or table.shape[1:] != (_COLUMNS,):
-        raise ValueError(
-            f"hsap::attend: slices are {tuple(table.shape)} {table.dtype} on {table.device}, "
-            f"expected (M, {_COLUMNS}) torch.int64 on cpu"
-        )
-    cuts = _cuts(_checked(table.numpy(), own, remote), own, heads)
+    cuts = _cuts(checked(table, own, remote), own, heads)
     q, nq, k, nk, _, far, _, _ = cuts.T
     theirs = far == 1
     q_alone, k_alone = _alone(q, q + nq), np.zeros(len(cuts), np.bool_)
@@ -132,8 +127,17 @@ def plan(table: Tensor, own: int, remote: int, heads: int, width: int) -> Plan:
     )
 
 
-def _checked(rows: Ints, own: int, remote: int) -> Ints:
-    """The slices that are not empty; the kernel would read outside of a buffer without a word."""
+def checked(table: Tensor, own: int, remote: int) -> Ints:
+    """The rows of a table of slices that are not empty; a kernel would read outside of a buffer without a word.
+
+    Raises ``ValueError`` as ``plan``.
+    """
+    if table.device.type != "cpu" or table.dtype != torch.int64 or table.shape[1:] != (_COLUMNS,):
+        raise ValueError(
+            f"hsap::attend: slices are {tuple(table.shape)} {table.dtype} on {table.device}, "
+            f"expected (M, {_COLUMNS}) torch.int64 on cpu"
+        )
+    rows: Ints = table.numpy()
     q_start, q_stop, k_start, k_stop, kind = rows.T[:5]
     some = (q_start < q_stop) & (k_start < k_stop)
     inside = (q_start >= 0) & (q_stop <= own) & (k_start >= 0) & (k_stop <= own + remote)
@@ -158,11 +162,13 @@ def _cuts(rows: Ints, own: int, heads: int) -> Ints:
     cuts[plain, 6:] = 0
     if plain.all():
         return cuts
-    others = [block for row in cuts[~plain].tolist() for block in _cut(_Slice(*row), heads)]
+    others = [block for row in cuts[~plain].tolist() for block in _cut(Slice(*row), heads)]
     return np.concatenate((cuts[plain], np.array(others, np.int64).reshape(-1, 8)))
 
 
-class _Slice(NamedTuple):
+class Slice(NamedTuple):
+    """Query rows from q, key rows from k of their own buffer; see plan/tables.py for kind, lo and hi."""
+
     q: int
     nq: int
     k: int
@@ -173,22 +179,22 @@ class _Slice(NamedTuple):
     hi: int
 
 
-def _cut(cut: _Slice, heads: int) -> Iterator[_Slice]:
+def _cut(cut: Slice, heads: int) -> Iterator[Slice]:
     return _cut_band(cut) if cut.kind == BAND else _cut_mod(cut, heads)
 
 
-def _cut_mod(cut: _Slice, heads: int) -> Iterator[_Slice]:
+def _cut_mod(cut: Slice, heads: int) -> Iterator[Slice]:
     keys = min(cut.nk, max(1, _MOD_LOGITS // (heads * _MOD_MIN_QUERIES)))
     queries = max(1, _MOD_LOGITS // (heads * keys))
     for q in range(0, cut.nq, queries):
         for k in range(0, cut.nk, keys):
             size = (cut.q + q, min(queries, cut.nq - q), cut.k + k, min(keys, cut.nk - k))
-            yield _Slice(*size, MOD, cut.remote, 0, 0)
+            yield Slice(*size, MOD, cut.remote, 0, 0)
 
 
-def _cut_band(cut: _Slice) -> Iterator[_Slice]:
+def _cut_band(cut: Slice) -> Iterator[Slice]:
     """A band in blocks of queries, so that a narrow band of a long document costs its width."""
-    band = _trim_band(cut)
+    band = trim(cut)
     if band is None or band.kind != BAND:
         yield from () if band is None else (band,)
         return
@@ -199,12 +205,12 @@ def _cut_band(cut: _Slice) -> Iterator[_Slice]:
         block = band._replace(
             q=band.q + start, nq=min(queries, band.nq - start), lo=band.lo - start, hi=band.hi - start
         )
-        trimmed = _trim_band(block)
+        trimmed = trim(block)
         if trimmed is not None:
             yield trimmed
 
 
-def _trim_band(cut: _Slice) -> _Slice | None:
+def trim(cut: Slice) -> Slice | None:
     """The same band without rows and keys that see nothing; FULL or CAUSAL where it is that.
 
     Every row that is left sees a key, which the kernel needs: it gives an empty row lse 0, not -inf.
@@ -221,7 +227,7 @@ def _trim_band(cut: _Slice) -> _Slice | None:
         kind, lo, hi = FULL, 0, 0
     elif hi >= nq - 1 and lo == 0:
         kind, lo, hi = CAUSAL, 0, 0
-    return _Slice(q + q0, nq, k + k0, nk, kind, remote, lo, hi)
+    return Slice(q + q0, nq, k + k0, nk, kind, remote, lo, hi)
 
 
 def _alone(start: Ints, stop: Ints) -> Bools:
