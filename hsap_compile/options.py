@@ -16,7 +16,7 @@ _CHOICES = {
     "placement": ("balanced", "contiguous"),
     "outputs": ("gather", "local"),
     "lower": ("inductor", "aot_eager", "eager"),
-    "attention": ("auto", "flex", "slices"),
+    "attention": ("auto", "flex", "varlen", "slices"),
     "check": ("batch", "always", "first"),
 }
 
@@ -35,8 +35,10 @@ class Options:
     grad_sync: sum parameter gradients over the mesh; False leaves each rank's share (for DDP, FSDP).
     strict: refuse an operator that would run on gathered tokens.
     lower: "inductor", or "aot_eager" / "eager" to run the rewritten graph as it is.
-    attention: the kernel of partial attention: "flex" is flex attention, for which Inductor generates Triton,
-        "slices" ATen's flash kernel on CPU, "auto" the one that the device has.
+    attention: the kernel of partial attention.  On CPU "slices", ATen's flash kernel.  On CUDA "flex", flex
+        attention, for which Inductor generates Triton, or "varlen", ATen's flash attention over sequences of
+        unlike lengths: float16 or bfloat16, and masks of documents, causal order and windows only; it refuses
+        the others.  "auto" is "slices" on CPU and "flex" on CUDA: nobody has measured the two on a GPU yet.
     kernel_options: of flex attention, see torch.nn.attention.flex_attention.FlexKernelOptions.
     check: what ranks compare before they go on, so that they stop with an error where they would hang or be
         wrong: "batch" the graph, the length, the documents and all integer inputs at every call, and at the

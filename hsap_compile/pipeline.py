@@ -20,7 +20,7 @@ from hsap_compile import formula
 from hsap_compile._torch import expr_of, fake_mode_of, fake_table, trace_structured
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import extract, placeholders
-from hsap_compile.kernels import dense
+from hsap_compile.kernels import dense, varlen
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
 from hsap_compile.passes._random import is_random
@@ -134,13 +134,14 @@ def rewrite(
             log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group))
             _done("sum_gradients", graph)
 
+    kernel = _kernel(options, device)
     partitioned = partition_attention(
         graph,
         mode,
         mesh,
         group,
         tokens,
-        kernel=_kernel(options, device),
+        kernel=kernel,
         kernel_options=options.kernel_options,
         length=_size(graph, length),
         most=options.received if isinstance(options.received, int) else None,
@@ -176,6 +177,7 @@ def rewrite(
         placement=options.placement,
         traffic=partitioned.traffic,
         limit=partitioned.limit,
+        bands_only=kernel == "varlen",
         again=again,
         on_step=options.on_step,
         tokens=length,
@@ -211,7 +213,14 @@ def _kernel(options: Options, device: torch.device) -> str:
         raise Refused(
             f"there is no kernel of slices for {device.type}",
             got=f'attention="slices" and tensors on {device}',
-            wanted='attention="flex" or "auto"',
+            wanted='attention="varlen", which makes calls of flash attention of the slices, "flex" or "auto"',
+            do='pass options={"attention": "varlen"}, or drop "attention" from the options',
+        )
+    if chosen == "varlen" and device.type not in varlen.DEVICES:
+        raise Refused(
+            f"there is no flash attention over sequences for {device.type}",
+            got=f'attention="varlen" and tensors on {device}',
+            wanted=f'tensors on {" or ".join(varlen.DEVICES)}, or attention="slices" or "auto" on CPU',
             do='drop "attention" from the options',
         )
     if chosen == "flex" and device.type == "cpu" and options.lower == "inductor":
@@ -225,7 +234,7 @@ def _kernel(options: Options, device: torch.device) -> str:
         raise Refused(
             "flex attention takes all received rows at once",
             got=f"received={options.received}, a number of bytes that are held at a time",
-            wanted='"save" or "again"; stages are for the kernel of slices, on CPU',
+            wanted='"save" or "again"; stages are for attention="slices" on CPU and "varlen" on CUDA',
             do='pass options={"received": "again"}: rows are then held for one attention at a time',
         )
     return chosen

@@ -21,6 +21,7 @@ from hsap_compile.errors import Refused
 from hsap_compile.kernels.blocks import rank_tables
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.mesh import world
+from hsap_compile.passes._bands import check_batch
 from hsap_compile.passes._tables import ON_HOST
 from hsap_compile.passes.partition_attention import PlannedMask, Traffic
 from hsap_compile.passes.shard_tokens import Fallback
@@ -73,7 +74,7 @@ class Program:
     ``writes`` the inputs that the last outputs are written into; ``signature`` is the same wherever the
     graph is, and ``check`` what ranks compare (see ``Options``); ``fallbacks`` are the operators on gathered
     tokens; ``random``: whether the graph draws random numbers; ``again``: whether rows are received again in
-    the backward; ``limit``: in how many stages, and when.
+    the backward; ``limit``: in how many stages, and when; ``bands_only``: no kernel evaluates a formula.
     """
 
     function: Callable[..., Any]
@@ -95,6 +96,7 @@ class Program:
     random: bool = False
     again: bool = False
     limit: ReceiveLimit = ReceiveLimit()
+    bands_only: bool = False
 
     def length(self, args: Sequence[Any]) -> int:
         """S of a call."""
@@ -109,9 +111,13 @@ class Program:
             return [x.detach().cpu() for x in self.documents(*args)]
 
     def plan(self, leaves: Sequence[torch.Tensor], tokens: int) -> Plan:
-        """The plan of a call from what ``read`` and ``length`` say of it."""
+        """The plan of a call from what ``read`` and ``length`` say of it.  Raises ``Refused`` for a batch that
+        the kernel cannot compute."""
         masks = _masks(self, leaves, tokens) or (_nothing(tokens),)
-        return make(masks, self.mesh, self.placement, limit=self.limit)
+        plan = make(masks, self.mesh, self.placement, limit=self.limit)
+        if self.bands_only:
+            check_batch(plan)
+        return plan
 
     def report(self, plan: Plan) -> StepReport:
         """What a step under ``plan`` sends."""

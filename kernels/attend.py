@@ -8,9 +8,9 @@ Args:
     rows (R, 2), remote_rows (C, 2), heads (Hq,), leaves, mod, tokens: what a formula reads, see
         formula_blocks.py.
 
-Returns out (R, Hq, Dv) and lse (R, Hq), natural, in float32 (float64 of float64); a row without a key has out 0
-and lse -inf.  lse has no gradient: attentions are cut into parts after differentiation only, and the backward
-of each part is given the out and lse of the whole (passes/_parts.py), which makes its gradients exact.
+Returns out (R, Hq, Dv) and lse (R, Hq), natural, in float32 (float64 of float64); a row without a key has out
+0 and lse -inf.  lse has no gradient: attentions are cut into parts after differentiation only, and the
+backward of each part is given the out and lse of the whole (passes/_parts.py), which makes it exact.
 
 On CPU attention.py computes it, on CUDA varlen.py.
 """

@@ -172,6 +172,7 @@ def _formula_of(
 # Forward
 # ---------------------------------------------------------------------------------------------------
 
+
 @torch.library.impl("hsap::attend", "cpu")
 @torch.autocast("cpu", enabled=False)  # the products inside are in the computed dtype
 def _attend(

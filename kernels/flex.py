@@ -12,10 +12,8 @@ what depends on a query row alone or a key row alone evaluated once a row, in fr
 
 Own and received keys are two nodes, merged by log-sum-exp, so that the first can run while rows travel.
 
-torch.nn.attention.varlen (flash; float16, bfloat16) is not used.  It is exact where every interval of queries
-sees one interval of keys that ends with it (its causal mask is aligned to the last query and key), which is
-what plain documents are on one rank.  But its backward ignores the gradient of its lse (torch 2.13): parts
-may only be merged after differentiation, with the merged out and lse given to its backward operator.
+The other kernel of CUDA is varlen.py, flash attention over sequences: half precision, documents and windows
+only.
 """
 
 from __future__ import annotations

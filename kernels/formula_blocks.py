@@ -223,7 +223,5 @@ def leaf_grads(leaves: Sequence[Tensor], wanted: Sequence[int], sums: Sequence[T
         if i not in wanted:
             result.append(leaf.new_empty(0))
         else:
-            result.append(
-                leaf.new_zeros(leaf.shape) if total is None else total.to(leaf.dtype).contiguous()
-            )
+            result.append(leaf.new_zeros(leaf.shape) if total is None else total.to(leaf.dtype).contiguous())
     return result

@@ -128,7 +128,7 @@ def plan(table: Tensor, own: int, remote: int, heads: int, width: int) -> Plan:
 
 
 def checked(table: Tensor, own: int, remote: int) -> Ints:
-    """The rows of a table of slices that are not empty; a kernel would read outside of a buffer without a word.
+    """The slices that are not empty; a kernel would read outside of a buffer without a word.
 
     Raises ``ValueError`` as ``plan``.
     """

@@ -33,6 +33,7 @@ from hsap_compile.kernels import attention, copies, dense, exchange
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.kernels.flex import FlexAttention, Keys
 from hsap_compile.masks import Mask
+from hsap_compile.passes._bands import check_site
 from hsap_compile.passes._random import is_random
 from hsap_compile.passes._tables import Tables
 from hsap_compile.plan import MeshShape, ReceiveLimit
@@ -119,9 +120,10 @@ def partition_attention(
     """Rewrite every canonical attention of ``module`` (in place) for one rank of ``mesh``.
 
     ``tokens``: how many tokens this rank holds of a row.  An attention over anything else (whole tokens,
-    other sequences) stays the dense operator.  ``kernel``: "slices" writes ``hsap::attend``, "flex" flex
-    attention with ``kernel_options``.  ``most``: bytes of received rows that an attention may hold at a time;
-    ``length`` is then S, and a longer row than the stages are made for compiles again.
+    other sequences) stays the dense operator.  ``kernel``: "slices" and "varlen" write ``hsap::attend``, and
+    "varlen" refuses what is not bands; "flex" writes flex attention with ``kernel_options``.  ``most``: bytes of
+    received rows that an attention may hold at a time; ``length`` is then S, and a longer row than the stages
+    are made for compiles again.
     """
     sites = [n for n in module.graph.nodes if n.target is dense.OP and _over(n, tokens)]
     device = sites[0].meta["val"].device if sites else torch.device("cpu")
@@ -140,6 +142,9 @@ def partition_attention(
         if key not in keys:
             keys.append(key)
             planned.append(_planned(mask, leaves, _batch(site)))
+        if kernel == "varlen":
+            plannable = planned[keys.index(key)].plannable
+            check_site(site, operands[0], operands[2], mask, plannable)
         with module.graph.inserting_before(site):
             build = Builder(module.graph, mode, site)
             index = keys.index(key)

@@ -1,0 +1,82 @@
+"""What flash attention over sequences (kernels/varlen.py) cannot compute exactly is refused.
+
+It knows bands inside of documents, and logits that are the scaled product where nothing masks them.  What a
+mask's formula says is known when a graph is compiled, what a batch makes of it when the batch is planned: every
+rank plans the whole batch, so that all refuse it.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from hsap_compile.errors import Refused, where
+from hsap_compile.kernels import varlen
+from hsap_compile.masks import Mask
+from hsap_compile.plan import Plan
+from hsap_compile.plan.attended import unanswered
+
+_FLEX = 'pass options={"attention": "flex"}, which evaluates any formula'
+
+
+def check_site(site: Node, q: Node, v: Node, mask: Mask, plannable: bool) -> None:
+    """Raises ``Refused`` for an attention.
+
+    ``site`` calls it, of ``q`` (B, H, n, D) and ``v`` (B, Hkv, n, Dv); ``plannable``: whether what the mask
+    reads is known before the step.
+    """
+    query, value = q.meta["val"], v.meta["val"]
+    if mask.residual:
+        raise Refused(
+            "flash attention over sequences cannot compute these logits",
+            got=mask.readable(),
+            wanted="the scaled product (and a sink), masked by documents, causal order, windows, valid tokens",
+            do=_FLEX,
+            at=where(site),
+        )
+    if not plannable:
+        raise Refused(
+            "flash attention over sequences cannot wait for a mask",
+            got=f"a mask that the model computes from more than its inputs: {mask.readable()}",
+            wanted="a mask of documents and positions that the host can read before the step",
+            do=_FLEX,
+            at=where(site),
+        )
+    if query.dtype not in varlen.DTYPES:
+        raise Refused(
+            "flash attention over sequences has no kernel of this type",
+            got=str(query.dtype),
+            wanted="torch.float16 or torch.bfloat16",
+            do='convert the model, call it under torch.autocast, or pass options={"attention": "flex"}',
+            at=where(site),
+        )
+    size = max(int(query.shape[3]), int(value.shape[3]))
+    if size > varlen.WIDEST:
+        raise Refused(
+            "flash attention over sequences has no kernel of this head size",
+            got=f"{size}, the larger of {query.shape[3]} (queries, keys) and {value.shape[3]} (values)",
+            wanted=f"at most {varlen.WIDEST}",
+            do='pass options={"attention": "flex"}',
+            at=where(site),
+        )
+
+
+def check_batch(plan: Plan) -> None:
+    """Raises ``Refused`` for a batch that makes of a mask what is not bands."""
+    for number, planned in enumerate(plan.masks):
+        structure = planned.structure
+        if structure.mask.residual:
+            raise Refused(
+                "flash attention over sequences cannot compute this batch",
+                got=f"positions that do not advance with the columns inside of a document (mask {number})",
+                wanted="position_ids that go up by one from token to token of a document",
+                do=_FLEX,
+            )
+        if structure.mask.soft and len(rows := unanswered(structure)[0]):
+            row, column = divmod(int(rows[0]), structure.stride)
+            raise Refused(
+                "flash attention over sequences cannot compute this batch",
+                got=f"a query without a key (row {row}, token {column}) where masked logits are finite (mask "
+                f"{number}), so that it attends to everything alike",
+                wanted="a key for every query, or masked logits of -inf",
+                do='use a boolean mask or -inf instead of finfo.min, or pass options={"attention": "flex"}',
+            )
