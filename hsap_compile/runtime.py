@@ -111,8 +111,10 @@ class Program:
             return [x.detach().cpu() for x in self.documents(*args)]
 
     def plan(self, leaves: Sequence[torch.Tensor], tokens: int) -> Plan:
-        """The plan of a call from what ``read`` and ``length`` say of it.  Raises ``Refused`` for a batch that
-        the kernel cannot compute."""
+        """The plan of a call from what ``read`` and ``length`` say of it.
+
+        Raises ``Refused`` for a batch that the kernel cannot compute.
+        """
         masks = _masks(self, leaves, tokens) or (_nothing(tokens),)
         plan = make(masks, self.mesh, self.placement, limit=self.limit)
         if self.bands_only:

@@ -1,8 +1,8 @@
 """What flash attention over sequences (kernels/varlen.py) cannot compute exactly is refused.
 
 It knows bands inside of documents, and logits that are the scaled product where nothing masks them.  What a
-mask's formula says is known when a graph is compiled, what a batch makes of it when the batch is planned: every
-rank plans the whole batch, so that all refuse it.
+mask's formula says is known when a graph is compiled, what a batch makes of it when the batch is planned:
+every rank plans the whole batch, so that all refuse it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_site(site: Node, q: Node, v: Node, mask: Mask, plannable: bool) -> Non
         raise Refused(
             "flash attention over sequences cannot compute these logits",
             got=mask.readable(),
-            wanted="the scaled product (and a sink), masked by documents, causal order, windows, valid tokens",
+            wanted="the scaled product, maybe with a sink, masked by documents, order, windows, valid tokens",
             do=_FLEX,
             at=where(site),
         )

@@ -121,9 +121,9 @@ def partition_attention(
 
     ``tokens``: how many tokens this rank holds of a row.  An attention over anything else (whole tokens,
     other sequences) stays the dense operator.  ``kernel``: "slices" and "varlen" write ``hsap::attend``, and
-    "varlen" refuses what is not bands; "flex" writes flex attention with ``kernel_options``.  ``most``: bytes of
-    received rows that an attention may hold at a time; ``length`` is then S, and a longer row than the stages
-    are made for compiles again.
+    "varlen" refuses what is not bands; "flex" writes flex attention with ``kernel_options``.  ``most``: bytes
+    of received rows that an attention may hold at a time; ``length`` is then S, and a longer row than the
+    stages are made for compiles again.
     """
     sites = [n for n in module.graph.nodes if n.target is dense.OP and _over(n, tokens)]
     device = sites[0].meta["val"].device if sites else torch.device("cpu")

@@ -1,7 +1,7 @@
 """ATen's flash attention over sequences, by its documentation and dense, for tensors on CPU.
 
-``reference_kernels()`` puts it in the place of the two operators, and our kernel of CUDA in the place of that of
-CPU: everything of ours runs, in float64 if need be.  It insists on what the real ones insist on.
+``reference_kernels()`` puts it in the place of the two operators, and our kernel of CUDA in the place of that
+of CPU: everything of ours runs, in float64 if need be.  It insists on what the real ones insist on.
 """
 
 from __future__ import annotations
