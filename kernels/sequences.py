@@ -18,11 +18,12 @@ Every query of a sequence sees a key, and every key is seen: nothing rests on wh
 from __future__ import annotations
 
 import functools
-from bisect import bisect_left, bisect_right
+import itertools
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ from torch import Tensor
 from hsap_compile.kernels.slices import BAND, CAUSAL, MOD, Slice, checked, trim
 
 Ints = npt.NDArray[np.int64]
+_Cuttable = TypeVar("_Cuttable", bound=tuple[Any, ...])
 
 ALL, CAUSE, REST = (-1, -1), (-1, 0), (0, -1)  # windows: (left, right)
 
@@ -154,13 +156,20 @@ def _stretches(band: Slice) -> Iterator[_Stretch]:
         yield _Stretch(q + start, q + stop, k + first, moves, k + last, grows)
 
 
+def _cut(intervals: Iterable[_Cuttable]) -> Iterator[tuple[list[tuple[int, int]], _Cuttable]]:
+    """Each of ``intervals`` (q0, q1, ..) and its parts between where any of them begins or ends."""
+    intervals = list(intervals)
+    borders = sorted({x for s in intervals for x in s[:2]})
+    for s in intervals:
+        at = borders[bisect_left(borders, s[0]) : bisect_left(borders, s[1]) + 1]
+        yield list(itertools.pairwise(at)), s
+
+
 def _met(stretches: Sequence[_Stretch]) -> list[_Stretch]:
     """The same, cut where another begins or ends; those over the same rows whose keys meet are one."""
-    borders = sorted({x for s in stretches for x in (s.q0, s.q1)})
     over: dict[int, list[_Stretch]] = defaultdict(list)
-    for s in stretches:
-        at = [s.q0, *borders[bisect_right(borders, s.q0) : bisect_left(borders, s.q1)], s.q1]
-        for q0, q1 in zip(at, at[1:], strict=False):
+    for at, s in _cut(stretches):
+        for q0, q1 in at:
             over[q0].append(s.part(q0, q1))
     found = []
     for _, parts in sorted(over.items()):
@@ -250,23 +259,22 @@ def _queries(sequences: Iterable[_Sequence]) -> int:
 
 def _by_window(chains: Iterable[_Chain]) -> dict[tuple[int, int], list[_Sequence]]:
     found: dict[tuple[int, int], list[_Sequence]] = defaultdict(list)
-    seen_whole: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    whole: list[tuple[int, int, tuple[int, int]]] = []
     for chain in chains:
         begin, end = chain.begin, chain.end
         q0, q1, first = begin.q0, end.q1, begin.first
         last = end.part(q1 - 1, q1).last
         n = q1 - q0
         if n == 1 or not (end.first_moves or end.last_moves):
-            seen_whole[q0, q1].append((first, last + 1))
+            whole.append((q0, q1, (first, last + 1)))
         elif end.last_moves:
             window = (end.last - end.first, 0) if end.first_moves else CAUSE
             found[window].append(_Sequence(q0, q1, ((first, last + 1),)))
         else:
             found[REST].append(_Sequence(q0, q1, ((first, first + n),)))
             if first + n <= last:
-                seen_whole[q0, q1].append((first + n, last + 1))
-    # all that the same queries see is one sequence
-    found[ALL] = [_Sequence(*q, tuple(sorted(keys))) for q, keys in seen_whole.items()]
+                whole.append((q0, q1, (first + n, last + 1)))
+    found[ALL] = _joined(whole)
     # rows without a gap are read as they lie: what fits stays among its neighbours
     if found[CAUSE]:
         _move(found, ALL, CAUSE, queries=1)
@@ -274,6 +282,24 @@ def _by_window(chains: Iterable[_Chain]) -> dict[tuple[int, int], list[_Sequence
     for window in sorted(windows, key=lambda w: -_queries(found[w])):
         _move(found, CAUSE, window, keys=window[0] + 1)
         _move(found, ALL, window, queries=1, keys=window[0] + 1)
+    return found
+
+
+def _joined(whole: Iterable[tuple[int, int, tuple[int, int]]]) -> list[_Sequence]:
+    """Of (q0, q1, keys): all that the same queries see is one sequence, and one call says it."""
+    seen: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    stops = {}
+    for at, (_, _, keys) in _cut(whole):
+        for q0, q1 in at:
+            seen[q0].append(keys)
+            stops[q0] = q1
+    found: list[_Sequence] = []
+    for q0, parts in sorted(seen.items()):
+        s = _Sequence(q0, stops[q0], tuple(sorted(parts)))
+        if found and found[-1].q1 == s.q0 and found[-1].keys == s.keys:
+            found[-1] = found[-1]._replace(q1=s.q1)
+        else:
+            found.append(s)
     return found
 
 
