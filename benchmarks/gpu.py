@@ -1,16 +1,17 @@
 """Everything to measure on one GPU, in one command; the table comes last.
 
     python benchmarks/gpu.py                      # tests, kernels, one rank's share, a model
-    python benchmarks/gpu.py --parts kernels --write
+    python benchmarks/gpu.py --parts kernels,share,model --write   # what "auto" should choose: flex or varlen
     python benchmarks/gpu.py --tiny --device cpu  # the script itself, on a machine without a GPU
 
 tests    ``pytest -m gpu``
-kernels  attention over packed documents, forward and forward+backward: ours; SDPA with the dense mask; flex
-         attention with a document mask as a user writes it; flash attention over variable lengths
-share    one rank's part of 2^20 tokens on 64 ranks, its slices and as many random received rows, against one
-         flash call with as many pairs: what fragments cost
-model    a Llama of 1B shape on 2^15 packed tokens: ours, ``torch.compile`` with the dense mask, and documents
-         padded to the longest
+kernels  attention over packed documents, forward and forward+backward: ours by flex attention and by flash
+         attention over sequences (attention="varlen"); SDPA with the dense mask; flex attention with a
+         document mask and varlen_attn as a user writes them
+share    one rank's part of 2^20 tokens on 64 ranks, its slices and as many random received rows, both ways,
+         against one flash call with as many pairs: what fragments cost
+model    a Llama of 1B shape on 2^15 packed tokens: ours both ways, ``torch.compile`` with the dense mask, and
+         documents padded to the longest
 
 Times are medians, by CUDA events.  TFLOP/s count attended pairs only (4 x pairs x heads x size, and 2.5
 times that for the backward); ``floor_ms`` is that work at this device's own rate for a matrix product.
@@ -33,26 +34,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sympy
 import torch
 from _measure import RESULTS, Row, environment, table
+from _ours import by_flex, by_varlen
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from hsap_compile import formula as f
-from hsap_compile._torch import (
-    FakeTensorMode,
-    compile_with_aot_eager,
-    compile_with_inductor,
-    fake_table,
-)
-from hsap_compile.graph import Builder
-from hsap_compile.kernels import flex
-from hsap_compile.kernels.blocks import rank_tables
-from hsap_compile.masks import normalise
 from hsap_compile.plan import Attended, MeshShape, make
 from hsap_compile.plan.lengths import draw
+from hsap_compile.plan.tables import RankTables
 
 SOURCES = ("fineweb_like", "longtail_pretrain", "prolong_like")
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
@@ -261,66 +251,11 @@ def _labels(lengths: list[int], settings: Settings) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(settings.device)
 
 
-def ours(lengths: list[int], settings: Settings) -> Callable[..., Tensor]:
+def ours(by: Callable[..., Any], lengths: list[int], settings: Settings) -> Callable[..., Tensor]:
     labels = _labels(lengths, settings)
     mask = Attended(1, sum(lengths), labels=labels.cpu().numpy()[None], lo=0)
-    tables = rank_tables(make([mask], MeshShape(((0,),))).tables(0), 0, 1)
-    return our_attention(tables, labels, remote=False, settings=settings)
-
-
-def our_attention(
-    tables: dict[str, Any], labels: Tensor, *, remote: bool, settings: Settings
-) -> Callable[..., Tensor]:
-    """Attention of q over k, v (and k, v received) on rows, as ``partition_attention`` writes it."""
-    compiled: dict[Any, Any] = {}
-    names = [n for n in flex.TABLES if n.startswith(("own", "remote") if remote else "own")]
-    given = [torch.from_numpy(tables[name]).to(settings.device) for name in names]
-
-    def attention(*operands: Tensor) -> Tensor:
-        key = tuple(x.requires_grad for x in operands) if torch.is_grad_enabled() else None
-        if key not in compiled:
-            compiled[key] = _compiled(operands, labels, names, key is not None, settings)
-        return compiled[key](*operands, labels[None], *given)[0]
-
-    return attention
-
-
-def _compiled(
-    operands: Sequence[Tensor], labels: Tensor, names: list[str], grads: bool, settings: Settings
-) -> Any:
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    module = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    build = Builder(module.graph, mode)
-    inputs: list[Tensor] = []
-
-    def node(name: str, value: Tensor) -> torch.fx.Node:
-        placeholder = module.graph.placeholder(name)
-        placeholder.meta["val"] = value
-        inputs.append(value)
-        return placeholder
-
-    counts = [fake_table(mode, torch.zeros(9), (0,)).shape[0] for _ in range(2)]
-    nodes = []
-    for i, x in enumerate(operands):
-        with mode:
-            rows = counts[0] if i < 3 else counts[1]
-            fake = torch.empty(rows, *x.shape[1:], dtype=x.dtype, device=x.device, requires_grad=grads)
-        nodes.append(node(f"x{i}", fake))
-    leaf = node("labels", fake_table(mode, labels[None], ()))
-    inputs_of = {}
-    for name in names:
-        example, dims, least = flex.TABLES[name]
-        inputs_of[name] = node(name, fake_table(mode, example.to(settings.device), dims, least))
-    same = sympy.Eq(f.leaf(0, f.b, f.q), f.leaf(0, f.b, f.k))
-    mask, _ = normalise(sympy.Piecewise((f.score, same & (f.k <= f.q)), (-sympy.oo, True)))
-    parts = [flex.Keys("own", *nodes[1:3])] + ([flex.Keys("remote", *nodes[3:5])] if nodes[3:] else [])
-    writer = flex.FlexAttention(inputs_of.__getitem__, mask, [leaf], {})
-    scale = operands[0].shape[2] ** -0.5
-    module.graph.output(writer.attend(build, nodes[0], parts, None, labels.shape[0], scale))
-    module.recompile()
-    if settings.device == "cpu":  # Inductor has no backward of flex attention there
-        return compile_with_aot_eager(module, inputs) if grads else module
-    return compile_with_inductor(module, inputs, {})
+    tables = make([mask], MeshShape(((0,),))).tables(0)
+    return by(tables, labels, remote=False, device=settings.device)
 
 
 def dense(lengths: list[int], settings: Settings) -> Callable[..., Tensor]:
@@ -375,7 +310,11 @@ def varlen(lengths: list[int], settings: Settings) -> Callable[..., Tensor]:
     return attention
 
 
-CONTENDERS = {"ours": ours, "SDPA, dense mask": dense, "flex, user's mask": user_flex, "varlen": varlen}
+OURS: dict[str, Callable[..., Any]] = {"flex": by_flex, "varlen": by_varlen}
+CONTENDERS: dict[str, Callable[..., Any]] = {
+    **{f"ours, {name}": functools.partial(ours, by) for name, by in OURS.items()},
+    "SDPA, dense mask": dense, "flex, user's mask": user_flex, "varlen, user's": varlen,
+}  # fmt: skip
 
 
 # --- one rank's share of a large mesh ------------------------------------------------------------------
@@ -392,7 +331,7 @@ def share(settings: Settings) -> Iterator[Row]:
         plan = make([Attended(1, tokens, labels=labels, lo=0)], mesh)
         rank = int(np.argmax(plan.area))
         of_rank = plan.tables(rank)
-        tables, pairs = rank_tables(of_rank, 0, 1), int(plan.area[rank])
+        pairs = int(plan.area[rank])
         own, received = len(of_rank.group_columns), len(of_rank.masks[0].remote)
         q, k, v, grad = rows_of(own, (heads, kv_heads, kv_heads, heads), width, settings)
         k_remote, v_remote, _ = rows_of(received, (kv_heads, kv_heads, 1), width, settings)
@@ -401,7 +340,12 @@ def share(settings: Settings) -> Iterator[Row]:
         n = int(np.sqrt(2 * pairs))
         operands, gradient = [q, k, v, k_remote, v_remote], grad
         makers = {
-            "ours": functools.partial(_fragments, tables, columns, operands, gradient, settings),
+            **{
+                f"ours, {name}": functools.partial(
+                    _fragments, by, of_rank, columns, operands, gradient, settings
+                )
+                for name, by in OURS.items()
+            },
             f"one causal call of {n}": functools.partial(_whole, n, settings),
         }
         case = {"pack": source, "tokens": tokens, "ranks": ranks, "own": own, "received": received}
@@ -412,9 +356,14 @@ def share(settings: Settings) -> Iterator[Row]:
 
 
 def _fragments(
-    tables: Any, columns: Tensor, operands: list[Tensor], grad: Tensor, settings: Settings
+    by: Callable[..., Any],
+    tables: RankTables,
+    columns: Tensor,
+    operands: list[Tensor],
+    grad: Tensor,
+    settings: Settings,
 ) -> tuple[Step, Step]:
-    return steps(our_attention(tables, columns, remote=True, settings=settings), operands, grad)
+    return steps(by(tables, columns, remote=True, device=settings.device), operands, grad)
 
 
 def _whole(n: int, settings: Settings) -> tuple[Step, Step]:
@@ -435,7 +384,10 @@ def model(settings: Settings) -> Iterator[Row]:
     tokens = 256 if settings.tiny else 2**15
     for source in SOURCES[:1] if settings.tiny else SOURCES:
         lengths = draw(source, tokens, seed=0)
-        for contender in ("hsap", "torch.compile, dense mask", "torch.compile, padding"):
+        # on CPU the only kernel of a backward
+        kernels = ("slices",) if settings.device == "cpu" else tuple(OURS)
+        others = ("torch.compile, dense mask", "torch.compile, padding")
+        for contender in (*(f"hsap, {name}" for name in kernels), *others):
             row = measured(functools.partial(training, contender, lengths, settings), settings)
             row["tokens_per_s"] = round(1e3 * tokens / row["both_ms"], 1)
             case = {"pack": source, "tokens": tokens, "documents": len(lengths), "contender": contender}
@@ -446,7 +398,11 @@ def model(settings: Settings) -> Iterator[Row]:
 def training(contender: str, lengths: list[int], settings: Settings) -> tuple[Step, Step]:
     tokens = sum(lengths)
     module = llama(tokens, settings)
-    compiled: Any = torch.compile(module, backend="hsap" if contender == "hsap" else "inductor")
+    backend, _, kernel = contender.partition(", ")
+    if backend == "hsap":
+        compiled: Any = torch.compile(module, backend="hsap", options={"attention": kernel})
+    else:
+        compiled = torch.compile(module)
     batches = (padded if contender.endswith("padding") else packed)(lengths, tokens, settings)
 
     def both() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import attention_cases as kernel_cases
 import models
 from flex_cases import Case, Run, attention, by_ranks, errors, reference
 from hsap_compile._torch import compile_with_aot_eager, compile_with_inductor
 from hsap_compile.kernels import exchange
+from hsap_compile.kernels.reference import attend_reference
 from strategies import pack
 from test_flex_triton import LOGITS, case
+from varlen_reference import reference_kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PACKS = [[700], [1] * 40 + [660], [128, 128, 444], [5, 300, 1, 394]]
@@ -66,6 +70,39 @@ def test_the_check_itself_on_cpu() -> None:
     check_packs("cpu", "documents", torch.float32, [[300, 400]], 16)
 
 
+def check_sequences(device: str, case: kernel_cases.Case, dtype: torch.dtype) -> None:
+    """``hsap::attend`` on ``device`` is about as near to float64 as dense attention in ``dtype`` is."""
+    low = case.to(dtype)
+    exact = low.to(torch.float64).run(attend_reference)
+    eager = kernel_cases.errors(low.run(attend_reference), exact)
+    moved = {n: getattr(low, n) for n in ("q", "k", "v", "k_remote", "v_remote", "grad", "rows", "heads")}
+    moved = {n: None if x is None else x.to(device) for n, x in moved.items()}
+    there = replace(low, leaves=tuple(x.to(device) for x in low.leaves), **moved)
+    found = [x.cpu() for x in there.run(torch.ops.hsap.attend)]
+    limits = [3 * max(e, torch.finfo(dtype).eps) for e in eager]
+    pairs = zip(kernel_cases.errors(found, exact), limits, strict=True)
+    assert [pair for pair in pairs if pair[0] > pair[1]] == []
+
+
+SHARED = [[0, 300, 0, 300, 1, 0, 0], [300, 301, 300, 301, 1, 0, 0], [301, 390, 301, 390, 2, 0, 40]]
+SHARED += [[100, 300, 400, 530, 0, 0, 0], [301, 341, 530, 570, 2, -300, 0], [200, 300, 530, 531, 0, 0, 0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (20, 36), (256, 256)], ids=str)
+@pytest.mark.parametrize("sink", [False, True])
+def test_flash_attention_over_sequences(sizes: tuple[int, int], sink: bool, dtype: torch.dtype) -> None:
+    check_sequences("cuda", kernel_cases.make_case(SHARED, 400, 170, (4, 2), sizes, sink=sink), dtype)
+    ones = [[i, i + 1, 20 + i, 21 + i, 0, 0, 0] for i in range(9)]  # no sequence has two queries
+    check_sequences("cuda", kernel_cases.make_case(ones, 30, 0, (4, 2), sizes, sink=sink), dtype)
+
+
+def test_the_check_of_sequences_on_cpu() -> None:
+    with reference_kernels():
+        check_sequences("cpu", kernel_cases.make_case(SHARED, 400, 170, sizes=(20, 36)), torch.bfloat16)
+
+
 @pytest.fixture
 def one_nccl_rank(tmp_path: Any) -> Iterator[str]:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -90,10 +127,14 @@ def test_rows_are_packed_and_exchanged(one_nccl_rank: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_unmodified_llama(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kernel"),
+    [(torch.float32, "flex"), (torch.bfloat16, "flex"), (torch.bfloat16, "varlen")],
+    ids=str,
+)
+def test_an_unmodified_llama(dtype: torch.dtype, kernel: str) -> None:
     model = models.build("llama", dtype).cuda()
-    compiled = torch.compile(copy.deepcopy(model), backend="hsap")
+    compiled = torch.compile(copy.deepcopy(model), backend="hsap", options={"attention": kernel})
     given: dict[str, Any] = {}
     for lengths in ([30, 20, 14], [1, 62, 1], [64]):
         batch = models.batch("llama", [lengths, lengths[::-1]])
