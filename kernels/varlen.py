@@ -42,6 +42,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 256  # head size
 
 _MULTIPLE = 8  # of head sizes
+_LOAD_BYTES = 16  # that the kernel reads at once: where rows and heads begin is a multiple of it
 # Where the longest sequence has one query, ATen's kernel takes each to have exactly one, and swaps query
 # heads with queries.  A longest one of two queries is a bound as well, and leaves that path alone.
 _LEAST = 2
@@ -82,7 +83,9 @@ def _padded(x: Tensor, size: int) -> Tensor:
     x = x.detach()
     if x.shape[2] < size:
         return torch.nn.functional.pad(x, (0, size - x.shape[2]))
-    return x if x.stride(2) == 1 else x.contiguous()
+    begin = (x.data_ptr(), *(step * x.itemsize for step in x.stride()[:2]))
+    readable = x.stride(2) == 1 and not any(place % _LOAD_BYTES for place in begin)
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
 class _Rows(NamedTuple):

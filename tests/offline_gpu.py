@@ -55,8 +55,15 @@ def in_a_process(function: Callable[..., Any], *args: Any, **environment: str) -
 # --- from a graph to Inductor's source -----------------------------------------------------------------
 
 
-def generate(module: torch.fx.GraphModule, config: Mapping[str, Any] | None = None) -> list[Generated]:
-    """The forward and, when an input requires a gradient, the backward of ``module``."""
+def generate(
+    module: torch.fx.GraphModule,
+    config: Mapping[str, Any] | None = None,
+    rewrite: Callable[[torch.fx.Graph], None] | None = None,
+) -> list[Generated]:
+    """The forward and, when an input requires a gradient, the backward of ``module``.
+
+    ``rewrite``: what is done to each of the two first.  Tables of slices stay on the host.
+    """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._guards import TracingContext, tracing
@@ -81,6 +88,9 @@ def generate(module: torch.fx.GraphModule, config: Mapping[str, Any] | None = No
             module, inputs, fw_compiler=keep, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
             decompositions=select_decomp_table(), partition_fn=partition,
         )  # fmt: skip
+    for graph in found if rewrite is not None else ():
+        rewrite(graph.graph)
+        graph.recompile()
     with pretended_gpu():
         return [_generated(graph, inputs[0].fake_mode, config or {}) for graph in found]
 
@@ -118,7 +128,7 @@ def _move(graph: torch.fx.GraphModule) -> None:
 
 
 def _moved(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or (value.dtype == torch.int64 and value.shape[1:] == (7,)):
         return value
     with value.fake_mode:  # type: ignore[attr-defined]
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda:0")

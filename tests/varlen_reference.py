@@ -42,7 +42,9 @@ def _checked(
     assert q.dtype == k.dtype == v.dtype and q.dim() == k.dim() == v.dim() == 3 and dropout == 0.0
     assert q.shape[2] == k.shape[2] == v.shape[2] <= 256 and q.shape[2] % 8 == 0
     assert q.shape[1] % k.shape[1] == 0 and k.shape[:2] == v.shape[:2]
-    assert q.stride(2) == k.stride(2) == v.stride(2) == 1
+    for x in (q, k, v):
+        places = (x.data_ptr(), *(s * x.itemsize for s in x.stride()[:2]))
+        assert x.stride(2) == 1 and not any(place % 16 for place in places)
     for ends, rows, longest in ((q_ends, q.shape[0], max_q), (k_ends, k.shape[0], max_k)):
         assert ends.dtype == torch.int32 and ends.is_contiguous() and ends[0] == 0 and ends[-1] == rows
         assert (ends.diff() > 0).all() and ends.diff().max() <= longest
