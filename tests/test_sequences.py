@@ -78,6 +78,8 @@ def twice(made: Calls, remote: bool) -> bool:
 def check(arguments: dict[str, Any]) -> None:
     rows, own = without_formulas(arguments)["slices"], arguments["own"]
     made = sequences.calls(table(rows), own, arguments["remote"])
+    sizes = [call.q.size for call in made.calls]
+    assert sizes == sorted(sizes, reverse=True)
     assert pairs_seen(made, own) == pairs_of(rows, own)
     times = Counter(x for call in made.calls for x in numbers(call.q))
     assert made.shared_queries == any(n > 1 for n in times.values())
@@ -88,6 +90,20 @@ def check(arguments: dict[str, Any]) -> None:
 @given(drawn())
 def test_every_pair_once(arguments: dict[str, Any]) -> None:
     check(arguments)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[0, 2, 0, 2, CAUSAL, 0, 0], [2, 6, 2, 6, BAND, 0, 0]],  # a window that begins two keys further
+        [[0, 5, 0, 5, CAUSAL, 0, 0], [5, 20, 5, 20, BAND, 0, 3]],  # one key more than the window
+        [[0, 4, 0, 4, CAUSAL, 0, 0], [4, 19, 4, 19, BAND, 0, 3], [2, 3, 8, 9, FULL, 0, 0]],
+        [[0, 2, 0, 2, CAUSAL, 0, 0], [2, 9, 0, 2, FULL, 0, 0]],
+    ],
+    ids=str,
+)
+def test_what_is_nearly_one_sequence(rows: list[list[int]]) -> None:
+    check({"slices": rows, "own": 20, "remote": 0})
 
 
 @settings(max_examples=60, deadline=None)
