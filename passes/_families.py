@@ -451,6 +451,10 @@ def _attention(sharder: Sharder, node: Node) -> Any:
         made = _as_is(sharder, node)
         made.node.meta.update(mask=node.meta["mask"], reads=node.meta["reads"])
         return made
+    if all(isinstance(a, TokenAxis) and a.length != sharder.symbol for a in axes):
+        raise NotLocal(
+            f"an attention over {axes[0].length} tokens of {sharder.symbol}: cut the batch before the model"
+        )
     if any(not isinstance(a, TokenAxis) or (a.dim, *a.layout) != (2, 1, sharder.symbol, 1) for a in axes):
         raise NotLocal("an attention whose queries and keys are not the same tokens")
     operands = [sharder.local(x) for x in (q, k, v)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from hsap_compile._torch import operator_name
 from hsap_compile.passes._forms import NotLocal
 from hsap_compile.passes.infer_tokens import TokenAxis
 
@@ -20,6 +21,12 @@ def args_of(node: Node) -> Any:
 def schema_of(node: Node) -> Any:
     target: Any = node.target
     return target._schema.arguments
+
+
+def reads_no_numbers(node: Node) -> bool:
+    """Whether the operator reads of its first operand what it is like, and nothing else."""
+    name = operator_name(node.target).removeprefix("aten::")
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def tensor_inputs(node: Node) -> list[Node]:

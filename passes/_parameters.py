@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
+from hsap_compile._torch import operator_name
 from hsap_compile.graph import placeholders
 from hsap_compile.kernels import exchange
 
@@ -38,11 +39,24 @@ def settle_parameters(sharder: Sharder) -> None:
 
 
 def _varying(sharder: Sharder) -> set[Node]:
-    """The nodes of the new graph that differ between ranks."""
+    """The nodes of the new graph that differ between ranks.
+
+    Raises ``AssertionError`` where a value with a gradient that was taken for whole is one of them.
+    """
     found: set[Node] = set()
     same = {exchange.GATHER, exchange.SUM_RANKS, exchange.EXTREME}
     seeds = {sharder.tables["columns"], sharder.tables["n"]}
     for node in sharder.graph.nodes:
-        if node in seeds or (node.target not in same and any(n in found for n in node.all_input_nodes)):
+        read = node.all_input_nodes
+        if read and operator_name(node.target).startswith(
+            "aten::new_"
+        ):  # rows say what it is like, not what it is
+            read = [n for n in read if n is not node.args[0]]
+        if node in seeds or (node.target not in same and any(n in found for n in read)):
             found.add(node)
+    for old, new in sharder.wholes.items():
+        if old in sharder.differentiable and any(
+            n in found for n in (new if isinstance(new, tuple) else (new,))
+        ):
+            raise AssertionError(f"{old.format_node()} is taken for the same on every rank, and is not")
     return found

@@ -35,6 +35,7 @@ from hsap_compile._torch import (
 )
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
+from hsap_compile.passes._operands import reads_no_numbers
 from hsap_compile.passes._regions import expanded, put_back, set_aside
 from hsap_compile.passes._varlen import write_varlen_as_masked
 from hsap_compile.passes.find_attention import arguments
@@ -250,18 +251,12 @@ def _tracked(module: GraphModule) -> set[Node]:
         elif (
             enabled
             and node.target is not aten.detach.default
-            and not _is_new(node)
+            and not reads_no_numbers(node)
             and _floating(node.meta.get("val")) is not None
             and any(n in found for n in node.all_input_nodes)
         ):
             found.add(node)
     return found
-
-
-def _is_new(node: Node) -> bool:
-    """Whether the operator reads of its operand what it is like, and nothing else."""
-    name = operator_name(node.target).removeprefix("aten::")
-    return name.endswith("_like") or name.startswith("new_")
 
 
 def _mutated_argument(node: Node) -> Node:

@@ -37,7 +37,7 @@ from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import rule_for
 from hsap_compile.passes._forms import Counts, Local, NotLocal
-from hsap_compile.passes._operands import args_of
+from hsap_compile.passes._operands import args_of, reads_no_numbers
 from hsap_compile.passes._parameters import settle_parameters
 from hsap_compile.passes._random import agreed, disagreed, is_random
 from hsap_compile.passes._reindex import Longer, aligned, common_start, within
@@ -421,7 +421,8 @@ def shard_tokens(
         if node.target is SET_GRAD_ENABLED:
             grad = bool(node.args[0])
             continue
-        if any(n in sharder.differentiable for n in node.all_input_nodes):
+        learned = any(n in sharder.differentiable for n in node.all_input_nodes)
+        if learned and node.target is not aten.detach.default and not reads_no_numbers(node):
             sharder.differentiable.add(node)
         if not grad:
             sharder.no_grad.add(node)

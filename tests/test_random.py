@@ -61,6 +61,8 @@ AGREED: dict[str, Function] = {
     "bools": lambda h, ids: (h * (torch.rand(B) < 0.5)[:, None, None],),
     "a layer dropped": lambda h, ids: (h * torch.empty(B, 1, 1).bernoulli_(0.5),),
     "dropout of what is pooled": lambda h, ids: (F.dropout(h.sum(1), 0.5),),
+    "like pooled rows": lambda h, ids: (h * torch.randn_like(h.sum(1))[:, None],),
+    "like cut rows": lambda h, ids: (h * torch.bernoulli(h.sum(1).detach().sigmoid())[:, None],),
     "a permutation": lambda h, ids: (h[:, torch.randperm(ids.shape[1])],),
 }
 
@@ -81,7 +83,8 @@ def test_what_is_drawn_is_drawn_once(name: str, mesh: tuple[int, int]) -> None:
         assert torch.equal(step.outputs[0], first)
         (gradient,) = [g for g in step.gradients.values() if g.shape == (D,)]
         torch.testing.assert_close(gradient @ WEIGHT, first.sum(), rtol=1e-12, atol=1e-12)
-    assert sums(result) == 1 + (name in AGREED)  # of the loss, and of what one rank drew
+    # of the loss, of what one rank drew, and of what it was drawn like
+    assert sums(result) == 1 + (name in AGREED) + name.startswith("like ")
 
 
 def attended(h: Tensor, ids: Tensor) -> tuple[Tensor, ...]:

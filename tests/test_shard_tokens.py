@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hsap_compile.errors import Refused
 from hsap_compile.kernels import exchange
-from hsap_compile.passes import _families, _numbered, _totals
+from hsap_compile.passes import _families, _numbered, _parameters, _totals
 from hsap_compile.passes import shard_tokens as sharding
 from simulate import Traced, eager, simulate, traced, worst
 
@@ -161,6 +161,11 @@ LOCAL: dict[str, Pattern] = {
     "tail mean": lambda p, x, i: x + x[:, 1:].mean((0, 1)),
     "middle sum": lambda p, x, i: x + (x[:, 2:-1] * p.square[0]).sum(1, keepdim=True) / x.shape[1],
     "tail labels": lambda p, x, i: x * F.cross_entropy(x[:, :-1].flatten(0, 1), i[:, 1:].flatten() % WIDTH),
+    "new beside parameters": lambda p, x, i: (
+        x
+        + (x.new_zeros(x.shape[0], 1, WIDTH) + p.vector) * (x.new_full((), 2.0) * p.scalar)
+        + (x.new_zeros(4, WIDTH).index_add(0, i[0] % 4, x[0]) @ p.square + p.vector).sin().mean(0)
+    ),
     "head labels": lambda p, x, i: x * F.cross_entropy(x[:, 1:].mT, i[:, :-1] % WIDTH, reduction="sum"),
     "losses": lambda p, x, i: x + F.huber_loss(x, p.vector.expand_as(x)) + F.l1_loss(x, x.flip(-1)),
     "divergence": lambda p, x, i: (
@@ -353,6 +358,16 @@ MUTATIONS = {
 }
 
 
+def test_what_is_taken_for_the_same_on_every_rank_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else parameters beside it would have the gradient of every rank."""
+    pattern: Pattern = lambda p, x, i: x + x.new_zeros(WIDTH) * p.vector  # noqa: E731
+    of = trace(Program((LOCAL["linear"], pattern)), rows=2)
+    check(of, 2, 1)
+    monkeypatch.setattr(_parameters, "operator_name", lambda target: "")
+    with pytest.raises(AssertionError, match="mul.* is taken for the same on every rank, and is not"):
+        simulate(of, 2, 1)
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_broken_rules_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, attribute, broken, pattern = MUTATIONS[name]
@@ -364,6 +379,15 @@ def test_broken_rules_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # --- single cases -------------------------------------------------------------------------------------
+
+
+def test_an_attention_over_other_tokens_says_which() -> None:
+    def shorter(p: Program, x: Tensor, i: Tensor) -> Tensor:
+        y = (x[:, :-1] @ p.square)[:, None]
+        return F.pad(F.scaled_dot_product_attention(y, y, y, is_causal=True)[:, 0], (0, 0, 0, 1)) + x
+
+    (said,) = check(trace(Program((LOCAL["linear"], shorter)), rows=2), 3, 1)
+    assert re.search(r"an attention over (\w+) - 1 tokens of \1: cut the batch before the model", said), said
 
 
 def test_dropout_on_own_tokens_is_allowed() -> None:

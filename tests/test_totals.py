@@ -94,6 +94,7 @@ def test_totals_stay_local(name: str) -> None:
 #: Computed on gathered tokens: how many operators.
 GATHERED: dict[str, tuple[Pattern, int]] = {
     "the largest": (lambda p, x, i: x / x.norm(float("inf"), dim=1, keepdim=True), 1),
+    "complex": (lambda p, x, i: x + torch.view_as_complex(x.unflatten(2, (3, 2))).var(1).sum(), 1),
     "which of everything": (lambda p, x, i: x + x.argmax() / 9, 1),
     "which of folded rows": (lambda p, x, i: x + x.flatten(0, 1).max(0).values, 1),
     "tokens of others": (lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1].flip(1)).mean(2)[:, None], 2),
