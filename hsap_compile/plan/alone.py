@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from hsap_compile.plan.attended import Floats, Ints
 from hsap_compile.plan.fill import NOBODY, PATIENCE, Fill
 
 STEPS = 16  # times the ranks of a group
+_WEIGHTS = np.array([[1.0], [1.0 + PATIENCE]])  # of area: all of it, or as what is over the limit counts
 DEAR = 0.5  # of the limit: where exchanging heads costs more, sharing less is tried as well
 
 
@@ -46,6 +47,26 @@ class Group:
     area: float
     limit: float
     price: float
+
+    @property
+    def allowed(self) -> Floats:
+        """(2, 1) what of the two times of `_State.seconds` does not count."""
+        return (_WEIGHTS - 1) * self.limit
+
+    @cached_property
+    def columns(self) -> Ints:
+        """(K + 1,) `sizes`; unit -1 is none."""
+        return np.append(self.sizes, 0)
+
+    @cached_property
+    def by_moving(self) -> Floats:
+        """(2, K + 1) by how much the times of a rank fall that gives a unit away."""
+        return _WEIGHTS * np.append(self.pairs, 0) - self.price * self.columns
+
+    @cached_property
+    def by_sharing(self) -> Floats:
+        """(2, K) the same where the unit is shared: exchanged, and attended by all."""
+        return (1 - 1 / len(self.quota)) * _WEIGHTS * self.pairs - self.price * self.sizes
 
 
 class _Ranks(Fill):
@@ -74,7 +95,7 @@ def choose(group: Group) -> Ints:
     best = _filled(group)
     if group.price * best.exchanged.max() > DEAR * group.limit:  # whole wherever there is room
         loose = _filled(dataclasses.replace(group, limit=math.inf), group)
-        best = min(best, loose, key=lambda state: state.slowness(state.area, state.exchanged).max())
+        best = min(best, loose, key=lambda state: state.seconds().max())
     return best.member
 
 
@@ -95,10 +116,11 @@ def _shared(group: Group, member: Ints) -> _State:
         return state
     best, fewest = state.member.copy(), math.inf
     for _ in range(STEPS * len(group.quota)):
-        seconds = state.slowness(state.area, state.exchanged)
-        slowest = int(np.argmax(seconds))
-        if seconds[slowest] < fewest:
-            best, fewest = state.member.copy(), float(seconds[slowest])
+        seconds = state.seconds()
+        longer = seconds.max(axis=0)
+        slowest = int(longer.argmax())
+        if longer[slowest] < fewest:
+            best, fewest = state.member.copy(), float(longer[slowest])
         if state.area.max() <= group.limit or not state.improve(slowest, seconds):
             break
     return _State(group, best)
@@ -108,46 +130,53 @@ class _State:
     """Who holds what alone, and the area and exchanged columns of each rank that follow."""
 
     def __init__(self, group: Group, member: Ints) -> None:
-        ranks, held = len(group.quota), member != NOBODY
-        tokens, pairs = (
-            np.bincount(member[held], values[held], ranks) for values in (group.sizes, group.pairs)
-        )
+        ranks = len(group.quota)
+        tokens, pairs = (np.bincount(member + 1, x, ranks + 1)[1:] for x in (group.sizes, group.pairs))
         self.group, self.member = group, member.copy()
         self.area = pairs + (group.area - pairs.sum()) / ranks
         self.exchanged = group.quota - tokens
 
-    def slowness(self, area: Any, exchanged: Any) -> Any:
-        """Time of ranks in pairs; what is over the limit counts more."""
-        over = np.maximum(area - self.group.limit, 0)
-        return area + PATIENCE * over + self.group.price * exchanged
+    def seconds(self) -> Floats:
+        """(2, M) time of each rank in pairs; the longer counts, the second where area is over the limit."""
+        group = self.group
+        return _WEIGHTS * self.area - group.allowed + group.price * self.exchanged
 
     def improve(self, slowest: int, seconds: Floats) -> bool:
-        """Share one of a rank's units, or swap one with the fastest rank, whichever makes it faster."""
-        group, lightest = self.group, int(np.argmin(self.area))
-        mine, theirs = (np.flatnonzero(self.member == r) for r in (slowest, lightest))
+        """Share one of a rank's units, or swap one with the lightest rank, whichever makes it faster."""
+        group, lightest = self.group, int(self.area.argmin())
+        mine, theirs = ((self.member == r).nonzero()[0] for r in (slowest, lightest))
         if len(mine) == 0:
             return False
-        n, pairs, ranks = group.sizes[mine], group.pairs[mine], len(group.quota)
-        shared = self.slowness(self.area[slowest] - pairs * (1 - 1 / ranks), self.exchanged[slowest] + n)
-        # the last one gives nothing back
-        n_back, pairs_back = (np.append(values[theirs], 0) for values in (group.sizes, group.pairs))
-        more, less = n[:, None] - n_back, pairs[:, None] - pairs_back
-        swapped = np.maximum(
-            self.slowness(self.area[slowest] - less, self.exchanged[slowest] + more),
-            self.slowness(self.area[lightest] + less, self.exchanged[lightest] - more),
-        )
-        room = (self.exchanged[slowest] + more >= 0) & (self.exchanged[lightest] - more >= 0)
-        swapped = np.where(room & (lightest != slowest), swapped, np.inf)
-        i, j = np.unravel_index(np.argmin(swapped), swapped.shape)
-        if min(swapped[i, j], shared.min()) >= seconds[slowest]:
+        now = seconds[:, slowest, None]
+        shared = (now - group.by_sharing[:, mine]).max(axis=0)
+        share, swap = int(shared.argmin()), math.inf
+        if lightest != slowest:
+            theirs = np.append(theirs, NOBODY)  # nothing is given back
+            swapped = self._swapped(mine, theirs, slowest, lightest, seconds)
+            i, j = divmod(int(swapped.argmin()), len(theirs))
+            swap = float(swapped[i, j])
+        if min(swap, shared[share]) >= now.max():
             return False
-        if swapped[i, j] <= shared.min():
+        if swap <= shared[share]:
             self._move(int(mine[i]), lightest)
-            if j < len(theirs):
+            if theirs[j] != NOBODY:
                 self._move(int(theirs[j]), slowest)
         else:
-            self._move(int(mine[np.argmin(shared)]), NOBODY)
+            self._move(int(mine[share]), NOBODY)
         return True
+
+    def _swapped(self, mine: Ints, theirs: Ints, slowest: int, lightest: int, seconds: Floats) -> Floats:
+        """[unit of mine, of theirs]: the longer time of the two ranks when these are swapped; no time where the
+        exchange has no room."""
+        group = self.group
+        result = np.zeros((len(mine), len(theirs)))
+        for now, moved in zip(seconds, group.by_moving, strict=True):
+            less = moved[mine][:, None] - moved[theirs]
+            np.maximum(result, now[slowest] - less, out=result)
+            np.maximum(result, now[lightest] + less, out=result)
+        more = group.columns[mine][:, None] - group.columns[theirs]
+        result[(more < -self.exchanged[slowest]) | (more > self.exchanged[lightest])] = math.inf
+        return result
 
     def _move(self, unit: int, to: int) -> None:
         group, source = self.group, self.member[unit]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -114,28 +115,44 @@ class Structure:
     def stride(self) -> int:
         return self.mask.tokens + 1
 
+    @cached_property
+    def query_line(self) -> tuple[Ints, Ints]:
+        """(start, stop) of the valid queries on the row line."""
+        base = self.queries.row * self.stride
+        return base + self.queries.start, base + self.queries.stop
+
+    @cached_property
+    def key_line(self) -> tuple[Ints, Ints]:
+        """(start, stop) of the valid keys on the label line."""
+        base = self.keys.label * self.stride
+        return base + self.keys.start, base + self.keys.stop
+
 
 # --- intervals on a line ---
 
 
 def span(start: Ints, stop: Ints, others_start: Ints, others_stop: Ints) -> tuple[Ints, Ints]:
     """For each interval, the range [first, last) of the sorted disjoint others that it overlaps."""
-    first = np.searchsorted(others_stop, start, side="right")
-    last = np.searchsorted(others_start, stop, side="left")
+    first = others_stop.searchsorted(start, side="right")
+    last = others_start.searchsorted(stop, side="left")
     return first, np.maximum(first, last)
 
 
 def ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
     """Expand ranges: (index of the range, element) for every element of every [first, last)."""
     count = last - first
-    owner = np.repeat(np.arange(len(first)), count)
-    offset = np.cumsum(count) - count
-    return owner, np.arange(len(owner)) + (first - offset)[owner]
+    owner = np.arange(len(first)).repeat(count)
+    return owner, np.arange(len(owner)) + (last - count.cumsum())[owner]
 
 
 def overlaps(start: Ints, stop: Ints, others_start: Ints, others_stop: Ints) -> tuple[Ints, Ints]:
     """Index pairs (interval, other) that overlap; the others are sorted and disjoint."""
     return ranges(*span(start, stop, others_start, others_stop))
+
+
+def within(columns: Ints, tokens: int) -> Ints:
+    """Columns between 0 and `tokens`; in a quarter of the time of np.clip."""
+    return np.minimum(np.maximum(columns, 0), tokens)
 
 
 def union(start: Ints, stop: Ints) -> tuple[Ints, Ints]:
@@ -144,17 +161,25 @@ def union(start: Ints, stop: Ints) -> tuple[Ints, Ints]:
     start, stop = start[keep], stop[keep]
     if len(start) == 0:
         return start, stop
-    order = np.argsort(start, kind="stable")
+    order = start.argsort(kind="stable")
     start, reach = start[order], np.maximum.accumulate(stop[order])
-    opens = np.flatnonzero(np.concatenate(([True], start[1:] > reach[:-1])))
-    closes = np.concatenate((opens[1:], [len(start)])) - 1
-    return start[opens], reach[closes]
+    opens = np.empty(len(start), np.bool_)
+    opens[0] = True
+    np.greater(start[1:], reach[:-1], out=opens[1:])
+    return start[opens], reach[np.append(opens[1:], True)]
 
 
 def distinct(values: Ints) -> Ints:
     """Sorted, each once; several times as fast as np.unique, which hashes."""
     values = np.sort(values)
-    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
+    return values[changes(values)]
+
+
+def changes(values: Ints) -> Bools:
+    """(n,) whether each value differs from the one before it, as the first does."""
+    result = np.ones(len(values), np.bool_)
+    np.not_equal(values[1:], values[:-1], out=result[1:])
+    return result
 
 
 # --- mask to runs ---
@@ -174,17 +199,20 @@ def _runs(mask: Attended, valid: Bools | None) -> Runs:
     tokens = mask.tokens
     given = [x for x in (mask.labels, valid) if x is not None]
     rows = max((len(x) for x in given), default=1)
-    cuts = [x[:, 1:] != x[:, :-1] for x in given]
-    cut = cuts[0] if len(cuts) == 1 else sum(cuts, np.zeros((rows, tokens - 1), np.bool_))
-    row, column = np.divmod(np.flatnonzero(cut), tokens - 1)
-    at = np.sort(np.append(row * tokens + column + 1, np.arange(rows) * tokens))
+    opens = np.zeros((rows, tokens), np.bool_)
+    for i, x in enumerate(given):
+        if i == 0:
+            np.not_equal(x[:, 1:], x[:, :-1], out=opens[:, 1:])  # in place: the longest array of all
+        else:
+            opens[:, 1:] |= x[:, 1:] != x[:, :-1]
+    opens[:, 0] = True
+    at = opens.ravel().nonzero()[0]
     row, start = np.divmod(at, tokens)
     stop = np.append(at[1:], rows * tokens) - row * tokens
     label, labels = np.zeros(len(at), np.int64), 1
     if mask.labels is not None:
         # every distinct label starts some run, so that queries and keys number labels alike
-        values, label = np.unique(mask.labels[row % len(mask.labels), start], return_inverse=True)
-        labels = len(values)
+        label, labels = _numbered(mask.labels[row % len(mask.labels), start])
     if valid is not None:
         keep = valid[row % len(valid), start]
         row, start, stop, label = row[keep], start[keep], stop[keep], label[keep]
@@ -195,13 +223,20 @@ def _runs(mask: Attended, valid: Bools | None) -> Runs:
     return Runs(row, start, stop, row * labels + label)
 
 
+def _numbered(labels: Ints) -> tuple[Ints, int]:
+    """((n,) the labels numbered in their order, without gaps; how many there are)."""
+    order = labels.argsort(kind="stable")
+    number = changes(labels[order]).cumsum()
+    result = np.empty_like(order)
+    result[order] = number - 1
+    return result, int(number[-1])
+
+
 def answered(s: Structure) -> tuple[Ints, Ints]:
     """The queries that have an allowed key, as sorted disjoint intervals on the row line."""
     lo, hi = s.mask.band
     base, tokens = s.keys.label * s.stride, s.mask.tokens
-    start, stop = union(
-        base + np.clip(s.keys.start + lo, 0, tokens), base + np.clip(s.keys.stop + hi, 0, tokens)
-    )
+    start, stop = union(base + within(s.keys.start + lo, tokens), base + within(s.keys.stop + hi, tokens))
     q_base = s.queries.label * s.stride
     q, i = overlaps(q_base + s.queries.start, q_base + s.queries.stop, start, stop)
     shift = (s.queries.row * s.stride - q_base)[q]
@@ -258,54 +293,52 @@ def area(structures: Sequence[Structure]) -> Area:
     tokens = structures[0].mask.tokens
     edges = np.concatenate([np.zeros(1, np.int64), *map(_knots, structures)])
     knots = np.append(distinct(edges[(edges >= 0) & (edges < tokens)]), tokens)
-    size = np.diff(knots)
-    probes = np.concatenate((knots[:-1], knots[1:] - 1))
-    first, last = sum((_pairs(s, probes) for s in structures), np.zeros_like(probes)).reshape(2, -1)
+    size = knots[1:] - knots[:-1]
+    first, last = sum(_pairs(s, knots[:-1], knots[1:] - 1) for s in structures)
     slope = (last - first) // np.maximum(size - 1, 1)
-    total = np.concatenate(([0], np.cumsum((first + last) * size // 2)))
+    total = np.zeros_like(knots)
+    np.cumsum((first + last) * size // 2, out=total[1:])
     return Area(knots, total, first, slope)
 
 
 def _knots(s: Structure) -> Ints:
     edges = np.concatenate((s.queries.start, s.queries.stop))
     for shift in (s.mask.lo, s.mask.hi):
-        if shift is not None:
+        if shift is not None and (shift or s.keys is not s.queries):
             edges = np.concatenate((edges, s.keys.start + shift, s.keys.stop + shift))
     # a soft mask jumps where the count is 0, which a linear piece may be at its ends only
     return np.concatenate((edges - 1, edges, edges + 1)) if s.mask.soft else edges
 
 
-def _pairs(s: Structure, columns: Ints) -> Ints:
-    """Keys attended by the query of each column, summed over batch rows."""
-    lo, hi = s.mask.band
-    at = (np.arange(s.mask.batch)[:, None] * s.stride + columns).ravel()
-    column = np.tile(columns, s.mask.batch)
+def _pairs(s: Structure, first: Ints, last: Ints) -> Ints:
+    """(2, K) keys attended by the queries of the columns `first` (K,) and `last` (K,), summed over batch rows.
+    In every row both lie in one run of queries, or in none."""
+    lo, hi = s.mask.lo, s.mask.hi
+    columns = np.stack((first, last))[:, None]
+    at = np.arange(s.mask.batch)[:, None] * s.stride + first
+    count = np.zeros((2, *at.shape), np.int64)
     if len(s.queries.row):
-        q = np.searchsorted(s.queries.row * s.stride + s.queries.start, at, side="right") - 1
-        q = np.maximum(q, 0)
-        inside = (at - s.queries.row[q] * s.stride >= s.queries.start[q]) & (
-            at - s.queries.row[q] * s.stride < s.queries.stop[q]
-        )
-        label = s.queries.label[q]
-        count = keys_between(s, label, column - hi, column - lo + 1) * inside
-    else:
-        count = np.zeros_like(at)
+        start, stop = s.query_line
+        q = np.maximum(start.searchsorted(at, side="right") - 1, 0)
+        inside = (at >= start[q]) & (at < stop[q])
+        below = np.zeros(1, np.int64) if hi is None else columns - hi
+        behind = np.full(1, s.mask.tokens) if lo is None else columns - lo + 1
+        count += keys_between(s, s.queries.label[q], below, behind) * inside
     if s.mask.soft:
         count = np.where(count == 0, s.mask.tokens, count)
-    return count.reshape(s.mask.batch, -1).sum(axis=0)
+    return count.sum(axis=1)
 
 
 def keys_between(s: Structure, label: Ints, start: Ints, stop: Ints) -> Ints:
-    """(n,) keys of each label in columns [start, stop)."""
+    """Keys of each label in columns [start, stop), for arrays that broadcast."""
     return _keys_before(s, label, stop) - _keys_before(s, label, start)
 
 
 def _keys_before(s: Structure, label: Ints, column: Ints) -> Ints:
     """Keys before (label, column) on the label line."""
+    at = label * s.stride + within(column, s.mask.tokens)
     if len(s.keys.row) == 0:
-        return np.zeros_like(column)
-    starts = s.keys.label * s.stride + s.keys.start
-    at = label * s.stride + np.clip(column, 0, s.mask.tokens)
-    i = np.searchsorted(starts, at, side="right") - 1
-    part = np.minimum(at - starts[i], (s.keys.stop - s.keys.start)[i])
-    return np.where(i < 0, 0, s.keys_before[i] + part)
+        return np.zeros_like(at)
+    starts, stops = s.key_line
+    i = starts.searchsorted(at, side="right") - 1
+    return np.where(i < 0, 0, s.keys_before[i] + np.minimum(at, stops[i]) - starts[i])

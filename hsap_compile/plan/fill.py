@@ -11,6 +11,7 @@ Shapes: G parties, D documents.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -33,6 +34,8 @@ TOLERANCE = 0.002  # of the limit
 
 NOBODY = -1
 
+_Party = tuple[float, int, float, float]  # what a heap orders it by, its number, room, load
+
 
 class Fill(ABC):
     """Parties while they are being filled.
@@ -50,10 +53,10 @@ class Fill(ABC):
         self.sizes, self.pairs, self.room, self.load = sizes, pairs, room, load
         self.limit, self.overfill = limit, overfill
         self.owner = np.full(len(sizes), NOBODY)
-        # the least area that a number of tokens may have
-        order = np.argsort(pairs / sizes, kind="stable")
-        self._tokens = np.append(0, np.cumsum(sizes[order]))
-        self._pairs = np.append(0, np.cumsum(pairs[order]))
+        # tokens, and the least area that so many may have
+        self._cheapest = np.zeros((2, len(sizes) + 1))
+        order = (pairs / sizes).argsort(kind="stable")
+        np.cumsum(np.stack((sizes[order], pairs[order])), axis=1, out=self._cheapest[:, 1:])
 
     @abstractmethod
     def divide(self, document: int, light: Ints, most: float | None = None) -> None:
@@ -73,9 +76,9 @@ class Fill(ABC):
         The parties that can pay least for a token get the cheapest ones.
         """
         left = self.limit - load
-        order = np.argsort(left / np.maximum(room, 0.5))
-        least = np.interp(np.cumsum(room[order]), self._tokens, self._pairs)
-        return float(np.max(least - np.cumsum(left[order])))
+        order = (left / np.maximum(room, 0.5)).argsort()
+        least = np.interp(room[order].cumsum(), *self._cheapest)
+        return float((least - left[order].cumsum()).max())
 
     def excess_with(self, parties: Ints, n: float, area: float) -> float:
         """The same after `n` tokens with this area more on each of `parties`."""
@@ -88,19 +91,23 @@ class Fill(ABC):
         """Place all documents."""
         order = np.lexsort((-self.sizes, -self.pairs))
         long = (self.pairs[order] >= LONG * self.limit) | (self.sizes[order] > self.room.max())
+        if long.any():
+            self._place_evenly(order[long])
+        self._place_short(order[~long])
+
+    def _place_evenly(self, documents: Ints) -> None:
+        """Place long documents so that what is left can be spread evenly, or as nearly as any target does."""
         empty, best, least = self.state(), None, math.inf
         for target in TARGETS:
-            self.restore(empty)
-            self._place_long(order[long], target * self.limit)
+            self._place_long(documents, target * self.limit)
             excess = self.excess(self.room, self.load)
             if excess <= TOLERANCE * self.limit:
-                break
+                return
             if excess < least:
                 best, least = self.state(), excess
-        else:
-            assert best is not None
-            self.restore(best)
-        self._place_short(order[~long])
+            self.restore(empty)
+        assert best is not None
+        self.restore(best)
 
     def state(self) -> tuple[Any, ...]:
         """What `restore` needs to come back to now."""
@@ -129,46 +136,50 @@ class Fill(ABC):
                 heapq.heappush(todo, (-area_left, i, document))
 
     def _place_short(self, documents: Ints) -> None:
-        """Python lists and a heap: a numpy call for each document would take longer than all the rest."""
-        sizes, pairs = self.sizes[documents], self.pairs[documents]
-        tokens_left = np.cumsum(sizes[::-1])[::-1] - sizes
-        pairs_left = np.cumsum(pairs[::-1])[::-1] - pairs
-        parties = len(self.room)
-        densities = (pairs_left[::parties] / np.maximum(tokens_left[::parties], 1)).tolist()
-        room, load, owner = self.room.tolist(), self.load.tolist(), []
-        todo = list(zip(sizes.tolist(), pairs.tolist(), strict=True))
-        for turn, density in enumerate(densities):
-            # parties by how much area they will have; those without room for the document at hand, by room
-            light = [(load[p] + density * room[p], p) for p in range(parties) if room[p] > 0]
+        """Python tuples in heaps: a numpy call for each document would take longer than all the rest."""
+        sizes, pairs, parties = self.sizes[documents], self.pairs[documents], len(self.room)
+        tokens_left, pairs_left = ((x.sum() - x.cumsum())[::parties] for x in (sizes, pairs))
+        densities = (pairs_left / np.maximum(tokens_left, 1)).tolist()
+        todo = zip(sizes.tolist(), pairs.tolist(), strict=True)
+        owner: list[int] = []
+        # parties by how much area they will have; those without room for the document at hand, by room
+        light, full = self._lightest(0.0), list[_Party]()
+        for density in densities:
+            light = [(held + density * room, party, room, held) for _, party, room, held in light + full]
             heapq.heapify(light)
-            full: list[tuple[float, int]] = []
-            for n, area in todo[turn * parties : (turn + 1) * parties]:
-                while full and -full[0][0] >= n:
-                    party = heapq.heappop(full)[1]
-                    heapq.heappush(light, (load[party] + density * room[party], party))
-                while light and room[light[0][1]] < n:
-                    party = heapq.heappop(light)[1]
-                    heapq.heappush(full, (-room[party], party))
+            full = []
+            for n, area in itertools.islice(todo, parties):
+                while full and full[0][2] >= n:
+                    _, party, room, held = heapq.heappop(full)
+                    heapq.heappush(light, (held + density * room, party, room, held))
+                while light and light[0][2] < n:
+                    _, party, room, held = heapq.heappop(light)
+                    heapq.heappush(full, (-room, party, room, held))
                 if light:
-                    party = light[0][1]
-                    room[party] = left = room[party] - n
-                    load[party] = held = load[party] + area
-                    heapq.heapreplace(light, (held + density * left, party))
+                    _, party, room, held = light[0]
+                    room, held = room - n, held + area
+                    heapq.heapreplace(light, (held + density * room, party, room, held))
                     owner.append(party)
-                elif full and n <= self.overfill - full[0][0]:
-                    party = heapq.heappop(full)[1]
-                    room[party] -= n
-                    load[party] += area
-                    if room[party] > 0:
-                        heapq.heappush(full, (-room[party], party))
+                elif n <= self.overfill + full[0][2]:
+                    _, party, room, held = full[0]
+                    heapq.heapreplace(full, (n - room, party, room - n, held + area))
                     owner.append(party)
                 else:
-                    self.room[:], self.load[:] = room, load
-                    order = sorted((load[p] + density * room[p], p) for _, p in full)
-                    self.divide(int(documents[len(owner)]), np.array([p for _, p in order], np.int64))
-                    room, load = self.room.tolist(), self.load.tolist()
-                    full = [(-room[p], p) for p in range(parties) if room[p] > 0]
-                    heapq.heapify(full)
+                    self._hold(full)
+                    by_load = sorted(p for p in self._lightest(density) if p[2] > 0)
+                    self.divide(int(documents[len(owner)]), np.array([p[1] for p in by_load], np.int64))
+                    light, full = self._lightest(density), []
+                    heapq.heapify(light)
                     owner.append(NOBODY)
         self.owner[documents] = owner
-        self.room[:], self.load[:] = room, load
+        self._hold(light + full)
+
+    def _lightest(self, density: float) -> list[_Party]:
+        """All parties by the area that they will have when their room is filled with this density."""
+        held = zip(self.room.tolist(), self.load.tolist(), strict=True)
+        return [(load + density * room, party, room, load) for party, (room, load) in enumerate(held)]
+
+    def _hold(self, parties: list[_Party]) -> None:
+        """Take over what parties have by now."""
+        for _, party, room, load in parties:
+            self.room[party], self.load[party] = room, load

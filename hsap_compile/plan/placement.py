@@ -74,12 +74,14 @@ class MeshShape:
         return self.inter * self.intra
 
     @cached_property
+    def ranks(self) -> Ints:
+        """(inter, intra) int64 rank at each position of each group."""
+        return np.array(self.groups)
+
+    @cached_property
     def group(self) -> Ints:
         """(P,) int64 group of each rank."""
-        result = np.empty(self.size, np.int64)
-        for i, ranks in enumerate(self.groups):
-            result[list(ranks)] = i
-        return result
+        return self.ranks.ravel().argsort() // self.intra
 
     def group_of(self, rank: int) -> tuple[int, int]:
         """(group, position in it) of a rank."""
@@ -179,18 +181,20 @@ def _laid(placement: Placement, group: Ints, start: Ints, stop: Ints, batch: int
     """Pieces in the order of their group's row space, groups ascending."""
     if len(start) == 0:
         return Owned(group, start, stop, start)
-    touch = (start[1:] == stop[:-1]) & (group[1:] == group[:-1])
-    opens, closes = np.append(True, ~touch), np.append(~touch, True)
-    group, start, stop = group[opens], start[opens], stop[closes]
+    opens = np.ones(len(start) + 1, np.bool_)
+    np.not_equal(start[1:], stop[:-1], out=opens[1:-1])
+    opens[1:-1] |= group[1:] != group[:-1]
+    group, start, stop = group[opens[:-1]], start[opens[:-1]], stop[opens[1:]]
     size = stop - start
-    total = np.bincount(group, weights=size).astype(np.int64)
-    index = np.cumsum(size) - size - (np.cumsum(total) - total)[group]
-    order = np.argsort(start)
-    group, start, stop, index = group[order], start[order], stop[order], index[order]
-    row = np.repeat(np.arange(batch), len(group))
-    group, start, stop, index = (np.tile(x, batch) for x in (group, start, stop, index))
+    ends = size.cumsum()
+    held = np.bincount(group, size).astype(np.int64)
+    index = ends - size - (held.cumsum() - held)[group] - start
+    order = start.argsort()
+    group, start, stop, index = (x[order] for x in (group, start, stop, index))
+    row = np.arange(batch)[:, None]
     line = row * (placement.tokens + 1)
-    return Owned(group, line + start, line + stop, row * total[group] + index - line - start)
+    rows = group + 0 * row, line + start, line + stop, row * held[group] + index - line
+    return Owned(*(x.ravel() for x in rows))
 
 
 def place(
@@ -229,7 +233,7 @@ def place_structures(
             "use fewer ranks or a longer batch"
         )
     counts = tokens // ranks + (np.arange(ranks) < tokens % ranks)
-    shares = counts[np.array(mesh.groups)].sum(axis=1)
+    shares = counts[mesh.ranks].sum(axis=1)
     before, hulls = area(structures), _hulls(structures)
     units = _units(structures, hulls)
     if kind == "contiguous" or mesh.inter == 1:
@@ -258,54 +262,53 @@ def _alone(
     area: Area, units: Ints, runs: Ints, line: int, counts: Ints, kind: Kind, cost: CostModel, mesh: MeshShape
 ) -> Ints:
     """(3, n) rank, start, stop of what the ranks hold alone; `runs` (2, m) are the groups', on lines."""
-    order = np.argsort(runs[0] % line)
-    group = runs[0, order] // line
-    start, stop = runs[:, order] - group * line
+    start = runs[0] % line
+    order = start.argsort()
+    group, start, stop = runs[0, order] // line, start[order], (runs[1] - 1)[order] % line + 1
     pairs = np.bincount(group, area.before(stop) - area.before(start), mesh.inter)
-    i = np.searchsorted(start, units[:-1], side="right") - 1
-    inside = np.flatnonzero(units[1:] <= stop[i])
-    inside = inside[np.argsort(group[i[inside]], kind="stable")]
-    first = np.searchsorted(group[i[inside]], np.arange(mesh.inter + 1))
-    start, stop = units[inside], units[inside + 1]
-    areas = area.before(stop) - area.before(start)
+    i = start.searchsorted(units[:-1], side="right") - 1
+    inside = (units[1:] <= stop[i]).nonzero()[0]
+    inside = inside[group[i[inside]].argsort(kind="stable")]
+    areas, start, stop = np.diff(area.before(units))[inside], units[inside], units[inside + 1]
+    group = group[i[inside]]
+    first = group.searchsorted(np.arange(mesh.inter + 1)).tolist()
     mean, price = float(area.total[-1]) / mesh.size, _pairs_per_column(cost, mesh.intra)
-    found = []
-    for g, members in enumerate(mesh.groups):
+    member = np.full(len(inside), NOBODY)
+    for g, (held, quota) in enumerate(zip(pairs.tolist(), counts[mesh.ranks], strict=True)):
         mine = slice(first[g], first[g + 1])
-        limit = max(LIMIT * mean, INSIDE * float(pairs[g]) / mesh.intra)
-        quota = counts[list(members)]
-        part = Group(quota, (stop - start)[mine], areas[mine], float(pairs[g]), limit, price)
+        limit = max(LIMIT * mean, INSIDE * held / mesh.intra)
+        part = Group(quota, (stop - start)[mine], areas[mine], held, limit, price)
         if kind == "contiguous":
             ends = runs[0, g] - g * line + np.cumsum(quota)
             at = np.searchsorted(ends, start[mine], side="right")
             whole = at == np.searchsorted(ends, stop[mine], side="left")
-            member = share(part, np.where(whole, at, NOBODY))
+            member[mine] = share(part, np.where(whole, at, NOBODY))
         else:
-            member = choose(part)
-        some = member != NOBODY
-        found.append(np.stack((np.array(members)[member[some]], start[mine][some], stop[mine][some])))
-    return np.concatenate(found, axis=1)
+            member[mine] = choose(part)
+    some = member != NOBODY
+    return np.stack((mesh.ranks[group[some], member[some]], start[some], stop[some]))
 
 
 def _placed(mesh: MeshShape, tokens: int, runs: Ints, line: int, counts: Ints, alone: Ints) -> Placement:
     """What of the groups' `runs` no rank has alone is cut in order: each rank gets what its count lacks."""
-    ranks = np.array(mesh.groups).ravel()
+    ranks = mesh.ranks.ravel()
     held = np.bincount(alone[0], alone[2] - alone[1], mesh.size).astype(np.int64)
     on = mesh.group[alone[0]] * line
     # what is left of the runs lies between the alone units
     first, last = np.sort(np.append(runs[0], alone[2] + on)), np.sort(np.append(runs[1], alone[1] + on))
     first, last = first[first < last], last[first < last]
-    before, ends = np.cumsum(last - first) - (last - first), np.cumsum((counts - held)[ranks])
-    edges = distinct(np.concatenate((before, [0], ends)))[:-1]
-    i = np.searchsorted(before, edges, side="right") - 1
-    start = first[i] + edges - before[i] if len(edges) else edges
-    stop = start + np.diff(edges, append=ends[-1])
-    position = np.empty_like(ranks)
-    position[ranks] = np.arange(mesh.size)
-    at = np.append(position[alone[0]], np.searchsorted(ends, edges, side="right"))
-    shared = np.repeat([False, True], [alone.shape[1], len(edges)])
+    behind, ends = (last - first).cumsum(), (counts - held)[ranks].cumsum()
+    before = behind - (last - first)
+    edges = distinct(np.concatenate((before, [0], ends)))
+    begin = edges[:-1]
+    i = before.searchsorted(begin, side="right") - 1
+    start = first[i] + begin - before[i] if len(begin) else begin
+    stop = start + (edges[1:] - begin)
+    position = ranks.argsort()
+    at = np.append(position[alone[0]], ends.searchsorted(begin, side="right"))
+    shared = np.arange(len(at)) >= alone.shape[1]
     start, stop = np.append(alone[1], start % line), np.append(alone[2], (stop - 1) % line + 1)
-    order = np.lexsort((start, shared, at))
+    order = ((2 * at + shared) * line + start).argsort()  # no two are equal
     return Placement(mesh, tokens, ranks[at[order]], shared[order], start[order], stop[order])
 
 
