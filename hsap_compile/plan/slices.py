@@ -1,8 +1,8 @@
 """Which query rows attend to which key rows: rectangles, each with a rule.
 
 A rectangle's rows are contiguous in the query buffer and in columns, and so are its keys, so that the band is
-a function of the local difference i - j. In work, rectangles are a (6, n) int64 array: query columns [a, b),
-key columns [c, d), and what to add to a column to get its query row and its key row.
+a function of the local difference i - j. In work, rectangles are a (7, n) int64 array: query columns [a, b), what
+to add to a column to get its query row, key columns [c, d), what to add to get its key row, and the kind.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hsap_compile.plan.attended import (
     ranges,
     span,
     unanswered,
+    within,
 )
 
 FULL = 0  # everything allowed
@@ -38,12 +39,13 @@ MAX_EXACT_PER_PIECE = 4
 
 @dataclass(frozen=True, eq=False)
 class _Pieces:
-    """Intervals of columns [start, stop) with one label (or row) that are contiguous in a buffer."""
+    """Intervals of columns with one label (or row) that are contiguous in a buffer.
+
+    label (n,); rows (3, n): first column, the column behind the last, and buffer row minus column.
+    """
 
     label: Ints
-    start: Ints
-    stop: Ints
-    offset: Ints  # buffer row minus column
+    rows: Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +64,11 @@ class _Family:
         return int((self.last - self.first).sum())
 
     def rects(self) -> Ints:
-        queries, keys = self.queries, self.keys
+        """Of kind MOD, which is always right, clipped and in blocks."""
         q, k = ranges(self.first, self.last)
-        return np.stack(
-            (
-                queries.start[q],
-                queries.stop[q],
-                keys.start[k],
-                keys.stop[k],
-                queries.offset[q],
-                keys.offset[k],
-            )
-        )
+        kind = np.full((1, len(q)), MOD)
+        rects = np.concatenate((self.queries.rows[:, q], self.keys.rows[:, k], kind))
+        return _blocks(_clip(rects, self.lo, self.hi), self.lo, self.hi)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +92,8 @@ def slices(s: Structure, own: Buffer, received: Buffer) -> Ints:
     if len(own.start) == 0:
         return np.empty((0, 7), np.int64)
     held = _joined(own, received)
-    queries, keys = _labelled(s.queries, own, s.stride), _labelled(s.keys, held, s.stride)
+    queries = _labelled(s.queries, own, s.stride)
+    keys = queries if held is own and s.keys is s.queries else _labelled(s.keys, held, s.stride)
     families = [_family(queries, keys, lo, hi, s.stride)]
     if s.mask.soft:
         everything = _pieces(*_all_rows(s), held, s.stride)
@@ -112,34 +108,30 @@ def slices(s: Structure, own: Buffer, received: Buffer) -> Ints:
         rows = _pieces(*answered(s), own, s.stride)
         families = [_family(rows, _pieces(*_all_rows(s), held, s.stride), lo, hi, s.stride)]
 
-    rects, *others = (_blocks(_clip(f.rects(), f.lo, f.hi), f.lo, f.hi) for f in families)
-    first = _by_kind(rects, lo, hi) if exact and not s.mask.residual else _as(rects, MOD)
-    found = np.concatenate([_finish(*x, s) for x in (first, *(_as(r, MOD) for r in others))])
-    return found[np.lexsort((found[:, 2], found[:, 0]))]
+    rects, *others = (f.rects() for f in families)
+    if exact and not s.mask.residual:
+        rects = _by_kind(rects, lo, hi)
+    found = _finish(np.concatenate((rects, *others), axis=1), s)
+    order = (found[0] * (found[2].max(initial=0) + 1) + found[2]).argsort(kind="stable")
+    return np.ascontiguousarray(found[:, order].T)
 
 
 def _joined(own: Buffer, received: Buffer) -> Buffer:
     if len(received.start) == 0:
         return own
-    order = np.argsort(np.concatenate((own.start, received.start)))
-    start, stop, offset = (
-        np.concatenate(x)[order]
-        for x in (
-            (own.start, received.start),
-            (own.stop, received.stop),
-            (own.offset, received.offset),
-        )
-    )
-    return Buffer(start, stop, offset)
+    start = np.append(own.start, received.start)
+    order = start.argsort()
+    stop, offset = np.append(own.stop, received.stop), np.append(own.offset, received.offset)
+    return Buffer(start[order], stop[order], offset[order])
 
 
 def _labelled(runs: Runs, buffer: Buffer, stride: int) -> _Pieces:
     """What of the runs lies in the buffer, in the runs' order."""
     line = runs.row * stride
-    i, j = overlaps(line + runs.start, line + runs.stop, buffer.start, buffer.stop)
-    start = np.maximum(runs.start[i], buffer.start[j] - line[i])
-    stop = np.minimum(runs.stop[i], buffer.stop[j] - line[i])
-    return _Pieces(runs.label[i], start, stop, buffer.offset[j] + line[i])
+    first, last = line + runs.start, line + runs.stop
+    i, j = overlaps(first, last, buffer.start, buffer.stop)
+    start, stop, line = np.maximum(first[i], buffer.start[j]), np.minimum(last[i], buffer.stop[j]), line[i]
+    return _Pieces(runs.label[i], np.stack((start - line, stop - line, buffer.offset[j] + line)))
 
 
 def _pieces(start: Ints, stop: Ints, buffer: Buffer, stride: int) -> _Pieces:
@@ -155,44 +147,45 @@ def _all_rows(s: Structure) -> tuple[Ints, Ints]:
 
 def _family(queries: _Pieces, keys: _Pieces, lo: int, hi: int, stride: int) -> _Family:
     base, key_base = queries.label * stride, keys.label * stride
-    start = base + np.clip(queries.start - hi, 0, stride - 1)
-    stop = base + np.clip(queries.stop - lo, 0, stride - 1)
-    first, last = span(start, stop, key_base + keys.start, key_base + keys.stop)
+    start, stop, _ = queries.rows
+    start, stop = base + within(start - hi, stride - 1), base + within(stop - lo, stride - 1)
+    first, last = span(start, stop, key_base + keys.rows[0], key_base + keys.rows[1])
     return _Family(queries, keys, lo, hi, first, np.where(start < stop, last, first))
 
 
 def _clip(rects: Ints, lo: int, hi: int) -> Ints:
     """Drop the query rows and then the keys that the band leaves empty."""
-    a, b, c, d, q_offset, k_offset = rects
+    a, b, q_offset, c, d, k_offset, kind = rects
     a, b = np.maximum(a, c + lo), np.minimum(b, d + hi)
     c, d = np.maximum(c, a - hi), np.minimum(d, b - lo)
-    keep = (a < b) & (c < d)
-    return np.stack((a, b, c, d, q_offset, k_offset))[:, keep]
+    return np.stack((a, b, q_offset, c, d, k_offset, kind))[:, (a < b) & (c < d)]
 
 
 def _binds(rects: Ints, lo: int, hi: int) -> tuple[Bools, Bools]:
     """Whether each side of the band cuts into a rectangle."""
-    a, b, c, d = rects[:4]
+    a, b, _, c, d, _, _ = rects
     return a - (d - 1) < lo, b - 1 - c > hi
 
 
 def _blocks(rects: Ints, lo: int, hi: int) -> Ints:
     """Cut the queries of a window into blocks of its width, so that a band covers half of its rectangle."""
+    if hi - lo >= UNBOUNDED:
+        return rects
     low, high = _binds(rects, lo, hi)
     block = max(MIN_BLOCK, hi - lo + 1)
     count = np.where(low & high, -((rects[0] - rects[1]) // block), 1)
     if np.all(count == 1):
         return rects
     i, t = ranges(np.zeros_like(count), count)
-    a, b, c, d, q_offset, k_offset = rects[:, i]
-    cut = count[i] > 1
-    start = np.where(cut, a + t * block, a)
-    stop = np.where(cut, np.minimum(b, start + block), b)
-    return _clip(np.stack((start, stop, c, d, q_offset, k_offset)), lo, hi)
+    rects, cut = rects[:, i], count[i] > 1
+    start = np.where(cut, rects[0] + t * block, rects[0])
+    rects[1] = np.where(cut, np.minimum(rects[1], start + block), rects[1])
+    rects[0] = start
+    return _clip(rects, lo, hi)
 
 
-def _by_kind(rects: Ints, lo: int, hi: int) -> tuple[Ints, Ints]:
-    """Clipped rectangles cut into parts of one kind each, and the kinds.
+def _by_kind(rects: Ints, lo: int, hi: int) -> Ints:
+    """Clipped rectangles cut into parts of one kind each.
 
     Keys left of t are cut by the upper side of the band only, the others by the lower side only:
 
@@ -202,47 +195,25 @@ def _by_kind(rects: Ints, lo: int, hi: int) -> tuple[Ints, Ints]:
           e  ▜ █ █ █ █ █ ▙
           f    ▜ █ █ █ █ █
     """
-    if rects.shape[1] == 0:
-        return _as(rects, FULL)
     low, high = _binds(rects, lo, hi)
     wide = low & high & (rects[1] - rects[0] > hi - lo + 1)  # a narrow window: both sides cut the same keys
-    parts = []
-    if wide.any():
-        parts.append(_as(rects[:, wide], BAND))
-        rects, low, high = rects[:, ~wide], low[~wide], high[~wide]
-    a, b, c, d, *offsets = rects
-    t, f = d, a
-    if low.any():
-        t = np.where(low, np.minimum(a - lo, d), d)
-        f = np.where(t < d, d + lo, a)
-        parts += [_part(f, b, t, d, offsets, FULL), _part(a, f, t, d, offsets, CAUSAL)]
-    s, e = c, b
-    if high.any():
-        s = np.clip(b - 1 - hi, c, t)
-        e = np.clip(c + hi, a, b)
-        corner, kinds = _part(e, b, c, s, offsets, BAND)
-        corner = _clip(corner, lo, hi)
-        parts += [_part(a, e, c, s, offsets, FULL), (corner, kinds[: corner.shape[1]])]
-    parts.append(_part(a, b, s, t, offsets, FULL))
-    return np.concatenate([r for r, _ in parts], axis=1), np.concatenate([k for _, k in parts])
+    windows, rects, low = rects[:, wide], rects[:, ~wide], low[~wide]
+    windows[6] = BAND
+    a, b, q_offset, c, d, k_offset, _ = rects
+    t, f = np.where(low, a - lo, d), np.where(low, d + lo, a)
+    s, e = np.minimum(np.maximum(b - 1 - hi, c), t), np.minimum(np.maximum(c + hi, a), b)
+    parts = np.empty((7, 5, len(a)), np.int64)
+    parts[[0, 1, 3, 4]] = (f, a, a, e, a), (b, f, e, b, b), (t, t, c, c, s), (d, d, s, s, t)
+    parts[2], parts[5] = q_offset, k_offset
+    parts[6] = np.array([FULL, CAUSAL, FULL, BAND, FULL])[:, None]
+    return _clip(np.concatenate((windows, parts.reshape(7, -1)), axis=1), lo, hi)
 
 
-def _part(a: Ints, b: Ints, c: Ints, d: Ints, offsets: list[Ints], kind: int) -> tuple[Ints, Ints]:
-    """The rectangles that are not empty."""
-    some = (a < b) & (c < d)
-    return _as(np.stack((a, b, c, d, *offsets))[:, some], kind)
-
-
-def _as(rects: Ints, kind: int) -> tuple[Ints, Ints]:
-    return rects, np.full(rects.shape[1], kind)
-
-
-def _finish(rects: Ints, kind: Ints, s: Structure) -> Ints:
-    """The rows of rectangles."""
+def _finish(rects: Ints, s: Structure) -> Ints:
+    """(7, n) the rows of rectangles, their kinds, and the bands between rows."""
     lo, hi = s.mask.band
-    a, b, c, d, q_offset, k_offset = rects
+    a, b, q_offset, c, d, k_offset, kind = rects
     band = kind == BAND  # from columns to local rows
     low = np.where(band, lo if s.mask.lo is None else lo - (a - c), 0)
     high = np.where(band, hi if s.mask.hi is None else hi - (a - c), 0)
-    rows = (a + q_offset, b + q_offset, c + k_offset, d + k_offset, kind, low, high)
-    return np.stack(rows, axis=1)
+    return np.stack((a + q_offset, b + q_offset, c + k_offset, d + k_offset, kind, low, high))

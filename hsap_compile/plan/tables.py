@@ -135,7 +135,7 @@ class MaskPlan:
         mesh = self.placement.mesh
         result = np.zeros((mesh.size, mesh.size), np.int64)
         rows = self.transfers.rows(mesh.inter)
-        for ranks in np.array(mesh.groups).T:  # one position of every group
+        for ranks in mesh.ranks.T:  # one position of every group
             result[np.ix_(ranks, ranks)] = rows
         return result
 
@@ -170,20 +170,22 @@ class MaskPlan:
         placement, batch = self.placement, self.structure.mask.batch
         mesh = placement.mesh
         group, position = mesh.group_of(rank)
-        peers = np.array(mesh.groups)[:, position]  # the rank of every group that this rank exchanges KV with
+        peers = mesh.ranks[:, position]  # the rank of every group that this rank exchanges KV with
         own = self.owned.of(group)
         rows = int(np.sum(own.stop - own.start))
 
         exchanges, received, base = [], [], rows
         for stage in self._stages:
             send = _by_rank(stage.sent_by(group), peers, by="to")
-            i = np.searchsorted(own.start, send.start, side="right") - 1
+            i = own.start.searchsorted(send.start, side="right") - 1
             send_rows = expand(send.start + own.offset[i], send.stop + own.offset[i])
             receive = _by_rank(stage.sent_to(group), peers, by="source")
-            remote = np.stack(np.divmod(expand(receive.start, receive.stop), self.structure.stride), axis=1)
-            splits = np.zeros((2, mesh.size), np.int64)
-            np.add.at(splits[0], peers[send.to], send.size)
-            np.add.at(splits[1], peers[receive.source], receive.size)
+            splits = np.stack(
+                [np.bincount(peers[to], t.size, mesh.size) for to, t in ((send.to, send), (receive.source, receive))]
+            ).astype(np.int64)
+            row = receive.start // self.structure.stride
+            line = row * self.structure.stride
+            remote = np.stack((row.repeat(receive.size), expand(receive.start - line, receive.stop - line)), axis=1)
             exchanges.append(Exchange(send_rows, splits, remote))
             received.append(_buffer(receive, base))
             base += len(remote)
@@ -308,20 +310,18 @@ def make(
 
 def _by_rank(t: Transfers, peers: Ints, by: str) -> Transfers:
     """Ordered by the rank at the other end, then along the row line."""
-    order = np.lexsort((t.start, peers[getattr(t, by)]))
-    return Transfers(t.to[order], t.source[order], t.start[order], t.stop[order])
+    return t.take(np.lexsort((t.start, peers[getattr(t, by)])))
 
 
 def _buffer(received: Transfers, base: int) -> Buffer:
     """Where received rows lie, from row `base` on; neighbours in buffer and in columns are one interval."""
     start, stop = received.start, received.stop
     size = stop - start
-    offset = base + np.cumsum(size) - size - start
-    opens = np.ones(len(start), np.bool_)
-    opens[1:] = start[1:] != stop[:-1]
-    closes = np.append(opens[1:], True)[: len(start)]
-    start, stop, offset = start[opens], stop[closes], offset[opens]
-    order = np.argsort(start)
+    offset = base + size.cumsum() - size - start
+    opens = np.ones(len(start) + 1, np.bool_)
+    np.not_equal(start[1:], stop[:-1], out=opens[1:-1])
+    start, stop, offset = start[opens[:-1]], stop[opens[1:]], offset[opens[:-1]]
+    order = start.argsort()
     return Buffer(start[order], stop[order], offset[order])
 
 

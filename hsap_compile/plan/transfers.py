@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsap_compile.plan.attended import Bools, Ints, Structure, overlaps, unanswered, union
+from hsap_compile.plan.attended import Bools, Ints, Structure, overlaps, unanswered, union, within
 from hsap_compile.plan.placement import Owned
 
 
@@ -77,9 +77,10 @@ def transfers(s: Structure, own: Owned) -> Transfers:
     i, j = overlaps(start, stop, own.start, own.stop)
     away = to[i] != own.group[j]
     i, j = i[away], j[away]
-    result = to[i], own.group[j], np.maximum(start[i], own.start[j]), np.minimum(stop[i], own.stop[j])
-    order = np.lexsort((result[2], result[1], result[0]))
-    return Transfers(*(x[order] for x in result))
+    to, source = to[i], own.group[j]
+    start, stop = np.maximum(start[i], own.start[j]), np.minimum(stop[i], own.stop[j])
+    order = ((to * (own.group.max() + 1) + source) * line + start).argsort()  # no two are equal
+    return Transfers(to[order], source[order], start[order], stop[order])
 
 
 def _needed(s: Structure, own: Owned) -> tuple[Ints, Ints, Ints]:
@@ -87,22 +88,21 @@ def _needed(s: Structure, own: Owned) -> tuple[Ints, Ints, Ints]:
     lo, hi = s.mask.band
     tokens, stride = s.mask.tokens, s.stride
     queries, keys = s.queries, s.keys
-    line = queries.row * stride
-    i, j = overlaps(own.start, own.stop, line + queries.start, line + queries.stop)
-    first = np.maximum(own.start[i] - line[j], queries.start[j])
-    last = np.minimum(own.stop[i] - line[j], queries.stop[j])
+    i, j = overlaps(own.start, own.stop, *s.query_line)
+    line = (queries.row * stride)[j]
+    first = np.maximum(own.start[i] - line, queries.start[j])
+    last = np.minimum(own.stop[i] - line, queries.stop[j])
     # the reaches of one group's queries in one document overlap: their union keeps the join below linear
     labels = max(queries.label.max(initial=0), keys.label.max(initial=0)) + 1
     base = (own.group[i] * labels + queries.label[j]) * stride
-    start, stop = union(base + np.clip(first - hi, 0, tokens), base + np.clip(last - lo, 0, tokens))
+    start, stop = union(base + within(first - hi, tokens), base + within(last - lo, tokens))
     to = start // (labels * stride)
     start, stop = start - to * labels * stride, stop - to * labels * stride
-    base = keys.label * stride
-    i, j = overlaps(start, stop, base + keys.start, base + keys.stop)
-    shift = (keys.row * stride - base)[j]
-    to = to[i]
-    start = np.maximum(start[i], (base + keys.start)[j]) + shift
-    stop = np.minimum(stop[i], (base + keys.stop)[j]) + shift
+    key_start, key_stop = s.key_line
+    i, j = overlaps(start, stop, key_start, key_stop)
+    shift = ((keys.row - keys.label) * stride)[j]
+    to, start = to[i], np.maximum(start[i], key_start[j]) + shift
+    stop = np.minimum(stop[i], key_stop[j]) + shift
     if s.mask.soft:
         i, _ = overlaps(own.start, own.stop, *unanswered(s))
         rows = own.start[i] // stride * stride
