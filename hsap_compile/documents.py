@@ -12,6 +12,7 @@ import torch
 from hsap_compile import formula
 from hsap_compile.masks import Band, Mask
 from hsap_compile.plan import Attended
+from hsap_compile.plan.attended import starts
 
 
 def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, tokens: int) -> Attended:
@@ -23,9 +24,10 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
     """
     read = _Reader(leaves, batch, tokens)
     labels = read.labels(mask.labels)
+    begins = None if labels is None else starts(labels)
     residual, unread, lo, hi = mask.residual, mask.unread, None, None
     for band in mask.bands:
-        if not _follows_columns(band, read, labels):
+        if not _follows_columns(band, read, labels, begins):
             residual = unread = True
             continue
         lo = _tighter(max, lo, band.lo)
@@ -45,6 +47,7 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
         hi=hi,
         residual=residual,
         soft=mask.soft,
+        starts=begins,
     )
 
 
@@ -107,18 +110,20 @@ def _tighter(choose: Callable[[int, int], int], one: int | None, other: int | No
     return choose(one, other)
 
 
-def _follows_columns(band: Band, read: _Reader, labels: np.ndarray | None) -> bool:
-    """Whether position(b, c) - c is the same wherever two tokens may attend to one another."""
+def _follows_columns(
+    band: Band, read: _Reader, labels: np.ndarray | None, begins: np.ndarray | None
+) -> bool:
+    """Whether position(b, c) - c is the same wherever two tokens may attend to one another.  ``begins``: where
+    labels differ from the column before."""
     if band.position == formula.q:
         return True
     offset = read.array(band.position) - np.arange(read.tokens)
     if labels is None:
         return bool((offset == offset[:, :1]).all())
-    offset, labels = np.broadcast_arrays(offset, labels)
-    for row, label in zip(offset, labels, strict=True):
+    for row, label, begin in zip(*np.broadcast_arrays(offset, labels, begins), strict=True):
         if (label[1:] < label[:-1]).any():
             order = np.argsort(label, kind="stable")
-            row, label = row[order], label[order]
-        if ((row[1:] != row[:-1]) & (label[1:] == label[:-1])).any():
+            row, begin = row[order], starts(label[order])
+        if (starts(row) > begin).any():
             return False
     return True

@@ -40,6 +40,7 @@ class Attended:
         query_valid: (B or 1, S) bool; None is all valid.
         lo: least `q - k`, in columns; None is unbounded. Causal is lo = 0.
         hi: greatest `q - k`; None is unbounded. A causal window of w tokens is lo = 0, hi = w - 1.
+        starts: `starts(labels)`, where whoever read them has found it; else the planner does.
         residual: the mask has a part that must be evaluated element by element; the above is then necessary,
             not sufficient, and every slice is of kind MOD.
         soft: masked entries are finite, so a query row with no allowed key attends to all S keys of its row.
@@ -58,6 +59,7 @@ class Attended:
     hi: int | None = None
     residual: bool = False
     soft: bool = False
+    starts: Bools | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.tokens < 1:
@@ -65,7 +67,8 @@ class Attended:
                 f"Attended: got batch={self.batch}, tokens={self.tokens}; wanted both at least 1: "
                 "do not plan an empty batch"
             )
-        for name, dtype in (("labels", np.int64), ("key_valid", np.bool_), ("query_valid", np.bool_)):
+        bools = ("key_valid", "query_valid", "starts")
+        for name, dtype in (("labels", np.int64), *((name, np.bool_) for name in bools)):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -172,13 +175,13 @@ def union(start: Ints, stop: Ints) -> tuple[Ints, Ints]:
 def distinct(values: Ints) -> Ints:
     """Sorted, each once; several times as fast as np.unique, which hashes."""
     values = np.sort(values)
-    return values[changes(values)]
+    return values[starts(values)]
 
 
-def changes(values: Ints) -> Bools:
-    """(n,) whether each value differs from the one before it, as the first does."""
-    result = np.ones(len(values), np.bool_)
-    np.not_equal(values[1:], values[:-1], out=result[1:])
+def starts(values: Ints | Bools) -> Bools:
+    """Whether each value differs, along the last dimension, from the one before it, as the first ones do."""
+    result = np.ones(values.shape, np.bool_)
+    np.not_equal(values[..., 1:], values[..., :-1], out=result[..., 1:])
     return result
 
 
@@ -197,16 +200,11 @@ def structure(mask: Attended) -> Structure:
 
 def _runs(mask: Attended, valid: Bools | None) -> Runs:
     tokens = mask.tokens
-    given = [x for x in (mask.labels, valid) if x is not None]
-    rows = max((len(x) for x in given), default=1)
-    opens = np.zeros((rows, tokens), np.bool_)
-    for i, x in enumerate(given):
-        if i == 0:
-            np.not_equal(x[:, 1:], x[:, :-1], out=opens[:, 1:])  # in place: the longest array of all
-        else:
-            opens[:, 1:] |= x[:, 1:] != x[:, :-1]
-    opens[:, 0] = True
-    at = opens.ravel().nonzero()[0]
+    opens = np.ones((1, 1), np.bool_) if valid is None else starts(valid)
+    if mask.labels is not None:
+        begins = starts(mask.labels) if mask.starts is None else mask.starts
+        opens = begins if valid is None else opens | begins
+    rows, at = len(opens), opens.ravel().nonzero()[0]
     row, start = np.divmod(at, tokens)
     stop = np.append(at[1:], rows * tokens) - row * tokens
     label, labels = np.zeros(len(at), np.int64), 1
@@ -226,7 +224,7 @@ def _runs(mask: Attended, valid: Bools | None) -> Runs:
 def _numbered(labels: Ints) -> tuple[Ints, int]:
     """((n,) the labels numbered in their order, without gaps; how many there are)."""
     order = labels.argsort(kind="stable")
-    number = changes(labels[order]).cumsum()
+    number = starts(labels[order]).cumsum()
     result = np.empty_like(order)
     result[order] = number - 1
     return result, int(number[-1])

@@ -103,8 +103,9 @@ class _Groups(Fill):
         n, ways = int(self.sizes[atom]), len(groups)
         room = np.maximum(self.room[groups], 0).astype(np.int64)
         part = np.minimum(n // ways + (np.arange(ways) < n % ways), room)
-        for i in np.argsort(part - room, kind="stable"):  # what was over goes where most room is left
-            part[i] += min(n - part.sum(), room[i] - part[i])
+        if part.sum() < n:
+            for i in np.argsort(part - room, kind="stable"):  # what was over goes where most room is left
+                part[i] += min(n - part.sum(), room[i] - part[i])
         start, half = self.cuts[atom], part // 2
         edges = start + np.append(0, np.cumsum(part))
         zigzag = start + np.append(0, np.cumsum(np.append(half, (part - half)[::-1])))

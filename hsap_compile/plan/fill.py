@@ -53,10 +53,6 @@ class Fill(ABC):
         self.sizes, self.pairs, self.room, self.load = sizes, pairs, room, load
         self.limit, self.overfill = limit, overfill
         self.owner = np.full(len(sizes), NOBODY)
-        # tokens, and the least area that so many may have
-        self._cheapest = np.zeros((2, len(sizes) + 1))
-        order = (pairs / sizes).argsort(kind="stable")
-        np.cumsum(np.stack((sizes[order], pairs[order])), axis=1, out=self._cheapest[:, 1:])
 
     @abstractmethod
     def divide(self, document: int, light: Ints, most: float | None = None) -> None:
@@ -97,6 +93,9 @@ class Fill(ABC):
 
     def _place_evenly(self, documents: Ints) -> None:
         """Place long documents so that what is left can be spread evenly, or as nearly as any target does."""
+        order = (self.pairs / self.sizes).argsort(kind="stable")
+        self._cheapest = np.zeros((2, len(order) + 1))  # tokens, and the least area that so many may have
+        np.cumsum(np.stack((self.sizes[order], self.pairs[order])), axis=1, out=self._cheapest[:, 1:])
         empty, best, least = self.state(), None, math.inf
         for target in TARGETS:
             self._place_long(documents, target * self.limit)
@@ -136,8 +135,9 @@ class Fill(ABC):
                 heapq.heappush(todo, (-area_left, i, document))
 
     def _place_short(self, documents: Ints) -> None:
-        """Python tuples in heaps: a numpy call for each document would take longer than all the rest."""
-        sizes, pairs, parties = self.sizes[documents], self.pairs[documents], len(self.room)
+        """Python floats in heaps: a numpy call for each document would take longer than all the rest."""
+        sizes, pairs = self.sizes[documents].astype(np.float64), self.pairs[documents].astype(np.float64)
+        parties = len(self.room)
         tokens_left, pairs_left = ((x.sum() - x.cumsum())[::parties] for x in (sizes, pairs))
         densities = (pairs_left / np.maximum(tokens_left, 1)).tolist()
         todo = zip(sizes.tolist(), pairs.tolist(), strict=True)
@@ -157,7 +157,8 @@ class Fill(ABC):
                     heapq.heappush(full, (-room, party, room, held))
                 if light:
                     _, party, room, held = light[0]
-                    room, held = room - n, held + area
+                    room -= n
+                    held += area
                     heapq.heapreplace(light, (held + density * room, party, room, held))
                     owner.append(party)
                 elif n <= self.overfill + full[0][2]:
@@ -166,8 +167,8 @@ class Fill(ABC):
                     owner.append(party)
                 else:
                     self._hold(full)
-                    by_load = sorted(p for p in self._lightest(density) if p[2] > 0)
-                    self.divide(int(documents[len(owner)]), np.array([p[1] for p in by_load], np.int64))
+                    by_load = sorted((held + density * room, party) for _, party, room, held in full if room > 0)
+                    self.divide(int(documents[len(owner)]), np.array([party for _, party in by_load], np.int64))
                     light, full = self._lightest(density), []
                     heapq.heapify(light)
                     owner.append(NOBODY)
