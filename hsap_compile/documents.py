@@ -110,11 +110,10 @@ def _tighter(choose: Callable[[int, int], int], one: int | None, other: int | No
     return choose(one, other)
 
 
-def _follows_columns(
-    band: Band, read: _Reader, labels: np.ndarray | None, begins: np.ndarray | None
-) -> bool:
-    """Whether position(b, c) - c is the same wherever two tokens may attend to one another.  ``begins``: where
-    labels differ from the column before."""
+def _follows_columns(band: Band, read: _Reader, labels: np.ndarray | None, begins: np.ndarray | None) -> bool:
+    """Whether position(b, c) - c is the same wherever two tokens may attend to one another.
+
+    ``begins``: where labels differ from the column before."""
     if band.position == formula.q:
         return True
     offset = read.array(band.position) - np.arange(read.tokens)

@@ -166,8 +166,8 @@ class _State:
         return True
 
     def _swapped(self, mine: Ints, theirs: Ints, slowest: int, lightest: int, seconds: Floats) -> Floats:
-        """[unit of mine, of theirs]: the longer time of the two ranks when these are swapped; no time where the
-        exchange has no room."""
+        """[unit of mine, of theirs]: the longer time of the two ranks when these are swapped; infinite where
+        the exchange has no room for that."""
         group = self.group
         result = np.zeros((len(mine), len(theirs)))
         for now, moved in zip(seconds, group.by_moving, strict=True):

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from hsap_compile.plan.attended import Area, Floats, Ints
+from hsap_compile.plan.attended import Area, Floats, Ints, table
 from hsap_compile.plan.fill import LIMIT, PATIENCE, TOLERANCE, Fill
 from hsap_compile.plan.slowest import Price, slowest
 from hsap_compile.plan.swap import Reach, Spread, swap
@@ -52,7 +52,7 @@ def balance(area: Area, cuts: Ints, reach: Reach, shares: Ints, price: Price) ->
 
 
 def _load(spread: Spread, area: Area, groups: int) -> Floats:
-    before = area.before(np.stack((spread.start, spread.stop)))
+    before = area.before(table(spread.start, spread.stop))
     return np.bincount(spread.group, before[1] - before[0], groups).astype(np.float64)
 
 
@@ -60,7 +60,8 @@ class _Groups(Fill):
     """`parts`: (group, start, stop) of the atoms that are split."""
 
     def __init__(self, area: Area, cuts: Ints, reach: Reach, shares: Ints, price: float) -> None:
-        sizes, pairs = np.diff(cuts), np.diff(area.before(cuts))
+        before = area.before(cuts)
+        sizes, pairs = cuts[1:] - cuts[:-1], before[1:] - before[:-1]
         limit = LIMIT * max(1.0, int(area.total[-1]) / len(shares))
         room, load = shares.astype(np.float64), np.zeros(len(shares))
         super().__init__(sizes, pairs, room, load, limit, int(shares.max()) // OVERFILL)
@@ -107,18 +108,20 @@ class _Groups(Fill):
             for i in np.argsort(part - room, kind="stable"):  # what was over goes where most room is left
                 part[i] += min(n - part.sum(), room[i] - part[i])
         start, half = self.cuts[atom], part // 2
-        edges = start + np.append(0, np.cumsum(part))
-        zigzag = start + np.append(0, np.cumsum(np.append(half, (part - half)[::-1])))
-        pairs = np.diff(self.area.before(edges))
+        edges = start + _sums(part)
+        zigzag = start + _sums(np.concatenate((half, (part - half)[::-1])))
+        before = self.area.before(edges)
+        pairs = before[1:] - before[:-1]
         uneven = pairs.max() - LIMIT * pairs.mean()
         if uneven > 0:
             plain, more = (self.reach.rows(e[:-1], e[1:]).sum() for e in (edges, zigzag))
             if PATIENCE * uneven * ways > self.price * (more - plain):  # one half from each end
                 edges, groups = zigzag, np.append(groups, groups[::-1])
                 pairs = np.diff(self.area.before(edges))
-        np.subtract.at(self.room, groups, np.diff(edges))
+        sizes = edges[1:] - edges[:-1]
+        np.subtract.at(self.room, groups, sizes)
         np.add.at(self.load, groups, pairs)
-        some = np.diff(edges) > 0
+        some = sizes > 0
         self.parts.append((groups[some], edges[:-1][some], edges[1:][some]))
 
 
@@ -160,6 +163,13 @@ class _Tails(_Groups):
         room = self.room[light[: len(left)]].astype(np.int64)
         fits = np.append(True, np.cumprod((-np.diff(edges) > 0) & (-np.diff(edges) <= room)).astype(np.bool_))
         return edges[fits]
+
+
+def _sums(values: Ints) -> Ints:
+    """(n + 1,) the sums of the values before each, and of all."""
+    result = np.zeros(len(values) + 1, np.int64)
+    values.cumsum(out=result[1:])
+    return result
 
 
 def _even(fill: _Groups) -> Spread:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hsap_compile.plan.attended import Floats, Ints
+from hsap_compile.plan.attended import Floats, Ints, table
 
 LIMIT = 1.015  # of the mean area; 1.02 is promised, and groups of several ranks need some of it inside
 # All wait for the party that is over its limit, and rows travel while attention runs: area over the limit may
@@ -95,7 +95,7 @@ class Fill(ABC):
         """Place long documents so that what is left can be spread evenly, or as nearly as any target does."""
         order = (self.pairs / self.sizes).argsort(kind="stable")
         self._cheapest = np.zeros((2, len(order) + 1))  # tokens, and the least area that so many may have
-        np.cumsum(np.stack((self.sizes[order], self.pairs[order])), axis=1, out=self._cheapest[:, 1:])
+        table(self.sizes[order], self.pairs[order]).cumsum(axis=1, out=self._cheapest[:, 1:])
         empty, best, least = self.state(), None, math.inf
         for target in TARGETS:
             self._place_long(documents, target * self.limit)
@@ -128,7 +128,7 @@ class Fill(ABC):
             if self.room[party] + self.overfill >= n and full[party] + area - density * n <= self.limit:
                 self.put(document, party)
                 continue
-            self.divide(document, np.argsort(full, kind="stable"), most)
+            self.divide(document, full.argsort(kind="stable"), most)
             left, area_left = int(self.sizes[document]), int(self.pairs[document])
             if 0 < left < n:
                 tokens, pairs = tokens + left, pairs + area_left
@@ -167,8 +167,8 @@ class Fill(ABC):
                     owner.append(party)
                 else:
                     self._hold(full)
-                    by_load = sorted((held + density * room, party) for _, party, room, held in full if room > 0)
-                    self.divide(int(documents[len(owner)]), np.array([party for _, party in by_load], np.int64))
+                    by_load = sorted((held + density * room, p) for _, p, room, held in full if room > 0)
+                    self.divide(int(documents[len(owner)]), np.array([p for _, p in by_load], np.int64))
                     light, full = self._lightest(density), []
                     heapq.heapify(light)
                     owner.append(NOBODY)

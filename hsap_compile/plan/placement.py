@@ -23,7 +23,9 @@ from hsap_compile.plan.attended import (
     Structure,
     area,
     distinct,
+    starts,
     structure,
+    table,
     unanswered,
     union,
 )
@@ -241,9 +243,9 @@ def place_structures(
         spread = Spread(np.arange(mesh.inter), ends - shares, ends)
     else:
         reach = Reach(units, *_widest(structures))
-        spread = balance(before, _cuts(structures, hulls), reach, shares, Price.of(cost))
+        spread = balance(before, _cuts(structures, hulls, units), reach, shares, Price.of(cost))
     line = 2 * tokens  # of each group, so that groups do not touch
-    runs = np.stack(union(spread.group * line + spread.start, spread.group * line + spread.stop))
+    runs = table(*union(spread.group * line + spread.start, spread.group * line + spread.stop))
     alone = np.empty((3, 0), np.int64)
     if mesh.intra > 1:
         alone = _alone(before, units, runs, line, counts, kind, cost, mesh)
@@ -269,7 +271,9 @@ def _alone(
     i = start.searchsorted(units[:-1], side="right") - 1
     inside = (units[1:] <= stop[i]).nonzero()[0]
     inside = inside[group[i[inside]].argsort(kind="stable")]
-    areas, start, stop = np.diff(area.before(units))[inside], units[inside], units[inside + 1]
+    start, stop = units[inside], units[inside + 1]
+    before = area.before(units)
+    areas = before[inside + 1] - before[inside]
     group = group[i[inside]]
     first = group.searchsorted(np.arange(mesh.inter + 1)).tolist()
     mean, price = float(area.total[-1]) / mesh.size, _pairs_per_column(cost, mesh.intra)
@@ -286,7 +290,7 @@ def _alone(
         else:
             member[mine] = choose(part)
     some = member != NOBODY
-    return np.stack((mesh.ranks[group[some], member[some]], start[some], stop[some]))
+    return table(mesh.ranks[group[some], member[some]], start[some], stop[some])
 
 
 def _placed(mesh: MeshShape, tokens: int, runs: Ints, line: int, counts: Ints, alone: Ints) -> Placement:
@@ -295,7 +299,9 @@ def _placed(mesh: MeshShape, tokens: int, runs: Ints, line: int, counts: Ints, a
     held = np.bincount(alone[0], alone[2] - alone[1], mesh.size).astype(np.int64)
     on = mesh.group[alone[0]] * line
     # what is left of the runs lies between the alone units
-    first, last = np.sort(np.append(runs[0], alone[2] + on)), np.sort(np.append(runs[1], alone[1] + on))
+    first, last = (
+        np.sort(np.concatenate(edges)) for edges in ((runs[0], alone[2] + on), (runs[1], alone[1] + on))
+    )
     first, last = first[first < last], last[first < last]
     behind, ends = (last - first).cumsum(), (counts - held)[ranks].cumsum()
     before = behind - (last - first)
@@ -326,8 +332,9 @@ def unfold(order: Ints, tokens: int) -> Ints:
 def expand(start: Ints, stop: Ints) -> Ints:
     """All integers of the intervals, in order."""
     size = stop - start
-    before = np.cumsum(size) - size
-    return np.arange(size.sum()) + np.repeat(start - before, size)
+    result = (stop - size.cumsum()).repeat(size)
+    result += np.arange(len(result))
+    return result
 
 
 def _hulls(structures: Sequence[Structure]) -> tuple[Ints, Ints, Ints]:
@@ -338,8 +345,8 @@ def _hulls(structures: Sequence[Structure]) -> tuple[Ints, Ints, Ints]:
         row, start, stop, label = (
             np.concatenate([getattr(r, name) for r in runs]) for name in ("row", "start", "stop", "label")
         )
-        order = np.argsort(label, kind="stable")
-        opens = np.flatnonzero(np.diff(label[order], prepend=-1))
+        order = label.argsort(kind="stable")
+        opens = starts(label[order]).nonzero()[0]
         rows.append(row[order[opens]] + line)
         firsts.append(np.minimum.reduceat(start[order], opens) if len(opens) else start)
         lasts.append(np.maximum.reduceat(stop[order], opens) if len(opens) else stop)
@@ -347,16 +354,17 @@ def _hulls(structures: Sequence[Structure]) -> tuple[Ints, Ints, Ints]:
     return np.concatenate(rows), np.concatenate(firsts), np.concatenate(lasts)
 
 
-def _cuts(structures: Sequence[Structure], hulls: tuple[Ints, Ints, Ints]) -> Ints:
+def _cuts(structures: Sequence[Structure], hulls: tuple[Ints, Ints, Ints], units: Ints) -> Ints:
     """Columns from 0 to S where a document of some row begins or ends, or several that interleave do."""
     tokens, stride = structures[0].mask.tokens, structures[0].stride
     row, first, last = hulls
-    # a line twice as fine, on which documents that touch do not join
-    start, stop = union(2 * (row * stride + first), 2 * (row * stride + last) - 1)
-    cuts = distinct(np.concatenate(([0, tokens], start // 2 % stride, (stop + 1) // 2 % stride)))
+    cuts = units
+    if row.any() or len(units) == 2:
+        cuts = _between(tokens, stride, row * stride + first, row * stride + last)
     if len(cuts) > MAX_ATOMS:
-        _, kept = np.unique(cuts * MAX_ATOMS // (tokens + 1), return_index=True)
-        cuts = distinct(np.append(cuts[kept], [0, tokens]))
+        kept = starts(cuts * MAX_ATOMS // (tokens + 1))
+        kept[-1] = True
+        cuts = cuts[kept]
     return cuts
 
 
@@ -365,9 +373,14 @@ def _units(structures: Sequence[Structure], hulls: tuple[Ints, Ints, Ints]) -> I
     tokens = structures[0].mask.tokens
     if any(s.mask.soft and len(unanswered(s)[0]) for s in structures):
         return np.array([0, tokens])  # some query attends to its whole row
-    _, first, last = hulls
+    return _between(tokens, structures[0].stride, *hulls[1:])
+
+
+def _between(tokens: int, stride: int, first: Ints, last: Ints) -> Ints:
+    """Columns from 0 to S where intervals of the row line begin or end, or several that overlap do."""
+    # a line twice as fine, on which intervals that touch do not join
     start, stop = union(2 * first, 2 * last - 1)
-    return distinct(np.concatenate(([0, tokens], start // 2, (stop + 1) // 2)))
+    return distinct(np.concatenate(([0, tokens], start // 2 % stride, (stop + 1) // 2 % stride)))
 
 
 def _widest(structures: Sequence[Structure]) -> tuple[int, int]:

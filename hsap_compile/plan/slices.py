@@ -1,8 +1,8 @@
 """Which query rows attend to which key rows: rectangles, each with a rule.
 
 A rectangle's rows are contiguous in the query buffer and in columns, and so are its keys, so that the band is
-a function of the local difference i - j. In work, rectangles are a (7, n) int64 array: query columns [a, b), what
-to add to a column to get its query row, key columns [c, d), what to add to get its key row, and the kind.
+a function of the local difference i - j. In work, rectangles are a (7, n) int64 array: query columns [a, b),
+what to add to a column to get its query row, key columns [c, d), what to add to get its key row, and a kind.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from hsap_compile.plan.attended import (
     overlaps,
     ranges,
     span,
+    table,
     unanswered,
     within,
 )
@@ -119,9 +120,9 @@ def slices(s: Structure, own: Buffer, received: Buffer) -> Ints:
 def _joined(own: Buffer, received: Buffer) -> Buffer:
     if len(received.start) == 0:
         return own
-    start = np.append(own.start, received.start)
+    start = np.concatenate((own.start, received.start))
     order = start.argsort()
-    stop, offset = np.append(own.stop, received.stop), np.append(own.offset, received.offset)
+    stop, offset = np.concatenate((own.stop, received.stop)), np.concatenate((own.offset, received.offset))
     return Buffer(start[order], stop[order], offset[order])
 
 
@@ -131,7 +132,7 @@ def _labelled(runs: Runs, buffer: Buffer, stride: int) -> _Pieces:
     first, last = line + runs.start, line + runs.stop
     i, j = overlaps(first, last, buffer.start, buffer.stop)
     start, stop, line = np.maximum(first[i], buffer.start[j]), np.minimum(last[i], buffer.stop[j]), line[i]
-    return _Pieces(runs.label[i], np.stack((start - line, stop - line, buffer.offset[j] + line)))
+    return _Pieces(runs.label[i], table(start - line, stop - line, buffer.offset[j] + line))
 
 
 def _pieces(start: Ints, stop: Ints, buffer: Buffer, stride: int) -> _Pieces:
@@ -158,7 +159,7 @@ def _clip(rects: Ints, lo: int, hi: int) -> Ints:
     a, b, q_offset, c, d, k_offset, kind = rects
     a, b = np.maximum(a, c + lo), np.minimum(b, d + hi)
     c, d = np.maximum(c, a - hi), np.minimum(d, b - lo)
-    return np.stack((a, b, q_offset, c, d, k_offset, kind))[:, (a < b) & (c < d)]
+    return table(a, b, q_offset, c, d, k_offset, kind)[:, (a < b) & (c < d)]
 
 
 def _binds(rects: Ints, lo: int, hi: int) -> tuple[Bools, Bools]:
@@ -202,11 +203,12 @@ def _by_kind(rects: Ints, lo: int, hi: int) -> Ints:
     a, b, q_offset, c, d, k_offset, _ = rects
     t, f = np.where(low, a - lo, d), np.where(low, d + lo, a)
     s, e = np.minimum(np.maximum(b - 1 - hi, c), t), np.minimum(np.maximum(c + hi, a), b)
-    parts = np.empty((7, 5, len(a)), np.int64)
-    parts[[0, 1, 3, 4]] = (f, a, a, e, a), (b, f, e, b, b), (t, t, c, c, s), (d, d, s, s, t)
-    parts[2], parts[5] = q_offset, k_offset
-    parts[6] = np.array([FULL, CAUSAL, FULL, BAND, FULL])[:, None]
-    return _clip(np.concatenate((windows, parts.reshape(7, -1)), axis=1), lo, hi)
+    first, last = (f, a, a, e, a), (b, f, e, b, b)
+    k_first, k_last = (t, t, c, c, s), (d, d, s, s, t)
+    kinds = np.array([FULL, CAUSAL, FULL, BAND, FULL]).repeat(len(a))
+    rows = (*first, *last, *[q_offset] * 5, *k_first, *k_last, *[k_offset] * 5, kinds)
+    parted = np.concatenate(rows).reshape(7, -1)
+    return _clip(np.concatenate((windows, parted), axis=1), lo, hi)
 
 
 def _finish(rects: Ints, s: Structure) -> Ints:
@@ -216,4 +218,4 @@ def _finish(rects: Ints, s: Structure) -> Ints:
     band = kind == BAND  # from columns to local rows
     low = np.where(band, lo if s.mask.lo is None else lo - (a - c), 0)
     high = np.where(band, hi if s.mask.hi is None else hi - (a - c), 0)
-    return np.stack((a + q_offset, b + q_offset, c + k_offset, d + k_offset, kind, low, high))
+    return table(a + q_offset, b + q_offset, c + k_offset, d + k_offset, kind, low, high)

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from hsap_compile.plan.attended import Attended, Floats, Ints, Structure, area, structure
+from hsap_compile.plan.attended import Attended, Floats, Ints, Structure, area, starts, structure, table
 from hsap_compile.plan.check import check
 from hsap_compile.plan.cost import H100, CostModel
 from hsap_compile.plan.placement import (
@@ -172,7 +172,7 @@ class MaskPlan:
         group, position = mesh.group_of(rank)
         peers = mesh.ranks[:, position]  # the rank of every group that this rank exchanges KV with
         own = self.owned.of(group)
-        rows = int(np.sum(own.stop - own.start))
+        rows = int((own.stop - own.start).sum())
 
         exchanges, received, base = [], [], rows
         for stage in self._stages:
@@ -180,12 +180,14 @@ class MaskPlan:
             i = own.start.searchsorted(send.start, side="right") - 1
             send_rows = expand(send.start + own.offset[i], send.stop + own.offset[i])
             receive = _by_rank(stage.sent_to(group), peers, by="source")
-            splits = np.stack(
-                [np.bincount(peers[to], t.size, mesh.size) for to, t in ((send.to, send), (receive.source, receive))]
-            ).astype(np.int64)
+            splits = np.zeros((2, mesh.size), np.int64)
+            np.add.at(splits[0], peers[send.to], send.size)
+            np.add.at(splits[1], peers[receive.source], receive.size)
             row = receive.start // self.structure.stride
             line = row * self.structure.stride
-            remote = np.stack((row.repeat(receive.size), expand(receive.start - line, receive.stop - line)), axis=1)
+            remote = np.empty((int(receive.size.sum()), 2), np.int64)
+            remote[:, 0] = row.repeat(receive.size)
+            remote[:, 1] = expand(receive.start - line, receive.stop - line)
             exchanges.append(Exchange(send_rows, splits, remote))
             received.append(_buffer(receive, base))
             base += len(remote)
@@ -273,19 +275,18 @@ class Plan:
     @cached_property
     def _order(self) -> Ints:
         placement = self.placement
-        size, ranks = placement.stop - placement.start, placement.mesh.size
-        held = np.bincount(placement.rank, size, ranks).astype(np.int64)
-        longest = -(-placement.tokens // ranks)
-        at = np.argsort(placement.rank, kind="stable")
-        first = np.empty_like(size)  # where the columns of each piece begin
-        first[at] = (
-            np.cumsum(size[at])
-            - size[at]
-            + ((np.arange(ranks) * longest) - np.cumsum(held) + held)[placement.rank[at]]
-        )
-        at = np.argsort(placement.start)
-        jump = np.append(first[at][0], first[at][1:] - (first[at] + size[at])[:-1] + 1)
-        return np.stack([placement.start[at], jump])
+        rank, size = placement.rank, placement.stop - placement.start
+        longest = -(-placement.tokens // placement.mesh.size)
+        before = size.cumsum() - size
+        opens = starts(rank)  # the pieces of a rank are side by side
+        base = np.zeros(placement.mesh.size, np.int64)
+        base[rank[opens]] = before[opens]
+        first = rank * longest + before - base[rank]  # where the columns of each piece begin
+        at = placement.start.argsort()
+        first, behind = first[at], (first + size)[at]
+        jump = first.copy()
+        jump[1:] -= behind[:-1] - 1
+        return table(placement.start[at], jump)
 
 
 def make(
