@@ -117,7 +117,7 @@ def _follows_columns(band: Band, read: _Reader, labels: np.ndarray | None, begin
     if band.position == formula.q:
         return True
     offset = read.array(band.position) - np.arange(read.tokens)
-    if labels is None:
+    if labels is None or begins is None:
         return bool((offset == offset[:, :1]).all())
     for row, label, begin in zip(*np.broadcast_arrays(offset, labels, begins), strict=True):
         if (label[1:] < label[:-1]).any():

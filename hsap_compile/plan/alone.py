@@ -48,15 +48,15 @@ class Group:
     limit: float
     price: float
 
-    @property
+    @cached_property
     def allowed(self) -> Floats:
         """(2, 1) what of the two times of `_State.seconds` does not count."""
         return (_WEIGHTS - 1) * self.limit
 
     @cached_property
-    def columns(self) -> Ints:
+    def columns(self) -> Floats:
         """(K + 1,) `sizes`; unit -1 is none."""
-        return np.append(self.sizes, 0)
+        return np.append(self.sizes, 0.0)
 
     @cached_property
     def by_moving(self) -> Floats:
@@ -144,25 +144,25 @@ class _State:
     def improve(self, slowest: int, seconds: Floats) -> bool:
         """Share one of a rank's units, or swap one with the lightest rank, whichever makes it faster."""
         group, lightest = self.group, int(self.area.argmin())
-        mine, theirs = ((self.member == r).nonzero()[0] for r in (slowest, lightest))
+        mine = (self.member == slowest).nonzero()[0]
         if len(mine) == 0:
             return False
-        now = seconds[:, slowest, None]
-        shared = (now - group.by_sharing[:, mine]).max(axis=0)
+        within, over = seconds[:, slowest].tolist()
+        shared = np.maximum(within - group.by_sharing[0, mine], over - group.by_sharing[1, mine])
         share, swap = int(shared.argmin()), math.inf
         if lightest != slowest:
-            theirs = np.append(theirs, NOBODY)  # nothing is given back
+            theirs = np.append((self.member == lightest).nonzero()[0], NOBODY)  # which gives nothing back
             swapped = self._swapped(mine, theirs, slowest, lightest, seconds)
             i, j = divmod(int(swapped.argmin()), len(theirs))
             swap = float(swapped[i, j])
-        if min(swap, shared[share]) >= now.max():
+        if min(swap, shared[share]) >= max(within, over):
             return False
-        if swap <= shared[share]:
-            self._move(int(mine[i]), lightest)
-            if theirs[j] != NOBODY:
-                self._move(int(theirs[j]), slowest)
-        else:
+        if swap > shared[share]:
             self._move(int(mine[share]), NOBODY)
+            return True
+        self._move(int(mine[i]), lightest)
+        if theirs[j] != NOBODY:
+            self._move(int(theirs[j]), slowest)
         return True
 
     def _swapped(self, mine: Ints, theirs: Ints, slowest: int, lightest: int, seconds: Floats) -> Floats:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -296,7 +296,7 @@ def area(structures: Sequence[Structure]) -> Area:
     edges = np.concatenate([np.zeros(1, np.int64), *map(_knots, structures)])
     knots = np.append(distinct(edges[(edges >= 0) & (edges < tokens)]), tokens)
     size = knots[1:] - knots[:-1]
-    first, last = sum(_pairs(s, knots[:-1], knots[1:] - 1) for s in structures)
+    first, last = reduce(np.add, (_pairs(s, knots[:-1], knots[1:] - 1) for s in structures))
     slope = (last - first) // np.maximum(size - 1, 1)
     total = np.zeros_like(knots)
     np.cumsum((first + last) * size // 2, out=total[1:])
