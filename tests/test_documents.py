@@ -40,6 +40,9 @@ def check(logits: sympy.Expr, leaves: list[torch.Tensor], batch: int, tokens: in
         assert not (pairs & ~wanted(got)).any(), "the planner does not know of a pair that is attended"
     else:
         assert np.array_equal(wanted(got), pairs)
+    if got.labels is not None:
+        before = np.concatenate((got.labels[:, :1] - 1, got.labels[:, :-1]), axis=1)
+        assert got.starts is not None and np.array_equal(got.starts, got.labels != before)
     return got
 
 

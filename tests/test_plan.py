@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hsap_compile.plan import BAND, CAUSAL, FULL, MOD, Attended, MeshShape, Plan, RankTables, make, place
-from hsap_compile.plan.placement import unfold
+from hsap_compile.plan.placement import expand, unfold
 
 
 def mesh_of(inter: int, intra: int) -> MeshShape:
@@ -330,5 +330,16 @@ def test_errors_say_what_to_do():
         ValueError, match=r"Attended.labels: got int32 of shape \(5,\); wanted int64 of shape"
     ):
         Attended(1, 5, np.zeros(5, np.int32))  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"Attended.starts: got bool of shape \(1, 4\); wanted bool of shape \(1 or 1, 5\)"
+    ):
+        Attended(1, 5, np.zeros((1, 5), np.int64), starts=np.ones((1, 4), np.bool_))
     with pytest.raises(ValueError, match="got lo=3 > hi=2"):
         Attended(1, 5, lo=3, hi=2)
+
+
+def test_intervals_unfold_to_their_columns() -> None:
+    start, stop = np.array([5, 5, 9, 0, 3]), np.array([7, 5, 10, 2, 3])
+    assert expand(start, stop).tolist() == [5, 6, 9, 0, 1]
+    assert expand(start[:0], stop[:0]).tolist() == []
+    assert expand(start[1:2], stop[1:2]).tolist() == []

@@ -331,10 +331,13 @@ def unfold(order: Ints, tokens: int) -> Ints:
 
 def expand(start: Ints, stop: Ints) -> Ints:
     """All integers of the intervals, in order."""
-    size = stop - start
-    result = (stop - size.cumsum()).repeat(size)
-    result += np.arange(len(result))
-    return result
+    some = start < stop
+    start, stop = start[some], stop[some]
+    ends = (stop - start).cumsum()
+    steps = np.ones(int(ends[-1]) if len(ends) else 0, np.int64)  # one array: it may be the longest of a rank
+    steps[:1] = start[:1]
+    steps[ends[:-1]] = start[1:] - stop[:-1] + 1
+    return steps.cumsum(out=steps)
 
 
 def _hulls(structures: Sequence[Structure]) -> tuple[Ints, Ints, Ints]:
