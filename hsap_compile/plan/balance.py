@@ -119,8 +119,8 @@ class _Groups(Fill):
                 edges, groups = zigzag, np.append(groups, groups[::-1])
                 pairs = np.diff(self.area.before(edges))
         sizes = edges[1:] - edges[:-1]
-        np.subtract.at(self.room, groups, sizes)
-        np.add.at(self.load, groups, pairs)
+        self.room -= np.bincount(groups, sizes, len(self.room))
+        self.load += np.bincount(groups, pairs, len(self.load))
         some = sizes > 0
         self.parts.append((groups[some], edges[:-1][some], edges[1:][some]))
 
@@ -174,20 +174,19 @@ def _sums(values: Ints) -> Ints:
 
 def _even(fill: _Groups) -> Spread:
     """All pieces; groups that hold too many tokens give short documents and heads to those with room."""
-    whole = np.flatnonzero(fill.owner >= 0)
-    pieces = Spread(fill.owner[whole], fill.cuts[whole], fill.cuts[whole] + fill.sizes[whole])
-    for part in fill.parts:
-        pieces = pieces.append(*part)
+    whole = (fill.owner >= 0).nonzero()[0]
+    held = fill.owner[whole], fill.cuts[whole], fill.cuts[whole] + fill.sizes[whole]
+    pieces = Spread(*(np.concatenate(x) for x in zip(held, *fill.parts, strict=True)))
     room = fill.room.astype(np.int64).tolist()
     split = np.arange(len(pieces.group)) >= len(whole)
     order = np.lexsort((pieces.stop - pieces.start, ~split, pieces.group))
-    first = np.searchsorted(pieces.group[order], np.arange(len(room) + 1))
+    first = pieces.group[order].searchsorted(np.arange(len(room) + 1))
     takers = sorted((g for g in range(len(room)) if room[g] > 0), key=lambda g: -room[g])
     heads: list[tuple[int, int, int]] = []
     for giver in np.flatnonzero(fill.room < 0).tolist():
-        held = order[first[giver] : first[giver + 1]]  # parts of documents, then whole ones, by length
-        at, sizes = held.tolist(), (pieces.stop[held] - pieces.start[held]).tolist()
-        least = int(split[held].sum())  # the shortest whole document
+        own = order[first[giver] : first[giver + 1]]  # parts of documents, then whole ones, by length
+        at, sizes = own.tolist(), (pieces.stop[own] - pieces.start[own]).tolist()
+        least = int(split[own].sum())  # the shortest whole document
         while room[giver] < 0:
             taker = takers[0]
             n = min(-room[giver], room[taker])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hsap_compile.plan.attended import Area, Bools, Floats, Ints
+from hsap_compile.plan.attended import Area, Bools, Floats, Ints, table
 from hsap_compile.plan.fill import LIMIT, PATIENCE
 
 CANDIDATES = 10  # pieces of a group that a swap considers
@@ -72,14 +72,15 @@ def swap(pieces: Spread, area: Area, reach: Reach, groups: int, price: float) ->
     over, stalled = math.inf, 0
     mean = max(1.0, int(area.total[-1]) / groups)
     for round in range(ROUNDS):
-        inside = np.diff(area.before(np.stack((pieces.start, pieces.stop))), axis=0)[0]
+        before = area.before(table(pieces.start, pieces.stop))
+        inside = before[1] - before[0]
         load = np.bincount(pieces.group, inside, groups).astype(np.float64)
-        order = np.argsort(load, kind="stable")
-        heavy = order[::-1][: int(np.sum(load > LIMIT * mean))]
+        order = load.argsort(kind="stable")
+        heavy = order[::-1][: int((load > LIMIT * mean).sum())]
         lights = order[: groups - len(heavy)][: groups // 2]
         heavy = heavy[: len(lights)]
-        before, over = over, float(np.sum(load[heavy] - LIMIT * mean))
-        stalled = stalled + 1 if over > PROGRESS * before else 0
+        last, over = over, float((load[heavy] - LIMIT * mean).sum())
+        stalled = stalled + 1 if over > PROGRESS * last else 0
         if len(heavy) == 0 or stalled == STALLED:
             break
         light = np.roll(lights, -stalled)[: len(heavy)]  # other partners, where these did not help
