@@ -137,7 +137,8 @@ class _State:
         self.exchanged = group.quota - tokens
 
     def seconds(self) -> Floats:
-        """(2, M) time of each rank in pairs; the longer counts, the second where area is over the limit."""
+        """(2, M) times of each rank in pairs, of which the longer counts: the first where its area is within
+        the limit, the second where what is over it costs PATIENCE times as much again."""
         group = self.group
         return _WEIGHTS * self.area - group.allowed + group.price * self.exchanged
 

@@ -362,7 +362,9 @@ def _cuts(structures: Sequence[Structure], hulls: tuple[Ints, Ints, Ints], units
     tokens, stride = structures[0].mask.tokens, structures[0].stride
     row, first, last = hulls
     cuts = units
-    if row.any() or len(units) == 2:
+    if (
+        row.any() or len(units) == 2
+    ):  # several rows; or none is a unit where queries attend to their whole row
         cuts = _between(tokens, stride, row * stride + first, row * stride + last)
     if len(cuts) > MAX_ATOMS:
         kept = starts(cuts * MAX_ATOMS // (tokens + 1))
