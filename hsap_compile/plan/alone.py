@@ -24,8 +24,10 @@ from hsap_compile.plan.attended import Floats, Ints
 from hsap_compile.plan.fill import NOBODY, PATIENCE, Fill
 
 STEPS = 16  # times the ranks of a group
-_WEIGHTS = np.array([[1.0], [1.0 + PATIENCE]])  # of area: all of it, or as what is over the limit counts
 DEAR = 0.5  # of the limit: where exchanging heads costs more, sharing less is tried as well
+
+_WEIGHTS = np.array([[1.0], [1.0 + PATIENCE]])  # of area in the two times of a rank; see `_State.seconds`
+_Times = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +51,6 @@ class Group:
     price: float
 
     @cached_property
-    def allowed(self) -> Floats:
-        """(2, 1) what of the two times of `_State.seconds` does not count."""
-        return (_WEIGHTS - 1) * self.limit
-
-    @cached_property
     def columns(self) -> Floats:
         """(K + 1,) `sizes`; unit -1 is none."""
         return np.append(self.sizes, 0.0)
@@ -67,6 +64,20 @@ class Group:
     def by_sharing(self) -> Floats:
         """(2, K) the same where the unit is shared: exchanged, and attended by all."""
         return (1 - 1 / len(self.quota)) * _WEIGHTS * self.pairs - self.price * self.sizes
+
+    def swapped(
+        self, mine: Ints, theirs: Ints, my_times: _Times, their_times: _Times, exchanged: tuple[float, float]
+    ) -> Floats:
+        """[unit of mine, of theirs]: the longer time of two ranks when these are swapped; infinite where the
+        columns that they exchange now, `exchanged`, have no room for that."""
+        result = np.zeros((len(mine), len(theirs)))
+        for my_time, their_time, moved in zip(my_times, their_times, self.by_moving, strict=True):
+            less = moved[mine][:, None] - moved[theirs]
+            np.maximum(result, my_time - less, out=result)
+            np.maximum(result, their_time + less, out=result)
+        more = self.columns[mine][:, None] - self.columns[theirs]
+        result[(more < -exchanged[0]) | (more > exchanged[1])] = math.inf
+        return result
 
 
 class _Ranks(Fill):
@@ -93,9 +104,9 @@ def choose(group: Group) -> Ints:
     if len(group.sizes) == 0:
         return np.empty(0, np.int64)
     best = _filled(group)
-    if group.price * best.exchanged.max() > DEAR * group.limit:  # whole wherever there is room
+    if group.price * max(best.exchanged) > DEAR * group.limit:  # whole wherever there is room
         loose = _filled(dataclasses.replace(group, limit=math.inf), group)
-        best = min(best, loose, key=lambda state: state.seconds().max())
+        best = min(best, loose, key=lambda state: max(map(max, state.seconds())))
     return best.member
 
 
@@ -112,48 +123,51 @@ def share(group: Group, member: Ints) -> Ints:
 
 def _shared(group: Group, member: Ints) -> _State:
     state = _State(group, member)
-    if state.area.max() <= group.limit:
+    if max(state.area) <= group.limit:
         return state
     best, fewest = state.member.copy(), math.inf
     for _ in range(STEPS * len(group.quota)):
         seconds = state.seconds()
-        longer = seconds.max(axis=0)
-        slowest = int(longer.argmax())
-        if longer[slowest] < fewest:
-            best, fewest = state.member.copy(), float(longer[slowest])
-        if state.area.max() <= group.limit or not state.improve(slowest, seconds):
+        longest = [max(pair) for pair in seconds]
+        slowest = longest.index(max(longest))
+        if longest[slowest] < fewest:
+            best, fewest = state.member.copy(), longest[slowest]
+        if max(state.area) <= group.limit or not state.improve(slowest, seconds):
             break
     return _State(group, best)
 
 
 class _State:
-    """Who holds what alone, and the area and exchanged columns of each rank that follow."""
+    """Who holds what alone, and the area and exchanged columns of each rank that follow: lists, as ranks are
+    few."""
 
     def __init__(self, group: Group, member: Ints) -> None:
         ranks = len(group.quota)
         tokens, pairs = (np.bincount(member + 1, x, ranks + 1)[1:] for x in (group.sizes, group.pairs))
         self.group, self.member = group, member.copy()
-        self.area = pairs + (group.area - pairs.sum()) / ranks
-        self.exchanged = group.quota - tokens
+        self.area: list[float] = (pairs + (group.area - pairs.sum()) / ranks).tolist()
+        self.exchanged: list[float] = (group.quota - tokens).tolist()
 
-    def seconds(self) -> Floats:
-        """(2, M) times of each rank in pairs, of which the longer counts: the first where its area is within
-        the limit, the second where what is over it costs PATIENCE times as much again."""
-        group = self.group
-        return _WEIGHTS * self.area - group.allowed + group.price * self.exchanged
+    def seconds(self) -> list[_Times]:
+        """Two times of each rank in pairs, of which the longer counts: the first where its area is within the
+        limit, the second where what is over it costs PATIENCE times as much again."""
+        limit, price, held = self.group.limit, self.group.price, zip(self.area, self.exchanged, strict=True)
+        within = [(area, area + price * columns) for area, columns in held]
+        return [(time, time + PATIENCE * (area - limit)) for area, time in within]
 
-    def improve(self, slowest: int, seconds: Floats) -> bool:
+    def improve(self, slowest: int, seconds: list[_Times]) -> bool:
         """Share one of a rank's units, or swap one with the lightest rank, whichever makes it faster."""
-        group, lightest = self.group, int(self.area.argmin())
+        group, lightest = self.group, self.area.index(min(self.area))
         mine = (self.member == slowest).nonzero()[0]
         if len(mine) == 0:
             return False
-        within, over = seconds[:, slowest].tolist()
+        within, over = seconds[slowest]
         shared = np.maximum(within - group.by_sharing[0, mine], over - group.by_sharing[1, mine])
         share, swap = int(shared.argmin()), math.inf
         if lightest != slowest:
             theirs = np.append((self.member == lightest).nonzero()[0], NOBODY)  # which gives nothing back
-            swapped = self._swapped(mine, theirs, slowest, lightest, seconds)
+            room = self.exchanged[slowest], self.exchanged[lightest]
+            swapped = group.swapped(mine, theirs, seconds[slowest], seconds[lightest], room)
             i, j = divmod(int(swapped.argmin()), len(theirs))
             swap = float(swapped[i, j])
         if min(swap, shared[share]) >= max(within, over):
@@ -166,26 +180,14 @@ class _State:
             self._move(int(theirs[j]), slowest)
         return True
 
-    def _swapped(self, mine: Ints, theirs: Ints, slowest: int, lightest: int, seconds: Floats) -> Floats:
-        """[unit of mine, of theirs]: the longer time of the two ranks when these are swapped; infinite where
-        the exchange has no room for that."""
-        group = self.group
-        result = np.zeros((len(mine), len(theirs)))
-        for now, moved in zip(seconds, group.by_moving, strict=True):
-            less = moved[mine][:, None] - moved[theirs]
-            np.maximum(result, now[slowest] - less, out=result)
-            np.maximum(result, now[lightest] + less, out=result)
-        more = group.columns[mine][:, None] - group.columns[theirs]
-        result[(more < -self.exchanged[slowest]) | (more > self.exchanged[lightest])] = math.inf
-        return result
-
     def _move(self, unit: int, to: int) -> None:
         group, source = self.group, self.member[unit]
+        size, pairs, ranks = float(group.sizes[unit]), float(group.pairs[unit]), len(group.quota)
         self.member[unit] = to
-        self.area[source] -= group.pairs[unit]
-        self.exchanged[source] += group.sizes[unit]
+        self.area[source] -= pairs
+        self.exchanged[source] += size
         if to == NOBODY:
-            self.area += group.pairs[unit] / len(group.quota)
+            self.area = [area + pairs / ranks for area in self.area]
         else:
-            self.area[to] += group.pairs[unit]
-            self.exchanged[to] -= group.sizes[unit]
+            self.area[to] += pairs
+            self.exchanged[to] -= size
