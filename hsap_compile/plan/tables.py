@@ -185,8 +185,9 @@ class MaskPlan:
             np.add.at(splits[1], peers[receive.source], receive.size)
             row = receive.start // self.structure.stride
             line = row * self.structure.stride
-            remote = np.empty((int(receive.size.sum()), 2), np.int64)
-            remote[:, 0] = row.repeat(receive.size)
+            remote = np.zeros((int(receive.size.sum()), 2), np.int64)
+            if batch > 1:
+                remote[:, 0] = row.repeat(receive.size)
             remote[:, 1] = expand(receive.start - line, receive.stop - line)
             exchanges.append(Exchange(send_rows, splits, remote))
             received.append(_buffer(receive, base))
