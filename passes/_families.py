@@ -27,16 +27,16 @@ from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._numbered import (
     added_along,
-    added_at,
-    masked_rows,
+    indexed,
+    looked_up,
     masked_scatter,
+    put,
     read_along,
-    read_at,
     written_along,
-    written_at,
 )
 from hsap_compile.passes._operands import (
     args_of,
+    as_is,
     einsum_letters,
     only_source,
     output_axis,
@@ -104,13 +104,6 @@ def rule_for(node: Node) -> Any:
     return _by_dim if name in _BY_DIM else None
 
 
-def _as_is(sharder: Sharder, node: Node) -> Any:
-    """The operator itself, on local operands."""
-    start = sharder.start_of(*node.all_input_nodes)
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: sharder.operand(n, start))
-    return Local(sharder.emit(node.target, *args, **kwargs), start)
-
-
 def _getitem(sharder: Sharder, node: Node) -> Any:
     source = args_of(node)[0]
     if source not in sharder.home:
@@ -121,7 +114,7 @@ def _getitem(sharder: Sharder, node: Node) -> Any:
 
 def _elementwise(sharder: Sharder, node: Node) -> Any:
     _check_aligned(node)
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _check_aligned(node: Node) -> None:
@@ -171,7 +164,7 @@ def _repeat(sharder: Sharder, node: Node) -> Any:
     times = args_of(node)[1][axis.dim - source.meta["val"].dim()]
     if times != 1 and output_axis(node).outer != axis.outer * times:
         raise NotLocal("it repeats the tokens")
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _each_repeated(sharder: Sharder, node: Node) -> Any:
@@ -199,7 +192,7 @@ def _concatenation(sharder: Sharder, node: Node) -> Any:
     parts, out = args_of(node)[0], output_axis(node)
     axes = [part.meta.get("tokens") for part in parts]
     if all(isinstance(axis, TokenAxis) and axis.layout[1:] == out.layout[1:] for axis in axes):
-        return _as_is(sharder, node)
+        return as_is(sharder, node)
     return concatenation(sharder, node)
 
 
@@ -209,7 +202,7 @@ def _pairs(sharder: Sharder, node: Node) -> Any:
     out = output_axis(node)
     if (axis.dim, axis.layout) != (out.dim, out.layout):
         raise NotLocal("complex numbers made of tokens")
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _pad(sharder: Sharder, node: Node) -> Any:
@@ -218,7 +211,7 @@ def _pad(sharder: Sharder, node: Node) -> Any:
     behind = source.meta["val"].dim() - 1 - axis.dim
     if tuple(args_of(node)[1][2 * behind : 2 * behind + 2]) not in ((), (0, 0)):
         return pad(sharder, node)
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _einsum(sharder: Sharder, node: Node) -> Any:
@@ -237,12 +230,12 @@ def _einsum(sharder: Sharder, node: Node) -> Any:
         axis = operand.meta.get("tokens")
         if axis is MANY or (isinstance(axis, TokenAxis) and letters[axis.dim] != result[out.dim]):
             raise NotLocal("an einsum that sums over tokens")
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _permutation(sharder: Sharder, node: Node) -> Any:
     output_axis(node)
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _new(sharder: Sharder, node: Node) -> Any:
@@ -260,7 +253,7 @@ def _linear(sharder: Sharder, node: Node) -> Any:
     source, axis = source_of(node)
     if source is not args_of(node)[0] or axis.dim == source.meta["val"].dim() - 1:
         raise NotLocal("a linear layer over the token dimension")
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _matmul(sharder: Sharder, node: Node) -> Any:
@@ -286,7 +279,7 @@ def _matmul(sharder: Sharder, node: Node) -> Any:
         missing = other.meta["val"].dim() == 1 and (side is left or axis.dim < size - 2)
         if size == 1 or axis.dim - size + missing != out.dim - rank or axis.layout != out.layout:
             raise NotLocal("token dimensions of the operands differ")
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _norm(sharder: Sharder, node: Node) -> Any:
@@ -296,14 +289,14 @@ def _norm(sharder: Sharder, node: Node) -> Any:
         given["normalized_shape"]
     ):
         raise NotLocal("a normalisation over tokens")
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _group_norm(sharder: Sharder, node: Node) -> Any:
     source, axis = source_of(node)
     if source is not args_of(node)[0] or axis.dim != 0:
         raise NotLocal("a normalisation over tokens")
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _embedding(sharder: Sharder, node: Node) -> Any:
@@ -320,48 +313,7 @@ def _embedding(sharder: Sharder, node: Node) -> Any:
             do="drop sparse=True",
             at=where(node),
         )
-    return _as_is(sharder, node)
-
-
-def _index(sharder: Sharder, node: Node) -> Any:
-    table, indices = args_of(node)
-    if isinstance(axis := table.meta.get("tokens"), TokenAxis):
-        numbers = [i for i in indices if i is not None]
-        if (axis.dim < len(indices) and indices[axis.dim] is not None) or any(
-            i.meta.get("tokens") is not None for i in numbers
-        ):
-            return read_at(sharder, node)
-        return _as_is(sharder, node)
-    if axis is MANY or any(i is None for i in indices):
-        raise NotLocal("an index into tokens")
-    out = output_axis(node)
-    rank = max(i.meta["val"].dim() for i in indices)
-    for i in indices:
-        axis = i.meta.get("tokens")
-        if isinstance(axis, TokenAxis) and axis.dim - i.meta["val"].dim() != out.dim - rank:
-            raise NotLocal("token dimensions of the indices differ")
-    return _as_is(sharder, node)
-
-
-def _index_put(sharder: Sharder, node: Node) -> Any:
-    """``x[mask] = values``: one value, one for each feature, or a row for each, of every token in a mask."""
-    given = arguments(node)
-    if given["self"].meta["tokens"] is None:
-        return added_at(sharder, node)
-    source, axis = source_of(node)
-    (mask, *more), values = given["indices"], given["values"]
-    if source is not given["self"]:
-        raise NotLocal("a write at places that an index says")
-    if more or mask is None or mask.meta["val"].dtype != torch.bool:
-        return written_at(sharder, node)
-    if mask.meta.get("tokens") != axis:
-        raise NotLocal("token dimensions of the mask and of what it writes to differ")
-    features = source.meta["val"].dim() - mask.meta["val"].dim()
-    if values.meta["val"].dim() > features and values.meta["val"].shape[0] != 1:
-        return masked_rows(sharder, node)
-    if values.meta.get("tokens") is not None:
-        raise NotLocal("a value for each token that is written")
-    return _as_is(sharder, node)
+    return as_is(sharder, node)
 
 
 def _by_dim(sharder: Sharder, node: Node) -> Any:
@@ -370,7 +322,7 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     name = operator_name(node.target)
     given = arguments(node)
     if name in _NUMBERED and given["self"].meta["tokens"] is None:
-        return added_along(sharder, node) if name in _ADDED else _looked_up(sharder, node)
+        return added_along(sharder, node) if name in _ADDED else looked_up(sharder, node)
     rank = source.meta["val"].dim() + (name == "aten::stack")
     named: list[int] = []
     for key in ("dim", "dims", "dimension", "dim0", "dim1", "source", "destination", "axis0", "axis1"):
@@ -387,7 +339,7 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     if not named and name not in _MOVES:
         raise NotLocal("it works on every dimension")
     if name == "aten::unsqueeze":
-        return _as_is(sharder, node)
+        return as_is(sharder, node)
     dims = {d % rank for d in named}
     here = axis.dim + (name == "aten::stack" and min(dims) <= axis.dim)
     if here not in dims:
@@ -399,7 +351,7 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
             same = isinstance(other_axis, TokenAxis) and other_axis == axis
             if not same:
                 raise NotLocal("token dimensions of the operands differ")
-        return _as_is(sharder, node)
+        return as_is(sharder, node)
     if name in TOTALS:
         return TOTALS[name](sharder, node, source, axis, dims)
     if name in ("aten::index_select", "aten::gather"):
@@ -413,15 +365,6 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
     if name in ("aten::sort", "aten::argsort"):
         return row_sort(sharder, node)
     raise NotLocal("it works along the tokens")
-
-
-def _looked_up(sharder: Sharder, node: Node) -> Any:
-    """index_select(table, dim, i), gather(table, dim, i): every token reads the table at its own number."""
-    given = arguments(node)
-    axis, dim = given["index"].meta["tokens"], given["dim"] % max(given["self"].meta["val"].dim(), 1)
-    if operator_name(node.target) == "aten::gather" and axis.dim != dim:
-        raise NotLocal("a table whose rows are tokens")
-    return _as_is(sharder, node)
 
 
 #: Operators whose ``index`` holds numbers; of the last, one for each place of a dimension, and one ``value``.
@@ -448,7 +391,7 @@ def _attention(sharder: Sharder, node: Node) -> Any:
     q, k, v, leaves, logits, scale = args_of(node)
     axes = [x.meta.get("tokens") for x in (q, k, v)]
     if _reads_context(sharder, node, axes):
-        made = _as_is(sharder, node)
+        made = as_is(sharder, node)
         made.node.meta.update(mask=node.meta["mask"], reads=node.meta["reads"])
         return made
     if all(isinstance(a, TokenAxis) and a.length != sharder.symbol for a in axes):
@@ -482,8 +425,8 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(_names("group_norm"), _group_norm),
     **dict.fromkeys(_names("embedding"), _embedding),
-    **dict.fromkeys(_names("index"), _index),
-    **dict.fromkeys(_names("index_put"), _index_put),
+    **dict.fromkeys(_names("index"), indexed),
+    **dict.fromkeys(_names("index_put"), put),
     **dict.fromkeys(_names("masked_scatter"), masked_scatter),
     **dict.fromkeys(_names("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"), cross_entropy),
     **dict.fromkeys(_names("copy"), _copy),
@@ -498,6 +441,6 @@ RULES: dict[str, Any] = {
 
 #: The rules whose operators act on every row alone, whatever the order of the rows.
 ROW_BY_ROW = (
-    _elementwise, _linear, _matmul, _norm, _group_norm, _embedding, _index, _index_put, _by_dim, _getitem,
+    _elementwise, _linear, _matmul, _norm, _group_norm, _embedding, indexed, put, _by_dim, _getitem,
     _view, _expand, _copy, _pad, _einsum, _pairs,
 )  # fmt: skip

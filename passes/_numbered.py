@@ -24,10 +24,10 @@ from torch.fx.node import map_arg
 from hsap_compile._torch import hint_of, operator_name
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Local, NotLocal
-from hsap_compile.passes._operands import args_of, schema_of, value_of
+from hsap_compile.passes._operands import args_of, as_is, output_axis, schema_of, source_of, value_of
 from hsap_compile.passes._reindex import where
 from hsap_compile.passes.find_attention import arguments
-from hsap_compile.passes.infer_tokens import TokenAxis
+from hsap_compile.passes.infer_tokens import MANY, TokenAxis
 
 if TYPE_CHECKING:
     from hsap_compile.passes.shard_tokens import Sharder
@@ -315,3 +315,56 @@ def _in_order(
     for _ in range(rows.meta["val"].dim() - mask.meta["val"].dim()):
         mask = emit(aten.unsqueeze.default, mask, -1)
     return Local(emit(aten.where.self, mask, values, rows), start)
+
+
+# --- x[..] and x[..] = y -----------------------------------------------------------------------------------
+
+
+def indexed(sharder: Sharder, node: Node) -> Any:
+    table, indices = args_of(node)
+    if isinstance(axis := table.meta.get("tokens"), TokenAxis):
+        numbers = [i for i in indices if i is not None]
+        if (axis.dim < len(indices) and indices[axis.dim] is not None) or any(
+            i.meta.get("tokens") is not None for i in numbers
+        ):
+            return read_at(sharder, node)
+        return as_is(sharder, node)
+    if axis is MANY or any(i is None for i in indices):
+        raise NotLocal("an index into tokens")
+    out = output_axis(node)
+    rank = max(i.meta["val"].dim() for i in indices)
+    for i in indices:
+        axis = i.meta.get("tokens")
+        if isinstance(axis, TokenAxis) and axis.dim - i.meta["val"].dim() != out.dim - rank:
+            raise NotLocal("token dimensions of the indices differ")
+    return as_is(sharder, node)
+
+
+def put(sharder: Sharder, node: Node) -> Any:
+    """``x[mask] = values``: one value, one for each feature, or a row for each, of every token in a mask."""
+    given = arguments(node)
+    if given["self"].meta["tokens"] is None:
+        return added_at(sharder, node)
+    source, axis = source_of(node)
+    (mask, *more), values = given["indices"], given["values"]
+    if source is not given["self"]:
+        raise NotLocal("a write at places that an index says")
+    if more or mask is None or mask.meta["val"].dtype != torch.bool:
+        return written_at(sharder, node)
+    if mask.meta.get("tokens") != axis:
+        raise NotLocal("token dimensions of the mask and of what it writes to differ")
+    features = source.meta["val"].dim() - mask.meta["val"].dim()
+    if values.meta["val"].dim() > features and values.meta["val"].shape[0] != 1:
+        return masked_rows(sharder, node)
+    if values.meta.get("tokens") is not None:
+        raise NotLocal("a value for each token that is written")
+    return as_is(sharder, node)
+
+
+def looked_up(sharder: Sharder, node: Node) -> Any:
+    """index_select(table, dim, i), gather(table, dim, i): every token reads the table at its own number."""
+    given = arguments(node)
+    axis, dim = given["index"].meta["tokens"], given["dim"] % max(given["self"].meta["val"].dim(), 1)
+    if operator_name(node.target) == "aten::gather" and axis.dim != dim:
+        raise NotLocal("a table whose rows are tokens")
+    return as_is(sharder, node)

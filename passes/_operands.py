@@ -1,16 +1,21 @@
-"""What rules read of an operator's node, and where its operands and its result have their tokens."""
+"""What rules read of an operator's node, where its operands and its result have their tokens, and the rule of
+an operator that is the same on local operands."""
 
 from __future__ import annotations
 
 import string
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from hsap_compile._torch import operator_name
-from hsap_compile.passes._forms import NotLocal
+from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes.infer_tokens import TokenAxis
+
+if TYPE_CHECKING:
+    from hsap_compile.passes.shard_tokens import Sharder
 
 
 def args_of(node: Node) -> Any:
@@ -83,3 +88,10 @@ def einsum_letters(node: Node) -> tuple[list[str], str] | None:
         lead = "".join(free[: max(counts)])
         letters, result = [names.replace("...", lead) for names in letters], result.replace("...", lead)
     return letters, result
+
+
+def as_is(sharder: Sharder, node: Node) -> Any:
+    """The operator itself, on local operands."""
+    start = sharder.start_of(*node.all_input_nodes)
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: sharder.operand(n, start))
+    return Local(sharder.emit(node.target, *args, **kwargs), start)

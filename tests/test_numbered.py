@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsap_compile.kernels import exchange
-from simulate import simulate, traced
+from simulate import eager, rebatched, simulate, traced, worst
 from test_shard_tokens import LOCAL, WIDTH, WORDS, Pattern, Program, batch, check, trace
 
 
@@ -167,6 +167,17 @@ def test_numbers_stay_local(name: str) -> None:
     of = trace(Program((LOCAL["linear"], (NUMBERED | WRITTEN)[name], LOCAL["affine"])), rows=2)
     assert check(of, 3, 1, tolerance=1e-11) == []
     assert check(of, 2, 2, tolerance=1e-11) == []
+
+
+@pytest.mark.parametrize("name", ["put in each row", "copied into a tail", "a tail in the order of a mask"])
+def test_another_batch_has_its_own_numbers(name: str) -> None:
+    largest: Pattern = lambda p, x, i: x + F.relu(x).max(1, keepdim=True).values  # noqa: E731
+    old, new = batch(2, 13), batch(2, 29, seed=1)
+    of = traced(Program((LOCAL["linear"], WRITTEN[name], largest)), old)
+    args = rebatched(of, old, new)
+    wanted = eager(of, args)
+    for step in simulate(of, 3, 1, args).ranks:
+        assert max(worst(step, wanted)) <= 1e-11
 
 
 SUMMED = exchange.SUM_RANKS

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hsap_compile.errors import Refused
 from hsap_compile.kernels import exchange
-from hsap_compile.passes import _families, _numbered, _parameters, _totals
+from hsap_compile.passes import _families, _numbered, _operands, _parameters, _totals
 from hsap_compile.passes import shard_tokens as sharding
 from simulate import Traced, eager, simulate, traced, worst
 
@@ -153,7 +153,9 @@ LOCAL: dict[str, Pattern] = {
     "by number": lambda p, x, i: (
         x + p.words.new_zeros(3, WIDTH).index_add(0, i[0] % 3, x[0])[i % 3] / x.shape[1] * p.scalar
     ),
-    "rows written": lambda p, x, i: x.index_copy(1, i[0, :2], p.square[:2].expand(x.shape[0], -1, -1)),
+    "rows written": lambda p, x, i: x.index_copy(
+        1, torch.stack([i[0, 0] % 4, i[0, 1] % 4 + 4]), p.square[:2].expand(x.shape[0], -1, -1)
+    ),
     "first largest": lambda p, x, i: x + F.relu(x).max(1, keepdim=True).values,
     "in the order of a mask": lambda p, x, i: x.masked_scatter((i > 6)[..., None], p.places.sin()),
     "weight in both": lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0],
@@ -347,7 +349,7 @@ MUTATIONS = {
     "no share": (exchange, "SHARE", _unsummed, LOCAL["regularised"]),
     "gradients not summed": (sharding, "settle_parameters", lambda sharder: None, LOCAL["linear"]),
     "local positions": (sharding.Sharder, "_local_from_whole", _first_rows, LOCAL["positions"]),
-    "wrong start": (_families, "Local", lambda node, start=0: sharding.Local(node), LOCAL["head labels"]),
+    "wrong start": (_operands, "Local", lambda node, start=0: sharding.Local(node), LOCAL["head labels"]),
     "rows outside counted": (sharding.Sharder, "valid_rows", lambda *_: None, LOCAL["tail mean"]),
     "rows in front ignored": (_families, "rows_in_front", lambda *_: 1, GATHERED["token axis first"][0]),
     "the largest of one rank": (exchange, "EXTREME", _own_largest, LOCAL["largest"]),
