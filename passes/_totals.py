@@ -86,7 +86,12 @@ def variance(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: 
     total = _rank_sum(sharder, value, axis, start, rank, sorted(dims), True, None)
     mean = sharder.emit(aten.div.Tensor, total, count)
     away = sharder.emit(aten.sub.Tensor, value, sharder.emit(aten.detach.default, mean))
-    away = sharder.emit(aten.pow.Tensor_Scalar, away, 2)
+    # what rounding left of the mean: equal tokens deviate by nothing at all, where the root has no slope
+    total = _rank_sum(
+        sharder, sharder.emit(aten.detach.default, away), axis, start, rank, sorted(dims), True, None
+    )
+    rest = sharder.emit(aten.div.Tensor, total, count)
+    away = sharder.emit(aten.pow.Tensor_Scalar, sharder.emit(aten.sub.Tensor, away, rest), 2)
     keep = bool(given.get("keepdim", False))
     total = _rank_sum(sharder, away, axis, start, rank, sorted(dims), keep, None)
     made = sharder.emit(aten.div.Tensor, total, sharder.emit(operator.sub, count, correction))

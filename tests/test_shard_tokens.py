@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -287,6 +287,10 @@ UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
 ANY = {**LOCAL, **{f"gathered {name}": pattern for name, (pattern, _) in GATHERED.items()}}
 
 
+@example(  # equal tokens, whose deviation is zero but for rounding
+    names=["some token", "token deviation"], rows=2, tokens=11, mesh=(3, 1), placement="contiguous",
+    ends="values", grad=True, frozen=True,
+)  # fmt: skip
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=UNSHRUNK)
 @given(
     names=st.lists(st.sampled_from(sorted(ANY)), min_size=2, max_size=6),

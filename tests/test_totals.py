@@ -36,6 +36,9 @@ TOTALS: dict[str, Pattern] = {
     "normalised": lambda p, x, i: F.normalize(x, dim=1),
     "deviation": lambda p, x, i: (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 0.1),
     "deviation of a tail": lambda p, x, i: x * x[:, 1:].std((0, 1), unbiased=False) + x[:, :-2].var(),
+    "deviation of equal tokens": lambda p, x, i: (
+        x + torch.where((x > 9).any(1, keepdim=True), x, p.vector * 1.1).std(1, keepdim=True)
+    ),
     "variance, correction": lambda p, x, i: x * torch.var(x, (1, 2), correction=3, keepdim=True),
     "some": lambda p, x, i: torch.where((x > 2).any(1, keepdim=True), x, p.vector) * (x > -9).any(),
     "all of a head": lambda p, x, i: torch.where((x[:, :-1] > -1).all(1, keepdim=True), x, p.vector),
