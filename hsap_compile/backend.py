@@ -58,8 +58,9 @@ def of_constants(module: GraphModule) -> bool:
     return not any(isinstance(n.meta["example_value"], torch.Tensor) for n in placeholders(module))
 
 
-def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> sympy.Symbol | None:
-    """Check the inputs and return the symbol of the sequence length, None when it is static.
+def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> sympy.Expr | None:
+    """Check the inputs and return the length of a row, S, None when it is static: the symbol of the inputs'
+    length, or a constant more where an attention is over more tokens than that.
 
     On several ranks None means that no input has tokens (a piece between two graph breaks).
 
@@ -75,14 +76,24 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
     if ranks > 1 and isinstance(size, torch.SymInt):
         _share_length(module, size)
     try:
-        length = None if size is None else _symbol(module, example_inputs, size)
+        symbol = None if size is None else _symbol(module, example_inputs, size)
         _fix_rows(module)
-        return length
+        return None if symbol is None else symbol + _more_tokens(module, symbol)
     except Refused as reason:
         if ranks > 1:
             raise
         log.warning("another length will compile again: %s", reason)
         return None
+
+
+def _more_tokens(module: GraphModule, symbol: sympy.Basic) -> int:
+    """How many tokens more than the inputs the longest row has that is attended over or embedded."""
+    sizes = [size for size, _ in _attended(module)]
+    for node in module.graph.nodes:
+        if getattr(node.target, "__name__", "") == "embedding":
+            sizes += node.meta["example_value"].shape[:-1]
+    more = [expr_of(size) - symbol for size in sizes]
+    return max([0, *(int(x) for x in more if x.is_Integer)])
 
 
 def _check_inputs(module: GraphModule) -> None:
@@ -158,40 +169,51 @@ def _operand(node: Node) -> torch.Tensor:
 
 def _share_length(module: GraphModule, size: torch.SymInt) -> None:
     """Inputs as long as the rows are of the rows' length: adding them up would say so, a gather does not
-    (``logits.gather(-1, labels[..., None])``).  A batch in which they are not compiles again."""
-    for node in placeholders(module):
-        value = node.meta["example_value"]
-        if not isinstance(value, torch.Tensor) or belongs_to_module(node):
-            continue
-        for other in value.shape[1:] if value.dim() > 1 else value.shape:
-            if expr_of(other).is_Symbol and equal_now(size, other):
-                bool(size == other)  # asked, it becomes a guard, and both one symbol
+    (``logits.gather(-1, labels[..., None])``).  So are those as long as one that rows are made of.  A batch
+    in which they are not compiles again."""
+    inputs = [
+        other
+        for node in placeholders(module)
+        if isinstance(value := node.meta["example_value"], torch.Tensor) and not belongs_to_module(node)
+        for other in (value.shape[1:] if value.dim() > 1 else value.shape)
+        if expr_of(other).is_Symbol
+    ]
+    source = next((x for x in inputs if expr_of(x) in expr_of(size).free_symbols), size)
+    for length in (size, source):
+        for other in inputs:
+            if equal_now(length, other):
+                bool(length == other)  # asked, it becomes a guard, and both one symbol
 
 
-def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sympy.Symbol | None:
-    """S.  A graph in which it is a number is traced again with the batch's token dimensions symbolic."""
+def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sympy.Basic | None:
+    """Of what S is made.  A graph in which it is a number is traced again with the batch's token dimensions
+    symbolic."""
     expr = expr_of(size)
-    if expr.is_Symbol:
-        return expr
+    symbol = next(iter(expr.free_symbols), None)
+    if symbol is not None and (expr - symbol).is_Integer:
+        return symbol
     if not expr.is_Integer:
         raise Refused(
             "the sequence length is not the size of an input",
             got=f"rows of {expr} tokens",
-            wanted="rows as long as an input's dimension",
+            wanted="rows as long as an input's dimension, or a constant number of tokens more or fewer",
             do="pad or cut the batch before the compiled function, not inside of it",
         )
     length = int(expr)
     cut = _cuts_buffers(module, length)
-    inputs = [
-        (example, _token_dims(node.meta["example_value"], length))
+    batch = [
+        (node.meta["example_value"], example)
         for node, example in zip(placeholders(module), example_inputs, strict=True)
         if isinstance(node.meta["example_value"], torch.Tensor) and not belongs_to_module(node)
     ]
+    inputs = [(example, _token_dims(value, length)) for value, example in batch]
+    if not any(likely for _, (likely, _) in inputs):  # rows are longer or shorter than what is given
+        inputs += [(example, _token_dims(value, last)) for last in _words(batch) for value, example in batch]
     for which in (0, 1):  # likely ones; where S stays a number, others that are as long
         marked = [mark_symbolic(x, dim, unknown=cut) for x, dims in inputs for dim in dims[which]]
         if any(marked) and length > 1:
             raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
-    if any(likely for _, (likely, _) in inputs) and length > 1:
+    if any(likely for _, (likely, _) in inputs[: len(batch)]) and length > 1:
         raise Refused(
             "the sequence length stays a constant",
             got=f"a graph for exactly {length} tokens",
@@ -201,6 +223,12 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
             at=innermost(fixed_at([n.meta["example_value"] for n in placeholders(module)])),
         )
     return None
+
+
+def _words(batch: Sequence[tuple[torch.Tensor, Any]]) -> list[int]:
+    """How many words the rows of integer inputs have."""
+    found = [expr_of(v.shape[-1]) for v, _ in batch if v.dim() > 1 and not v.is_floating_point()]
+    return sorted({int(size) for size in found if size.is_Integer and size > 1})
 
 
 def _cuts_buffers(module: GraphModule, length: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import sympy
@@ -20,9 +21,10 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
 
     A band over positions that are read from a tensor (``position_ids[q] >= position_ids[k]``) is a band
     over columns where positions advance with the columns inside every label; where they do not, the
-    formula is evaluated element by element.
+    formula is evaluated element by element.  Columns that are no tokens of the attention are a document.
     """
-    read = _Reader(leaves, batch, tokens)
+    first, behind = mask.others
+    read = _Reader(leaves, batch, tokens - first - behind)
     labels = read.labels(mask.labels)
     begins = None if labels is None else starts(labels)
     residual, unread, lo, hi = mask.residual, mask.unread, None, None
@@ -34,14 +36,21 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
         hi = _tighter(min, hi, band.hi)
     if unread and mask.soft:  # a query may attend to nothing, hence to everything, and nobody knows which
         return unknown(mask, batch, tokens)
-    query_valid = read.valid(mask.query_valid)
+    key_valid, query_valid = read.valid(mask.key_valid), read.valid(mask.query_valid)
     if lo is not None and hi is not None and lo > hi:  # nothing is that far from itself
-        query_valid, lo, hi = np.zeros((1, tokens), np.bool_), None, None
+        query_valid, lo, hi = np.zeros((1, read.tokens), np.bool_), None, None
+    if first or behind:
+        labels = np.zeros((1, read.tokens), np.int64) if labels is None else labels
+        labels, begins = _with_others(labels, first, behind, int(labels.max()) + 1), None
+        key_valid, query_valid = (
+            None if valid is None else _with_others(valid, first, behind, True)
+            for valid in (key_valid, query_valid)
+        )
     return Attended(
         batch=batch,
         tokens=tokens,
         labels=labels,
-        key_valid=read.valid(mask.key_valid),
+        key_valid=key_valid,
         query_valid=query_valid,
         lo=lo,
         hi=hi,
@@ -49,6 +58,10 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
         soft=mask.soft,
         starts=begins,
     )
+
+
+def _with_others(of_tokens: np.ndarray, first: int, behind: int, other: Any) -> np.ndarray:
+    return np.pad(of_tokens, ((0, 0), (first, behind)), constant_values=other)
 
 
 def unknown(mask: Mask, batch: int, tokens: int) -> Attended:

@@ -42,6 +42,9 @@ class Mask:
     logits are ``score`` wherever they hold.  ``soft``: masked logits are finite, so that a query that may
     attend to nothing attends to everything alike.  ``unread``: a condition is in the formula only, so that
     the structure does not tell which queries attend to nothing.  ``logits``: the whole formula, always right.
+
+    ``others``: how many columns of the batch stand in front of the attention's tokens, and behind them.  The
+    structure counts the attention's tokens, from its first one; ``logits`` counts columns (see ``placed``).
     """
 
     logits: sympy.Expr
@@ -52,6 +55,7 @@ class Mask:
     residual: bool = False
     soft: bool = False
     unread: bool = False
+    others: tuple[int, int] = (0, 0)
 
     @property
     def structure(self) -> tuple[sympy.Basic, ...]:
@@ -84,6 +88,23 @@ class Mask:
 
     def __str__(self) -> str:
         return self.readable()
+
+
+def placed(mask: Mask, first: int, behind: int) -> Mask:
+    """``mask`` of an attention whose tokens are not all columns of the batch: ``first`` others stand in front
+    of them and ``behind`` others behind, which attend to one another and are attended to by no token."""
+    if first == behind == 0:
+        return mask
+    moved = {q: q - first, k: k - first, formula.S: formula.S - first - behind}
+    logits, extra = (None if x is None else x.xreplace(moved) for x in formula.without_sink(mask.logits))
+
+    def among(x: sympy.Expr) -> sympy.Basic:
+        return sympy.And(x >= first, x < formula.S - behind)
+
+    logits = sympy.Piecewise((logits, sympy.Or(among(k), sympy.Not(among(q)))), (-sympy.oo, True))
+    return replace(
+        mask, logits=logits if extra is None else formula.sink(logits, extra), others=(first, behind)
+    )
 
 
 def normalise(logits: sympy.Expr) -> tuple[Mask, float]:

@@ -27,7 +27,7 @@ from hsap_compile.passes._random import is_random
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.choose_saved import choose_saved
 from hsap_compile.passes.find_attention import Attention, find_attention
-from hsap_compile.passes.infer_tokens import infer_tokens
+from hsap_compile.passes.infer_tokens import infer_tokens, symbol_of
 from hsap_compile.passes.lift_mask import lift_mask
 from hsap_compile.passes.lower import lower
 from hsap_compile.passes.partition_attention import Site, partition_attention
@@ -55,16 +55,16 @@ class Rewritten:
     as_written: tuple[tuple[str, str, str], ...]
 
 
-def compile_graph(module: GraphModule, options: Options, symbol: sympy.Symbol | None) -> Program:
-    """Dynamo's ``module`` as a program for this world's ranks.  ``symbol``: S; None when it is static."""
+def compile_graph(module: GraphModule, options: Options, tokens: sympy.Expr | None) -> Program:
+    """Dynamo's ``module`` as a program for this world's ranks.  ``tokens``: S; None when it is static."""
     _, ranks = world()
-    made = rewrite(module, options, symbol, ranks, group_name())
+    made = rewrite(module, options, tokens, ranks, group_name())
     function = lower(made.graph, options.lower, options.inductor, options.memory_budget)
     return replace(made.program, function=function)
 
 
 def rewrite(
-    module: GraphModule, options: Options, symbol: sympy.Symbol | None, ranks: int, group: str
+    module: GraphModule, options: Options, tokens: sympy.Expr | None, ranks: int, group: str
 ) -> Rewritten:
     """Dynamo's ``module`` for ``ranks`` ranks, which are the process group ``group`` once it runs.
 
@@ -93,16 +93,17 @@ def rewrite(
     inputs = len(placeholders(graph))
     fallbacks: tuple[Fallback, ...] = ()
     local_outputs: frozenset[int] = frozenset()
-    length: tuple[int, int] | int
-    if symbol is None and ranks > 1:
-        symbol, length = _without_tokens(graph, attentions, options), LEAST * ranks
+    length: tuple[int, int, int] | int
+    if tokens is None and ranks > 1:
+        tokens, length = _without_tokens(graph, attentions, options), LEAST * ranks
     else:
-        length = _static_length(attentions) if symbol is None else _token_input(graph, symbol, inputs)
-    tokens = symbol if symbol is not None else sympy.Integer(length)
+        length = _static_length(attentions) if tokens is None else _token_input(graph, tokens, inputs)
+    symbol = None if tokens is None else symbol_of(tokens)
+    rows = tokens if tokens is not None else sympy.Integer(length)
     if ranks > 1:
-        assert symbol is not None
+        assert tokens is not None
         _refuse_cache(graph, attentions)
-        infer_tokens(graph, symbol)
+        infer_tokens(graph, tokens)
         columns, order = (
             fake_table(mode, torch.zeros(shape, dtype=torch.int64, device=device), (len(shape) - 1,), LEAST)
             for shape in ((8,), (2, 8))
@@ -110,7 +111,7 @@ def rewrite(
         sharded = shard_tokens(
             graph,
             mode,
-            symbol,
+            tokens,
             group,
             columns=columns,
             order=order,
@@ -119,7 +120,7 @@ def rewrite(
             whole_outputs=len(writes),
             strict=options.strict,
         )
-        tokens = expr_of(columns.shape[0])
+        rows = expr_of(columns.shape[0])
         graph, fallbacks, local_outputs = sharded.module, sharded.fallbacks, sharded.local_outputs
         for fallback in fallbacks:
             log.warning(
@@ -140,10 +141,10 @@ def rewrite(
         mode,
         mesh,
         group,
-        tokens,
+        rows,
+        length,
         kernel=kernel,
         kernel_options=options.kernel_options,
-        length=_size(graph, length),
         most=options.received if isinstance(options.received, int) else None,
     )
     log.info(
@@ -192,7 +193,7 @@ def rewrite(
     return Rewritten(graph, program, partitioned.sites, as_written)
 
 
-def _done(name: str, graph: GraphModule, length: sympy.Symbol | None = None) -> None:
+def _done(name: str, graph: GraphModule, length: sympy.Basic | None = None) -> None:
     """After a pass: the graph is legal, and can be read."""
     verify(graph, name, length)
     if log.isEnabledFor(logging.DEBUG):
@@ -262,13 +263,14 @@ def _common_heads(graph: GraphModule) -> tuple[int, int]:
     return math.gcd(*q), math.gcd(*k)
 
 
-def _token_input(graph: GraphModule, symbol: sympy.Symbol | None, inputs: int) -> tuple[int, int]:
+def _token_input(graph: GraphModule, tokens: sympy.Expr, inputs: int) -> tuple[int, int, int]:
+    symbol = symbol_of(tokens)
     for i, node in enumerate(placeholders(graph)[:inputs]):
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             for dim, size in enumerate(value.shape):
                 if expr_of(size) == symbol:
-                    return i, dim
+                    return i, dim, int(tokens - symbol)
     raise _no_tokens()
 
 
@@ -281,14 +283,6 @@ def _without_tokens(graph: GraphModule, attentions: Sequence[Attention], options
     at = "" if first is None else f", from {where(first)} on"
     log.warning("no input of a graph says how long a row is: every rank computes all of it%s", at)
     return sympy.Symbol("tokens")
-
-
-def _size(graph: GraphModule, tokens: tuple[int, int] | int) -> Any:
-    """S, where ``tokens`` says."""
-    if isinstance(tokens, int):
-        return tokens
-    position, dim = tokens
-    return placeholders(graph)[position].meta["val"].shape[dim]
 
 
 def _static_length(attentions: Sequence[Attention]) -> int:

@@ -69,8 +69,8 @@ class Program:
     """A compiled graph and what its host side needs to know.
 
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
-    from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension) whose size is
-    S, or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
+    from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension, how much more than
+    its size S is), or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
     ``writes`` the inputs that the last outputs are written into; ``signature`` is the same wherever the
     graph is, and ``check`` what ranks compare (see ``Options``); ``fallbacks`` are the operators on gathered
     tokens; ``random``: whether the graph draws random numbers; ``again``: whether rows are received again in
@@ -86,7 +86,7 @@ class Program:
     placement: Any
     traffic: tuple[Traffic, ...]
     on_step: Callable[[StepReport], None] | None
-    tokens: tuple[int, int] | int
+    tokens: tuple[int, int, int] | int
     local_outputs: frozenset[int]
     writes: tuple[int, ...]
     parameters: frozenset[int]
@@ -102,8 +102,8 @@ class Program:
         """S of a call."""
         if isinstance(self.tokens, int):
             return self.tokens
-        position, dim = self.tokens
-        return int(args[position].shape[dim])
+        position, dim, more = self.tokens
+        return int(args[position].shape[dim]) + more
 
     def read(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """What the masks of a call read, on the host."""
@@ -162,7 +162,7 @@ class Runner:
         self.calls += 1
         plan, tables = self._plan(args, leaves, tokens, rank, digest)
         if not self.warned:
-            self.warned = _warn_of_leaks(args, plan)
+            self.warned = _warn_of_leaks(args, program.masks, plan)
         self.last_plan = plan
         if program.on_step is not None:
             program.on_step(program.report(plan))
@@ -290,19 +290,21 @@ def _digest(leaves: Sequence[torch.Tensor], tokens: int) -> bytes:
     return digest.digest()[:16]
 
 
-def _warn_of_leaks(args: Sequence[Any], plan: Plan) -> bool:
+def _warn_of_leaks(args: Sequence[Any], masks: Sequence[PlannedMask], plan: Plan) -> bool:
     """Positions restart, and yet the mask lets documents see one another: say so once."""
-    masks = [m.structure.mask for m in plan.masks]
-    if not any(m.labels is None and not m.residual for m in masks):
-        return False
-    tokens = masks[0].tokens
+    made = [m.structure.mask for m in plan.masks]
+    open_rows = [
+        rows.tokens - sum(of.mask.others)
+        for of, rows in zip(masks, made, strict=False)  # of no attention, there is a plan of nothing
+        if not of.mask.labels and not rows.residual
+    ]
     for value in args:
         if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int64, torch.int32):
             continue
-        if value.dim() == 0 or value.shape[-1] != tokens:
+        if value.dim() == 0 or value.shape[-1] not in open_rows:
             continue
-        steps = value.detach().cpu().reshape(-1, tokens).diff(dim=-1)
-        follows, restarts = steps == 1, value.detach().cpu().reshape(-1, tokens)[:, 1:] == 0
+        rows = value.detach().cpu().reshape(-1, value.shape[-1])
+        follows, restarts = rows.diff(dim=-1) == 1, rows[:, 1:] == 0
         if bool((follows | restarts).all()) and bool(restarts.any()) and bool(follows.any()):
             warnings.warn(
                 "hsap: position_ids restart inside a row, but the model's attention mask lets documents see "

@@ -18,7 +18,7 @@ class BrokenGraph(AssertionError):
     """A pass left an illegal graph."""
 
 
-def verify(module: GraphModule, after: str, length: sympy.Symbol | None = None) -> None:
+def verify(module: GraphModule, after: str, length: sympy.Basic | None = None) -> None:
     """Raise ``BrokenGraph`` when ``module``, in which a row has ``length`` tokens, is illegal after the pass
     ``after``."""
     module.graph.lint()
@@ -42,9 +42,9 @@ def _functional(module: GraphModule) -> None:
             raise BrokenGraph(f"after capture: {node.format_node()} writes in place")
 
 
-def _states_meet(module: GraphModule, after: str, length: sympy.Symbol | None) -> None:
+def _states_meet(module: GraphModule, after: str, length: sympy.Basic | None) -> None:
     """No operator but an exchange mixes this rank's rows with whole sequences."""
-    mine: set[sympy.Symbol] = set()
+    mine: set[sympy.Basic] = set()
     everyones = set() if length is None else {length}
     for node in placeholders(module):
         if "table" in node.meta:

@@ -76,8 +76,8 @@ class _Body:
 
         self.module = capture_body(body, values, grad=False)
         inputs = placeholders(self.module)
-        infer_tokens(self.module, outer.symbol, dict(zip(inputs, axes, strict=True)))
-        self.inner = inner = Sharder(self.module, outer.mode, outer.symbol, outer.group, strict=False)
+        infer_tokens(self.module, outer.length, dict(zip(inputs, axes, strict=True)))
+        self.inner = inner = Sharder(self.module, outer.mode, outer.length, outer.group, strict=False)
         inner.tables = _Tables(columns=outer.tables["columns"])  # whose size is compared with
         self.columns = outer.tables["columns"].meta["val"]
         for placeholder, axis in zip(inputs, axes, strict=True):

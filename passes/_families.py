@@ -13,16 +13,15 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from hsap_compile import formula
 from hsap_compile._torch import (
     CUSTOM_FUNCTION,
-    hint_of,
     is_operator,
     is_pointwise,
     operator_name,
 )
 from hsap_compile.errors import Refused, where
-from hsap_compile.kernels import dense, exchange
+from hsap_compile.kernels import dense
+from hsap_compile.passes._attentions import attention
 from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._numbered import (
@@ -89,7 +88,7 @@ def rule_for(node: Node) -> Any:
     if node.target is operator.getitem:
         return _getitem
     if node.target is dense.OP:
-        return _attention
+        return attention
     if node.target is CUSTOM_FUNCTION:
         return custom_function
     if not is_operator(node.target):
@@ -377,41 +376,6 @@ REDUCTIONS = _names(
     "sum mean amax amin aminmax max min any all prod var std var_mean std_mean norm linalg_vector_norm argmax"
     " argmin"
 )
-
-
-def _reads_context(sharder: Sharder, node: Node, axes: list[Any]) -> bool:
-    """Whether every query, on its own, attends to keys that are no tokens and that all queries see alike."""
-    ours = isinstance(axes[0], TokenAxis) and (axes[0].dim, axes[0].layout) == (2, (1, sharder.symbol, 1))
-    read = formula.loads(args_of(node)[4]).free_symbols
-    return ours and axes[1] is None and axes[2] is None and not read & {formula.q, formula.S}
-
-
-def _attention(sharder: Sharder, node: Node) -> Any:
-    """The canonical attention stays one operator on local rows: ``partition_attention`` comes next."""
-    q, k, v, leaves, logits, scale = args_of(node)
-    axes = [x.meta.get("tokens") for x in (q, k, v)]
-    if _reads_context(sharder, node, axes):
-        made = as_is(sharder, node)
-        made.node.meta.update(mask=node.meta["mask"], reads=node.meta["reads"])
-        return made
-    if all(isinstance(a, TokenAxis) and a.length != sharder.symbol for a in axes):
-        raise NotLocal(
-            f"an attention over {axes[0].length} tokens of {sharder.symbol}: cut the batch before the model"
-        )
-    if any(not isinstance(a, TokenAxis) or (a.dim, *a.layout) != (2, 1, sharder.symbol, 1) for a in axes):
-        raise NotLocal("an attention whose queries and keys are not the same tokens")
-    operands = [sharder.local(x) for x in (q, k, v)]
-    whole = []
-    for leaf in leaves:
-        value = sharder.whole(leaf)
-        differentiable = leaf in sharder.differentiable
-        whole.append(sharder.emit(exchange.BROADCAST, value, sharder.group) if differentiable else value)
-    made = sharder.graph.call_function(dense.OP, (*operands, whole, logits, scale))
-    made.meta.update({key: value for key, value in node.meta.items() if key not in ("val", "tokens")})
-    batch, heads = (hint_of(s) for s in operands[0].meta["val"].shape[:2])
-    rows, width = operands[0].meta["val"].shape[2], hint_of(operands[2].meta["val"].shape[3])
-    made.meta["val"] = operands[0].meta["val"].new_empty((batch, heads, rows, width))
-    return Local(made)
 
 
 RULES: dict[str, Any] = {

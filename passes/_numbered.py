@@ -102,7 +102,7 @@ def _own_rows(sharder: Sharder, axis: TokenAxis, start: int) -> Node:
     options = {"dtype": torch.int64, "device": columns.meta["val"].device}
     rows = emit(aten.full.default, [sharder.tables["S"]], -1, **options)
     rows = emit(aten.index_put.default, rows, [columns], emit(aten.arange.default, n, **options))
-    if axis.length != sharder.symbol:
+    if axis.length != sharder.length:
         rows = emit(aten.slice.Tensor, rows, 0, start, sharder.size(axis.length + start))
     if not axis.folded:
         return rows
@@ -280,7 +280,7 @@ def _in_order(
     home, dim, start = sharder.home.get(target), axis.dim, sharder.start_of(target)
     if home is not None and home.routed:
         raise NotLocal("rows in the order of a sort")
-    if axis.length != sharder.symbol:
+    if axis.length != sharder.length:
         last = emit(operator.sub, sharder.size(axis.length), 1)
         columns = emit(aten.clamp.default, emit(aten.sub.Tensor, columns, start), 0, last)
     if axis.folded:

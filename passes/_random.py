@@ -37,7 +37,7 @@ def is_random(node: Node) -> bool:
 
 def drawn(sharder: Sharder, node: Node) -> Any:
     """rand(size) and its like: every rank draws for its own tokens."""
-    if (output_axis(node).length - sharder.symbol).is_positive:
+    if (output_axis(node).length - sharder.length).is_positive:
         raise NotLocal("a value of more tokens than the batch has")
     args = list(map_arg(node.args, sharder.whole))
     args[[argument.name for argument in schema_of(node)].index("size")] = sharder.local_shape(node)

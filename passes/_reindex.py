@@ -118,7 +118,7 @@ def _picked(sharder: Sharder, value: Any, dim: int, shift: Shift, fill: float) -
     emit, columns = sharder.emit, sharder.tables["columns"]
     (first, behind), count = shift.source, len(shift.offsets)
     at = emit(aten.stack.default, [emit(aten.add.Scalar, columns, k) for k in shift.offsets], 1)
-    stop = sharder.size(sharder.symbol - behind)
+    stop = sharder.size(sharder.length - behind)
     last = emit(operator.sub, sharder.size(value.meta["val"].shape[dim]), 1)
     made = _read(sharder, value, dim, emit(aten.clamp.default, at, 0, last), count)
     inside = emit(aten.logical_and.default, emit(aten.ge.Scalar, at, first), emit(aten.lt.Scalar, at, stop))
@@ -156,7 +156,7 @@ def within(sharder: Sharder, of: Range) -> Node | None:
     if first > 0:
         inside = sharder.emit(aten.ge.Scalar, columns, first)
     if behind > 0:
-        before = sharder.emit(aten.lt.Scalar, columns, sharder.size(sharder.symbol - behind))
+        before = sharder.emit(aten.lt.Scalar, columns, sharder.size(sharder.length - behind))
         inside = before if inside is None else sharder.emit(aten.logical_and.default, inside, before)
     return inside
 
@@ -185,7 +185,7 @@ def slack_of(sharder: Sharder, node: Node) -> int:
     axis = sharder.axis(node)
     if axis.folded:
         raise NotLocal("tokens that share a dimension with others")
-    return int(sharder.symbol - axis.length)
+    return int(sharder.length - axis.length)
 
 
 def view_of(sharder: Sharder, source: Node) -> View:
@@ -230,7 +230,7 @@ def aligned(sharder: Sharder, node: Node, start: int) -> Node:
     home, length = sharder.home[node], sharder.axis(node).length
     if home.routed:
         raise NotLocal("rows in the order of a sort")
-    slack = int(sharder.symbol - length)
+    slack = int(sharder.length - length)
     view = View(node, home.start, (home.start, slack - home.start))
     return taken(sharder, view, (-start,), (start, slack - start))
 

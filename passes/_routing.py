@@ -48,7 +48,7 @@ def row_sort(sharder: Sharder, node: Node, ordinary: Any = None) -> Any:
     """sort(ids) of one number a row: a Bag, and Points into the rows."""
     source = _first(node)
     axis = source.meta.get("tokens")
-    if source.meta["val"].dim() != 1 or not isinstance(axis, TokenAxis) or axis.length != sharder.symbol:
+    if source.meta["val"].dim() != 1 or not isinstance(axis, TokenAxis) or axis.length != sharder.length:
         raise NotLocal("it works along the tokens")
     was = sharder.home.get(source)
     argsort = operator_name(node.target) == "aten::argsort"
@@ -77,7 +77,7 @@ def row_counts(sharder: Sharder, node: Node, ordinary: Any = None) -> Any:
     elif torch.Tag.dynamic_output_shape in _target(node).tags and not _fixed_size(node):
         raise NotLocal("its size depends on the tokens")
     home = sharder.home.get(source)
-    if key.meta["tokens"].length != sharder.symbol or (home is not None and home.points is not None):
+    if key.meta["tokens"].length != sharder.length or (home is not None and home.points is not None):
         raise NotLocal("it counts a part of the tokens")
     value = home.node if home is not None else sharder.local(source)
     return Local(_call(sharder, node, {source: value}), order=Counts(key))
@@ -367,7 +367,7 @@ def _counting(sharder: Sharder, node: Node, rows: Node) -> Node | None:
         return None
     given = arguments(node)
     size = sympy.expand(expr_of(node.meta["val"].shape[0]))
-    if given.get("start", 0) != 0 or given.get("step", 1) != 1 or sharder.symbol not in size.free_symbols:
+    if given.get("start", 0) != 0 or given.get("step", 1) != 1 or sharder.length not in size.free_symbols:
         return None
     options = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
     return sharder.emit(aten.arange.default, sharder.emit(aten.sym_size.int, rows, 0), **options)

@@ -3,9 +3,10 @@
 after: ``node.meta["tokens"]`` is a ``TokenAxis`` for a value with exactly one token dimension, None for
 a value without, and ``MANY`` for one with several or with one that is no plain run of tokens.
 
-A dimension holds tokens when its size contains the sequence symbol S.  Sizes are ``outer * length * inner``:
-``outer`` rows that were folded in front (``view(B * S, ..)``), ``inner`` behind (``view(S * B, ..)``), and a
-length of S, or S plus or minus a constant after a slice or a pad.
+A dimension holds tokens when its size contains the symbol of the inputs' length.  Sizes are
+``outer * length * inner``: ``outer`` rows that were folded in front (``view(B * S, ..)``), ``inner`` behind
+(``view(S * B, ..)``), and a length of S, or S plus or minus a constant after a slice or a pad.  S itself is
+the inputs' length, or a constant more where attentions are over more tokens than that (a prompt in front).
 """
 
 from __future__ import annotations
@@ -56,16 +57,23 @@ class TokenAxis:
         return self.outer * self.inner != 1
 
 
+def symbol_of(length: sympy.Expr) -> sympy.Basic:
+    """The symbol of ``length``, which is that or a constant more."""
+    (symbol,) = length.free_symbols
+    return symbol
+
+
 def infer_tokens(
-    module: GraphModule, symbol: sympy.Symbol, known: Mapping[Node, TokenAxis | Tokens | None] | None = None
+    module: GraphModule, length: sympy.Expr, known: Mapping[Node, TokenAxis | Tokens | None] | None = None
 ) -> None:
-    """Annotate every node of ``module``; ``symbol`` is S.  ``known``: of inputs, where sizes do not tell."""
+    """Annotate every node of ``module``; ``length`` is S.  ``known``: of inputs, where sizes do not tell."""
+    symbol = symbol_of(length)
     for node in module.graph.nodes:
         _settle_constants(node)
         node.meta["tokens"] = known[node] if known and node in known else _tokens(node, symbol)
 
 
-def _tokens(node: Node, symbol: sympy.Symbol) -> TokenAxis | Tokens | None:
+def _tokens(node: Node, symbol: sympy.Basic) -> TokenAxis | Tokens | None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None

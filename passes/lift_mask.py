@@ -289,7 +289,12 @@ class _Lifter:
     def size(self, size: Any) -> sympy.Expr:
         """A size as a formula of S, the tokens of this attention's keys."""
         expr = expr_of(size)
-        expr = expr.xreplace({expr_of(self.attention.value.tokens): formula.S})
+        keys = expr_of(self.attention.value.tokens)
+        symbol = next(iter(keys.free_symbols), None)
+        if symbol is not None and (more := keys - symbol).is_Integer:
+            expr = sympy.expand(expr.xreplace({symbol: formula.S - more}))
+        else:
+            expr = expr.xreplace({keys: formula.S})
         if expr.free_symbols - {formula.S} or expr.atoms(sympy.Function):
             raise NotLiftable(size)
         return expr

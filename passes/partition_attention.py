@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Node
 from hsap_compile import formula
 from hsap_compile._torch import expr_of, guard_at_most, hint_of
 from hsap_compile.errors import Refused, module_of, where
-from hsap_compile.graph import Builder, ancestors, remove_dead
+from hsap_compile.graph import Builder, ancestors, placeholders, remove_dead
 from hsap_compile.kernels import attention, copies, dense, exchange
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.kernels.flex import FlexAttention, Keys
@@ -111,19 +111,19 @@ def partition_attention(
     mesh: MeshShape,
     group: str,
     tokens: sympy.Expr,
+    length: tuple[int, int, int] | int,
     *,
     kernel: str = "slices",
     kernel_options: Mapping[str, Any] | None = None,
-    length: Any = 0,
     most: int | None = None,
 ) -> Partitioned:
     """Rewrite every canonical attention of ``module`` (in place) for one rank of ``mesh``.
 
     ``tokens``: how many tokens this rank holds of a row.  An attention over anything else (whole tokens,
-    other sequences) stays the dense operator.  ``kernel``: "slices" and "varlen" write ``hsap::attend``, and
-    "varlen" refuses what is not bands; "flex" writes flex attention with ``kernel_options``.  ``most``: bytes
-    of received rows that an attention may hold at a time; ``length`` is then S, and a longer row than the
-    stages are made for compiles again.
+    other sequences) stays the dense operator.  ``length``: S, or of which input which dimension S is, plus
+    how much.  ``kernel``: "slices" and "varlen" write ``hsap::attend``, and "varlen" refuses what is not
+    bands; "flex" writes flex attention with ``kernel_options``.  ``most``: bytes of received rows that an
+    attention may hold at a time; a longer row than the stages are made for compiles again.
     """
     sites = [n for n in module.graph.nodes if n.target is dense.OP and _over(n, tokens)]
     device = sites[0].meta["val"].device if sites else torch.device("cpu")
@@ -133,7 +133,7 @@ def partition_attention(
     planned: list[PlannedMask] = []
     traffic: list[Traffic] = []
     found: list[Site] = []
-    limit = _receive_limit(sites, mesh, length, most)
+    limit = _receive_limit(sites, mesh, _length_of(module, length), most)
     for site in sites:
         mask: Mask = site.meta["mask"]
         operands = _operands(site)
@@ -150,7 +150,10 @@ def partition_attention(
             index = keys.index(key)
             if kernel == "flex" and index not in writers:
                 writers[index] = _writer(tables, index, mask, leaves, kernel_options or {})
-            attention_site = _Site(build, tables, mesh, group, site, index, writers.get(index), limit.stages)
+            row = _row(build, module, length)
+            attention_site = _Site(
+                build, tables, mesh, group, site, index, writers.get(index), limit.stages, row
+            )
             result = attention_site.rewritten()
         traffic.append(attention_site.traffic())
         found.append(Site.of(site))
@@ -158,6 +161,23 @@ def partition_attention(
         module.graph.erase_node(site)
     remove_dead(module)
     return Partitioned(tuple(planned), tuple(traffic), tuple(found), limit)
+
+
+def _length_of(module: GraphModule, length: tuple[int, int, int] | int) -> Any:
+    """S, a number or a symbolic one."""
+    if isinstance(length, int):
+        return length
+    position, dim, more = length
+    return placeholders(module)[position].meta["val"].shape[dim] + more
+
+
+def _row(build: Builder, module: GraphModule, length: tuple[int, int, int] | int) -> Any:
+    """S, a number or a node."""
+    if isinstance(length, int):
+        return length
+    position, dim, more = length
+    size = build.size(placeholders(module)[position], dim)
+    return build(operator.add, size, more) if more else size
 
 
 def _writer(
@@ -259,9 +279,10 @@ class _Site:
         index: int,
         flex: FlexAttention | None,
         stages: int,
+        row: Any,
     ) -> None:
         self.build, self.tables, self.mesh, self.group, self.flex = build, tables, mesh, group, flex
-        self.site, self.index, self.stages = site, index, range(stages)
+        self.site, self.index, self.stages, self.row = site, index, range(stages), row
         operands = _operands(site)
         self.q, self.k, self.v, self.leaves, _, self.scale = operands
         self.batch, self.heads = (int(s) for s in self.q.meta["val"].shape[:2])
@@ -397,7 +418,7 @@ class _Site:
 
     def _flex(self, flex: FlexAttention, q: Node, parts: list[Keys]) -> Node:
         heads = self._head_numbers(q)
-        return flex.attend(self.build, q, parts, heads, self._tokens(), self.scale)[0]
+        return flex.attend(self.build, q, parts, heads, self.row, self.scale)[0]
 
     def _attend(
         self,
@@ -420,11 +441,7 @@ class _Site:
             leaves = []
         else:
             logits = formula.dumps(mask.logits)
-            positions, heads, tokens = (
-                self._positions(q, columns, rows),
-                self._head_numbers(q),
-                self._tokens(),
-            )
+            positions, heads, tokens = self._positions(q, columns, rows), self._head_numbers(q), self.row
             remote = self._remote() if k_remote is not None else None
         result = build(
             attention.OP, q, k, v, k_remote, v_remote, slices, positions, remote, heads, leaves, logits,
@@ -452,9 +469,3 @@ class _Site:
             return heads
         position = self.tables("position", torch.zeros(1, dtype=torch.int64), ())
         return build(aten.add.Tensor, heads, build(aten.mul.Tensor, position, count))
-
-    def _tokens(self) -> Any:
-        for node in self.tables.graph.nodes:
-            if node.meta.get("table") == "order":
-                return self.build.size(node, 0)
-        return self.build.size(self.q, 2)

@@ -42,7 +42,7 @@ from hsap_compile.passes._parameters import settle_parameters
 from hsap_compile.passes._random import agreed, disagreed, is_random
 from hsap_compile.passes._reindex import Longer, aligned, common_start, within
 from hsap_compile.passes._routing import is_count, routed, whole_counts
-from hsap_compile.passes.infer_tokens import MANY, TokenAxis
+from hsap_compile.passes.infer_tokens import MANY, TokenAxis, symbol_of
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ class Sharder:
 
     old: GraphModule
     mode: Any
-    symbol: sympy.Symbol
+    length: sympy.Expr
     group: str
     strict: bool
     graph: Graph = field(default_factory=Graph)
@@ -88,6 +88,11 @@ class Sharder:
     symbols: dict[sympy.Expr, Node] = field(default_factory=dict)
     locally_used: set[Node] = field(default_factory=set)
     origin: Node | None = None
+
+    @property
+    def symbol(self) -> sympy.Basic:
+        """The size of inputs that ``length``, S, is a constant more than, or is."""
+        return symbol_of(self.length)
 
     # --- emitting ---------------------------------------------------------------------------------
 
@@ -170,7 +175,7 @@ class Sharder:
             value, dim = self.unfolded(value, shape, axis, self.tables["n"])
         columns, order = self.tables["columns"], self.tables["order"]
         value = self.emit(exchange.GATHER, value, columns, order, self.tables["S"], dim, self.group)
-        if axis.length != self.symbol:
+        if axis.length != self.length:
             stop = self.size(axis.length + home.start)
             value = self.emit(aten.slice.Tensor, value, dim, home.start, stop)
         if axis.folded:
@@ -187,7 +192,7 @@ class Sharder:
     def local(self, node: Node, start: int = 0) -> Node:
         """The form of ``node`` that holds this rank's rows; row i belongs to column ``columns[i]``."""
         if node in self.home:
-            if self.home[node].start == start or self.axis(node).length == self.symbol:
+            if self.home[node].start == start or self.axis(node).length == self.length:
                 return self.home[node].node
         key = (node, start)
         if key not in self.locals and node in self.home:
@@ -200,7 +205,7 @@ class Sharder:
     def _local_from_cheap(self, node: Node, start: int) -> Node | None:
         """Computed on local rows, when the operator can be; None otherwise."""
         axis = self.axis(node)
-        if node.op != "call_function" or axis.length != self.symbol or start != 0:
+        if node.op != "call_function" or axis.length != self.length or start != 0:
             return None
         try:
             result = self._by_rule(node)
@@ -210,17 +215,21 @@ class Sharder:
         return result.node if plain else None
 
     def _local_from_whole(self, node: Node, start: int) -> Node:
-        axis, value = self.axis(node), self.whole(node)
-        dim, rows, order = axis.dim, self.tables["columns"], self.tables["order"]
+        axis = self.axis(node)
+        slack = int(self.length - axis.length)
+        if slack < 0:
+            raise NotLocal("a value of more tokens than the batch has")
+        value, dim, rows, order = self.whole(node), axis.dim, self.tables["columns"], self.tables["order"]
         if axis.folded:
             shape = [self.size(s) for s in node.meta["val"].shape]
             value, dim = self.unfolded(value, shape, axis, self.size(axis.length))
         if node in self.differentiable:
-            if axis.length != self.symbol:
-                raise NotLocal("a part of a whole value with a gradient")
+            if slack:
+                others = [0, 0] * (value.meta["val"].dim() - 1 - dim)
+                value = self.emit(aten.constant_pad_nd.default, value, [*others, start, slack - start])
             value = self.emit(exchange.SHARD, value, rows, order, dim, self.group)
         else:
-            if axis.length != self.symbol or start:
+            if slack or start:
                 last = self.emit(operator.sub, self.size(axis.length), 1)
                 rows = self.emit(aten.clamp.default, self.emit(aten.sub.Tensor, rows, start), 0, last)
             value = self.emit(aten.index_select.default, value, dim, rows)
@@ -259,9 +268,9 @@ class Sharder:
 
     def valid_rows(self, axis: TokenAxis, start: int, rank: int) -> Node | None:
         """(.., outer * n, ..) bool of ``rank`` dimensions: which rows are part of the value; None: all."""
-        if axis.length == self.symbol:
+        if axis.length == self.length:
             return None
-        valid: Any = within(self, (start, int(self.symbol - axis.length) - start))
+        valid: Any = within(self, (start, int(self.length - axis.length) - start))
         if axis.folded:
             rows = self.emit(aten.unsqueeze.default, valid, 1)
             valid = self.emit(aten.repeat.default, rows, [axis.outer, axis.inner])
@@ -399,7 +408,7 @@ def _has_tokens(node: Node) -> bool:
 def shard_tokens(
     module: GraphModule,
     mode: Any,
-    symbol: sympy.Symbol,
+    length: sympy.Expr,
     group: str,
     *,
     columns: torch.Tensor,
@@ -411,7 +420,7 @@ def shard_tokens(
 ) -> Sharded:
     """``columns`` (n,) and ``order`` (2, K) are the fake tables that the new graph gets as inputs.  The last
     ``whole_outputs`` outputs are whole whatever ``outputs`` says."""
-    sharder = Sharder(module, mode, symbol, group, strict)
+    sharder = Sharder(module, mode, length, group, strict)
     sharder.tables["ranks"] = ranks
     _inputs(sharder, columns, order)
     grad = True
@@ -452,7 +461,7 @@ def _one_row_a_column(sharder: Sharder, node: Node) -> bool:
     """Whether row i of the local form is column ``columns[i]`` and nothing else."""
     axis = node.meta.get("tokens")
     plain = node in sharder.home and not sharder.home[node].routed
-    return plain and isinstance(axis, TokenAxis) and axis.layout == (1, sharder.symbol, 1)
+    return plain and isinstance(axis, TokenAxis) and axis.layout == (1, sharder.length, 1)
 
 
 def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:
@@ -482,7 +491,7 @@ def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> Non
             if expr_of(size).is_Symbol and expr_of(size) not in sharder.symbols:
                 sharder.symbols[expr_of(size)] = sharder.emit(aten.sym_size.int, sharder.wholes[node], dim)
     if sharder.symbol in sharder.symbols:  # else no value has tokens
-        sharder.tables["S"] = sharder.symbols[sharder.symbol]
+        sharder.tables["S"] = sharder.size(sharder.length)
         sharder.tables["order"] = _unfolded_order(sharder)
 
 

@@ -116,6 +116,18 @@ def is_causal(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
 
 
 @case()
+def a_prefix_of_half_the_row(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    prefix = columns(q) * 2 < q.shape[-2]
+    return attention(q, k, v, causal(q) | prefix)
+
+
+@case()
+def a_bias_counted_from_the_end(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    bias = m.slopes[:, None, None] * (q.shape[-2] - 1 - columns(q)) * causal(q)
+    return attention(q, k, v, bias[None])
+
+
+@case()
 def everything(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     return attention(q, k, v)
 

@@ -246,10 +246,24 @@ class CausalConvolutions(nn.Module):
         return F.cross_entropy(logits.transpose(1, 2), labels), logits
 
 
+class NextToken(nn.Module):
+    """A model under a wrapper that cuts what it is given: every token but the last predicts the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Nano()
+
+    def forward(
+        self, ids: Tensor, labels: Tensor, documents: Tensor, positions: Tensor
+    ) -> tuple[Tensor, ...]:
+        return self.model(ids[:, :-1], labels[:, 1:].contiguous(), documents[:, :-1], positions[:, :-1])  # type: ignore[no-any-return]
+
+
 OWN: dict[str, Callable[..., nn.Module]] = {
     "nano": Nano,
     "nano causal": lambda **changes: Nano("causal", **changes),
     "nano written out": lambda **changes: Nano("written out", **changes),
+    "next token": NextToken,
     "encoder": lambda: Encoder(lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 48, 0.0, batch_first=True)),
     "token shift": TokenShift,
     "causal convolutions": CausalConvolutions,

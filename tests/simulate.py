@@ -27,10 +27,10 @@ from threads import run_threads
 
 @dataclass(frozen=True)
 class Traced:
-    """Dynamo's graph, the symbol of its sequence length, and the arguments of the traced call."""
+    """Dynamo's graph, the length of its rows, and the arguments of the traced call."""
 
     module: torch.fx.GraphModule
-    symbol: sympy.Symbol | None
+    length: sympy.Expr | None
     args: tuple[Any, ...]
 
 
@@ -57,10 +57,10 @@ def traced(model: Callable[..., Any], batch: Mapping[str, Any]) -> Traced:
     found: list[Traced] = []
 
     def backend(module: torch.fx.GraphModule, examples: Any) -> Any:
-        symbol = prepare(module, examples, ranks=2)
+        length = prepare(module, examples, ranks=2)
 
         def call(*args: Any) -> Any:
-            found.append(Traced(module, symbol, args))
+            found.append(Traced(module, length, args))
             return module(*args)
 
         return call
@@ -86,7 +86,7 @@ def widened(trace: Traced) -> Traced:
     for part in module.modules():
         if isinstance(part, torch.fx.GraphModule):
             part.recompile()
-    return Traced(module, trace.symbol, trace.args)
+    return Traced(module, trace.length, trace.args)
 
 
 def rebatched(trace: Traced, old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -125,7 +125,7 @@ def simulate_all(
     def rank() -> list[Step]:
         with lock:
             if "runner" not in shared:
-                shared["runner"] = Runner(compile_graph(trace.module, chosen, trace.symbol))
+                shared["runner"] = Runner(compile_graph(trace.module, chosen, trace.length))
         return [_step(shared["runner"], args, backward) for args in calls]
 
     ranks = run_threads(inter * intra, rank)

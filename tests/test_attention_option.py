@@ -13,7 +13,9 @@ from test_ranks import PACKS, compare
 
 
 @pytest.mark.parametrize(
-    ("name", "intra"), [("nano", 1), pytest.param("llama", 2, marks=pytest.mark.slow)], ids=str
+    ("name", "intra"),
+    [("nano", 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("llama", "next token"))],
+    ids=str,
 )
 def test_flex_attention_on_ranks(pool: Pool, name: str, intra: int) -> None:
     options = {"attention": "flex", "intra": intra}

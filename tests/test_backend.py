@@ -67,7 +67,7 @@ def test_several_ranks_need_a_batch() -> None:
     trace = traced(lambda x: x.logsumexp(-1).mean(), {"x": x})
     assert simulate(trace, 2, 1).ranks[1].outputs == eager(trace).outputs
     attending = traced(lambda x: F.scaled_dot_product_attention(x, x, x).mean(), {"x": x})
-    for of, options in ((trace, {"strict": True}), (replace(attending, symbol=None), {})):
+    for of, options in ((trace, {"strict": True}), (replace(attending, length=None), {})):
         with pytest.raises(Refused, match="no input has the tokens as a dimension") as caught:
             simulate(of, 2, 1, **options)
         assert "do:     compile the function that takes the batch" in str(caught.value)

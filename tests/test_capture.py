@@ -191,7 +191,7 @@ def trace(function: Function) -> Traced:
 def check(traced_call: Traced) -> torch.fx.GraphModule:
     graph = capture(traced_call.module)
     verify(graph, "capture")
-    got, wanted = eager(Traced(graph, traced_call.symbol, traced_call.args)), eager(traced_call)
+    got, wanted = eager(Traced(graph, traced_call.length, traced_call.args)), eager(traced_call)
     for a, b in zip(got.outputs, wanted.outputs, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
     assert set(got.gradients) == set(wanted.gradients)
@@ -274,7 +274,7 @@ def test_writes_into_new_tensors_that_are_like_one_with_a_gradient() -> None:
         return (y * z).sum() + (y * w).sum()
 
     call = trace(function)
-    assert worst(eager(Traced(capture(call.module), call.symbol, call.args)), eager(call)) == (0.0, 0.0)
+    assert worst(eager(Traced(capture(call.module), call.length, call.args)), eager(call)) == (0.0, 0.0)
 
 
 def test_idle_dropout_is_gone_and_real_dropout_stays() -> None:
@@ -327,7 +327,7 @@ def test_autocast_is_explicit(where: str) -> None:
         wanted = eager(call_traced)
         graph = capture(call_traced.module)
     assert not torch.is_autocast_enabled("cpu")
-    got = eager(Traced(graph, call_traced.symbol, call_traced.args))
+    got = eager(Traced(graph, call_traced.length, call_traced.args))
     assert [o.dtype for o in got.outputs] == [o.dtype for o in wanted.outputs]
     torch.testing.assert_close(got.outputs, wanted.outputs, rtol=1e-6, atol=1e-6)
     assert set(got.gradients) == set(wanted.gradients)

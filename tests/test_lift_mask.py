@@ -50,7 +50,7 @@ def lifted(call: Traced) -> tuple[Traced, int]:
     mode = fake_mode_of([n.meta["example_value"] for n in placeholders(call.module)])
     count = lift_mask(graph, find_attention(graph), mode)
     verify(graph, "lift_mask")
-    return Traced(graph, call.symbol, call.args), count
+    return Traced(graph, call.length, call.args), count
 
 
 def operators(call: Traced) -> list[torch.fx.Node]:

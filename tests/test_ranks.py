@@ -35,6 +35,8 @@ def compare(name: str, packs: list[Rows], lower: str, options: dict[str, Any]) -
         ("nano", 2, {"lower": "inductor"}),
         ("llama", 2, {"lower": "aot_eager", "intra": 1}),
         ("nano", 4, {"lower": "aot_eager", "intra": 2, "placement": "contiguous"}),
+        ("next token", 2, {"lower": "aot_eager", "intra": 1}),
+        pytest.param("next token", 4, {"lower": "inductor", "intra": 2}, marks=pytest.mark.slow),
         pytest.param("llama", 4, {"lower": "aot_eager", "intra": 2}, marks=pytest.mark.slow),
         pytest.param("llama", 4, {"lower": "inductor", "intra": 2}, marks=pytest.mark.slow),
         pytest.param("gemma3", 2, {"lower": "inductor"}, marks=pytest.mark.slow),

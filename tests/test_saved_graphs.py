@@ -47,7 +47,7 @@ def test_what_is_repeated_lies_between_keys_and_attention(
         "received": "again" if again else "save",
     }
     trace = one_trace(name)
-    graph = rewrite(trace.module, parse(options, None), trace.symbol, inter * intra, "").graph.graph
+    graph = rewrite(trace.module, parse(options, None), trace.length, inter * intra, "").graph.graph
     repeated = {n for n in graph.nodes if "ac_graph_id" in n.meta}
     attentions = {n for n in graph.nodes if n.target in (attention.OP, FLEX_ATTENTION)}
     exchanges = {n for n in graph.nodes if n.target is exchange.ALL_TO_ALL}

@@ -55,7 +55,7 @@ def test_any_pack_in_stages(name: str, mesh: tuple[int, int], documents: list[in
 def limit_of(name: str, ranks: int, most: int) -> ReceiveLimit:
     trace, _ = one_trace(name)
     options = parse({"intra": 1, "lower": "eager", "received": most}, None)
-    return rewrite(trace.module, options, trace.symbol, ranks, "").program.limit
+    return rewrite(trace.module, options, trace.length, ranks, "").program.limit
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -143,7 +143,7 @@ def test_stages_that_are_asked_for_at_once_are_noticed(pool: Pool) -> None:
 def refusal(most: int, **options: Any) -> str:
     trace, _ = one_trace("nano")
     with pytest.raises(Refused) as caught:
-        rewrite(trace.module, parse({"intra": 1, "received": most, **options}, None), trace.symbol, 4, "")
+        rewrite(trace.module, parse({"intra": 1, "received": most, **options}, None), trace.length, 4, "")
     return str(caught.value)
 
 
@@ -171,7 +171,7 @@ def test_flex_attention_is_refused() -> None:
 def test_what_holds_all_rows_is_said(caplog: pytest.LogCaptureFixture) -> None:
     trace = traced(build("llama", attn_implementation="eager"), batch("llama", [[40]]))
     with caplog.at_level(logging.WARNING, "hsap_compile"):
-        rewrite(trace.module, parse({"intra": 1, "received": 4096}, None), trace.symbol, 2, "")
+        rewrite(trace.module, parse({"intra": 1, "received": 4096}, None), trace.length, 2, "")
     (text,) = {r.getMessage() for r in caplog.records if "holds all" in r.getMessage()}
     assert (
         "holds all received rows at a time, more than options['received']: its masked logits are finite"
