@@ -489,6 +489,29 @@ class Checkpointed(models.Nano):
         return loss + checkpoint(inner, self.words(ids), use_reentrant=False).square().mean(), logits
 
 
+class Prompted(nn.Module):
+    """A frozen model that is taught by what stands in front of the tokens."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.prompt = nn.Parameter(torch.empty(5, WIDTH))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, use_cache: bool) -> Any:
+        given, count = self.model.get_input_embeddings()(input_ids), len(self.prompt)
+        front = torch.arange(count).expand(len(given), -1)
+        return self.model(
+            inputs_embeds=torch.cat([self.prompt.expand(len(given), -1, -1), given], 1),
+            position_ids=torch.cat([front, position_ids + count * (position_ids == 0).cumsum(1).eq(1)], 1),
+            labels=F.pad(labels, (count, 0), value=-100),
+            use_cache=use_cache,
+        )
+
+
+def _prompted(attention: str) -> nn.Module:
+    return _randomised(Prompted(HUGGING_FACE["Llama"].make(attention)))
+
+
 def _own(make: Callable[[str], nn.Module], *attention: str, **more: Any) -> Entry:
     rows = [DOCUMENTS, DOCUMENTS[::-1]]
     return Entry(lambda how: _randomised(make(how)), lambda: models.batch("nano", rows), attention, **more)
@@ -502,6 +525,8 @@ OWN: dict[str, Entry] = {
     "nanoGPT": _own(_nano, "sdpa", "eager"),
     "nanoGPT, low-rank adapters": _own(lambda how: Adapted(_nano(how)), "sdpa"),
     "nanoGPT, checkpointed": _own(lambda how: Checkpointed(), "sdpa"),
+    "nanoGPT, inputs cut inside": _own(lambda how: models.OWN["next token"](), "sdpa"),
+    "Llama, soft prompt": Entry(_prompted, HUGGING_FACE["Llama"].batch),
     "torchtitan Llama": _own(Titan, "sdpa", "eager", "flex"),
     "nn.TransformerEncoderLayer": _own(lambda how: models.OWN["encoder"](), "sdpa", kind="encoder"),
     "nn.MultiheadAttention": _own(lambda how: models.OWN["multihead"](), "sdpa", kind="encoder"),
