@@ -7,13 +7,14 @@ every rank plans the whole batch, so that all refuse it.
 
 from __future__ import annotations
 
+import numpy as np
 from torch.fx import Node
 
 from hsap_compile.errors import Refused, where
 from hsap_compile.kernels import varlen
 from hsap_compile.masks import Mask
-from hsap_compile.plan import Plan
-from hsap_compile.plan.attended import unanswered
+from hsap_compile.plan import Plan, slices
+from hsap_compile.plan.attended import Structure, unanswered
 
 _FLEX = 'pass options={"attention": "flex"}, which evaluates any formula'
 
@@ -80,3 +81,24 @@ def check_batch(plan: Plan) -> None:
                 wanted="a key for every query, or masked logits of -inf",
                 do='use a boolean mask or -inf instead of finfo.min, or pass options={"attention": "flex"}',
             )
+        ranks = range(plan.placement.mesh.size if _interleaved(structure) else 0)
+        if any(_by_formula(plan, number, rank) for rank in ranks):
+            raise Refused(
+                "flash attention over sequences cannot compute this batch",
+                got=f"documents that interleave into more than {slices.MAX_EXACT} parts on one rank (mask "
+                f"{number})",
+                wanted="documents whose tokens stand together in a row, or in a few parts",
+                do=_FLEX,
+            )
+
+
+def _interleaved(structure: Structure) -> bool:
+    """Whether documents are in so many runs that the planner may leave their pairs to the formula."""
+    _, runs = np.unique(structure.queries.label, return_counts=True)
+    return int((runs * runs).sum()) * slices.MAX_EXACT_PER_PIECE > slices.MAX_EXACT
+
+
+def _by_formula(plan: Plan, number: int, rank: int) -> bool:
+    """Whether a rank has a slice that only the mask's formula decides."""
+    mask = plan.tables(rank).masks[number]
+    return any((rows[:, 4] == slices.MOD).any() for rows in (mask.slices, mask.alone_slices))

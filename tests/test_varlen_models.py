@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 import test_equivalence
 from hsap_compile.errors import Refused
 from hsap_compile.options import parse
+from hsap_compile.passes._bands import _by_formula
 from hsap_compile.pipeline import _kernel
+from hsap_compile.plan import slices
 from mask_cases import CASES, error, packed, trace
 from models import TOLERANCE, batch, build, difference
 from simulate import eager, simulate, simulate_all, traced, widened, worst
@@ -168,6 +171,19 @@ def test_a_query_that_sees_nothing_of_a_finite_mask() -> None:
     assert "flash attention over sequences cannot compute this batch" in text
     assert "a query without a key (row 0, token 5) where masked logits are finite (mask 0)" in text
     assert "use a boolean mask or -inf instead of finfo.min" in text
+
+
+def test_documents_in_too_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused when the batch is planned, as every rank does it, though one alone has all of them."""
+    of = traced(Attention(), dynamic(given_of([1, 2] * 6 + [3] * 12)))
+    program = simulate(of, 2, 1, backward=False, attention="varlen").program
+    monkeypatch.setattr(slices, "MAX_EXACT", 20)
+    monkeypatch.setattr(slices, "MAX_EXACT_PER_PIECE", 1)
+    plan = replace(program, bands_only=False).plan(program.read(of.args), program.length(of.args))
+    assert [_by_formula(plan, 0, rank) for rank in range(2)] in ([True, False], [False, True])
+    with pytest.raises(Refused, match="cannot compute this batch") as caught:
+        program.plan(program.read(of.args), program.length(of.args))
+    assert "documents that interleave into more than 20 parts on one rank (mask 0)" in str(caught.value)
 
 
 def test_types_and_head_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
