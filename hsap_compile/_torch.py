@@ -108,8 +108,11 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
 
 
 def expr_of(size: Any) -> sympy.Expr:
-    """The sympy expression of an int or SymInt."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+    """The sympy expression of an int or SymInt, multiplied out: equal sizes are equal expressions."""
+    return _expanded(size.node.expr) if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+_expanded = functools.lru_cache(maxsize=4096)(sympy.expand)
 
 
 def hint_of(size: Any) -> int:

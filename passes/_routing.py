@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -366,7 +365,7 @@ def _counting(sharder: Sharder, node: Node, rows: Node) -> Node | None:
     if node.op != "call_function" or operator_name(node.target) != "aten::arange":
         return None
     given = arguments(node)
-    size = sympy.expand(expr_of(node.meta["val"].shape[0]))
+    size = expr_of(node.meta["val"].shape[0])
     if given.get("start", 0) != 0 or given.get("step", 1) != 1 or sharder.length not in size.free_symbols:
         return None
     options = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}

@@ -82,7 +82,7 @@ def _tokens(node: Node, symbol: sympy.Basic) -> TokenAxis | Tokens | None:
         return None
     if len(dims) > 1:
         return MANY
-    size = sympy.expand(expr_of(value.shape[dims[0]]))
+    size = expr_of(value.shape[dims[0]])
     factor = size.coeff(symbol, 1)
     length = sympy.expand(size / factor) if factor.is_Integer and factor > 0 else None
     if length is None or not (length - symbol).is_Integer:

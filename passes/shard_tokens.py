@@ -102,7 +102,7 @@ class Sharder:
 
     def size(self, expr: Any) -> Any:
         """A whole size: an int, or a node that computes it from the sizes of inputs."""
-        expr = sympy.expand(expr_of(expr) if not isinstance(expr, sympy.Basic) else expr)
+        expr = sympy.expand(expr) if isinstance(expr, sympy.Basic) else expr_of(expr)
         if expr.is_Integer:
             return int(expr)
         if expr in self.symbols:
@@ -357,13 +357,13 @@ class Sharder:
         if not isinstance(old, torch.Tensor):
             return True
         rows = expr_of(self.tables["columns"].meta["val"].shape[0])
-        was = [sympy.expand(expr_of(size)) for size in old.shape]
+        was = [expr_of(size) for size in old.shape]
         dims = [d for d, size in enumerate(was) if self.symbol in size.free_symbols]
         if local and len(dims) != 1:
             return False
         if local:
             was[dims[0]] = was[dims[0]].coeff(self.symbol, 1) * rows
-        return was == [sympy.expand(expr_of(size)) for size in new.shape] and old.dtype == new.dtype
+        return was == [expr_of(size) for size in new.shape] and old.dtype == new.dtype
 
     def _attribute(self, node: Node) -> Node:
         new = self.graph.get_attr(str(node.target))

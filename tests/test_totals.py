@@ -100,7 +100,7 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     "complex": (lambda p, x, i: x + torch.view_as_complex(x.unflatten(2, (3, 2))).var(1).sum(), 1),
     "which of everything": (lambda p, x, i: x + x.argmax() / 9, 1),
     "which of folded rows": (lambda p, x, i: x + x.flatten(0, 1).max(0).values, 1),
-    "tokens of others": (lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1].flip(1)).mean(2)[:, None], 2),
+    "tokens of others": (lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1].flip(1)).mean(2)[:, None], 1),
     "an ellipsis summed": (lambda p, x, i: x + einsum("...d,...d->d", x, x.cos()) / x.shape[1], 1),
     "two sums": (lambda p, x, i: x + einsum("bsd,bte->bd", x, x.cos())[:, None] / x.shape[1], 1),
     "every pair": (lambda p, x, i: x + einsum("bsd,btd->bst", x, x.cos()).mean((1, 2))[:, None, None], 1),
