@@ -366,7 +366,7 @@ def _counting(sharder: Sharder, node: Node, rows: Node) -> Node | None:
         return None
     given = arguments(node)
     size = expr_of(node.meta["val"].shape[0])
-    if given.get("start", 0) != 0 or given.get("step", 1) != 1 or sharder.length not in size.free_symbols:
+    if given.get("start", 0) != 0 or given.get("step", 1) != 1 or sharder.symbol not in size.free_symbols:
         return None
     options = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
     return sharder.emit(aten.arange.default, sharder.emit(aten.sym_size.int, rows, 0), **options)
