@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -216,7 +216,7 @@ def _fallbacks(fallbacks: Sequence[Fallback], gathers: Sequence[Node]) -> tuple[
     return tuple(Gathered(f.operator, f.reason, f.at, f.module, sizes.pop(f.at, 0)) for f in fallbacks)
 
 
-def _leaving(graph: GraphModule, local: frozenset[int]) -> tuple[tuple[Output, ...], set[Node]]:
+def _leaving(graph: GraphModule, local: Collection[int]) -> tuple[tuple[Output, ...], set[Node]]:
     """The outputs with tokens, and the gathers that are there for outputs alone."""
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
     values: Any = positional(output)[0]

@@ -30,8 +30,8 @@ class Options:
     intra: ranks of a group, among which heads are exchanged.  Default: the largest divisor of the
         key/value heads and of the ranks that fits into one host (LOCAL_WORLD_SIZE).
     placement: "balanced" moves tokens between ranks to balance attention; "contiguous" keeps the order.
-    outputs: "gather" returns whole outputs in the caller's order; "local" this rank's rows, whose columns
-        stand in the attribute ``hsap_columns`` of every such tensor.
+    outputs: "gather" returns whole outputs in the caller's order; "local" this rank's rows: the attribute
+        ``hsap_columns`` of every such tensor says which of the whole output's they are.
     grad_sync: sum parameter gradients over the mesh; False leaves each rank's share (for DDP, FSDP).
     strict: refuse an operator that would run on gathered tokens.
     lower: "inductor", or "aot_eager" / "eager" to run the rewritten graph as it is.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from hsap_compile.passes.infer_tokens import infer_tokens, symbol_of
 from hsap_compile.passes.lift_mask import lift_mask
 from hsap_compile.passes.lower import lower
 from hsap_compile.passes.partition_attention import Site, partition_attention
-from hsap_compile.passes.shard_tokens import Fallback, shard_tokens
+from hsap_compile.passes.shard_tokens import Fallback, Rows, shard_tokens
 from hsap_compile.passes.sum_gradients import sum_gradients
 from hsap_compile.runtime import Program
 from hsap_compile.verify import verify
@@ -92,7 +92,7 @@ def rewrite(
     mesh = mesh_shape(options, kv_heads, heads, ranks)
     inputs = len(placeholders(graph))
     fallbacks: tuple[Fallback, ...] = ()
-    local_outputs: frozenset[int] = frozenset()
+    local_outputs: Mapping[int, Rows] = {}
     length: tuple[int, int, int] | int
     if tokens is None and ranks > 1:
         tokens, length = _without_tokens(graph, attentions, options), LEAST * ranks

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from hsap_compile.mesh import world
 from hsap_compile.passes._bands import check_batch
 from hsap_compile.passes._tables import ON_HOST
 from hsap_compile.passes.partition_attention import PlannedMask, Traffic
-from hsap_compile.passes.shard_tokens import Fallback
+from hsap_compile.passes.shard_tokens import Fallback, Rows
 from hsap_compile.plan import Attended, MeshShape, Plan, ReceiveLimit, make
 from hsap_compile.plan.shifts import Shift, shift_tables
 
@@ -87,7 +87,7 @@ class Program:
     traffic: tuple[Traffic, ...]
     on_step: Callable[[StepReport], None] | None
     tokens: tuple[int, int, int] | int
-    local_outputs: frozenset[int]
+    local_outputs: Mapping[int, Rows]
     writes: tuple[int, ...]
     parameters: frozenset[int]
     signature: int
@@ -174,8 +174,10 @@ class Runner:
             with torch.no_grad():
                 for i, value in zip(program.writes, written, strict=True):
                     args[i].copy_(value)
-        for i in program.local_outputs:
-            outputs[i].hsap_columns = tables["columns"]
+        if program.local_outputs:
+            outputs = list(outputs)
+        for i, rows in program.local_outputs.items():
+            outputs[i] = _of_value(outputs[i], tables["columns"], tokens, rows)
         return outputs
 
     def _plan(
@@ -195,6 +197,16 @@ class Runner:
                 tables = _tensors(plan, rank, program.tables)
                 of_rank[rank] = {key: _placed(table, key, device) for key, table in tables.items()}
             return plan, of_rank[rank]
+
+
+def _of_value(output: torch.Tensor, columns: torch.Tensor, tokens: int, rows: Rows) -> torch.Tensor:
+    """A local output without rows that are no part of it; ``hsap_columns``: which of the whole one it has."""
+    if rows.first or rows.behind:
+        columns = columns - rows.first
+        kept = ((columns >= 0) & (columns < tokens - rows.first - rows.behind)).nonzero().squeeze(1)
+        output, columns = output.index_select(rows.dim, kept), columns[kept]
+    output.hsap_columns = columns  # type: ignore[attr-defined]
+    return output
 
 
 class _Planned(Exception):

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -59,11 +60,21 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Sharded:
-    """What the pass made: the new graph's module and what it could not keep local."""
+    """What the pass made: the new graph's module, what it could not keep local, and the outputs that are this
+    rank's rows."""
 
     module: GraphModule
     fallbacks: tuple[Fallback, ...]
-    local_outputs: frozenset[int]
+    local_outputs: Mapping[int, Rows]
+
+
+class Rows(NamedTuple):
+    """Rows of all columns of a rank in dimension ``dim``; those of the ``first`` columns of the batch, and of
+    the ``behind`` last ones, are not part of the value."""
+
+    dim: int
+    first: int
+    behind: int
 
 
 @dataclass
@@ -441,7 +452,8 @@ def shard_tokens(
 
     values: Any = output.args[0]
     asked = values[: len(values) - whole_outputs] if outputs == "local" else []
-    stay = {i for i, n in enumerate(asked) if isinstance(n, Node) and _one_row_a_column(sharder, n)}
+    rows = {i: _rows(sharder, n) for i, n in enumerate(asked) if isinstance(n, Node)}
+    stay = {i: of_rank for i, of_rank in rows.items() if of_rank is not None}
     sharder.graph.output(
         [sharder.home[n].node if i in stay else map_arg(n, sharder.whole) for i, n in enumerate(values)]
     )
@@ -454,14 +466,15 @@ def shard_tokens(
         if not placeholder.users:  # nothing is gathered, or a rule gave up
             new.graph.erase_node(placeholder)
     new.recompile()
-    return Sharded(new, tuple(sharder.fallbacks), frozenset(stay))
+    return Sharded(new, tuple(sharder.fallbacks), stay)
 
 
-def _one_row_a_column(sharder: Sharder, node: Node) -> bool:
-    """Whether row i of the local form is column ``columns[i]`` and nothing else."""
-    axis = node.meta.get("tokens")
-    plain = node in sharder.home and not sharder.home[node].routed
-    return plain and isinstance(axis, TokenAxis) and axis.layout == (1, sharder.length, 1)
+def _rows(sharder: Sharder, node: Node) -> Rows | None:
+    """Where row i of the local form is column ``columns[i]`` and nothing else."""
+    axis, home = node.meta.get("tokens"), sharder.home.get(node)
+    if home is None or home.routed or not isinstance(axis, TokenAxis) or axis.folded:
+        return None
+    return Rows(axis.dim, home.start, int(sharder.length - axis.length) - home.start)
 
 
 def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:

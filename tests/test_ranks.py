@@ -164,7 +164,7 @@ class Counting(torch.nn.Module):
         y = torch.nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True)
         y = self.norm(y.transpose(1, 2).flatten(2).mT).mT
         self.seen += y.detach().square().sum((0, 1))
-        return y * self.seen
+        return (y * self.seen)[:, 1:]
 
 
 def written(lower: str, outputs: str) -> float:
