@@ -38,6 +38,7 @@ from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.passes._families import rule_for
 from hsap_compile.passes._forms import Counts, Local, NotLocal
+from hsap_compile.passes._inputs import write_inputs
 from hsap_compile.passes._operands import args_of, reads_no_numbers
 from hsap_compile.passes._parameters import settle_parameters
 from hsap_compile.passes._random import agreed, disagreed, is_random
@@ -433,7 +434,7 @@ def shard_tokens(
     ``whole_outputs`` outputs are whole whatever ``outputs`` says."""
     sharder = Sharder(module, mode, length, group, strict)
     sharder.tables["ranks"] = ranks
-    _inputs(sharder, columns, order)
+    write_inputs(sharder, columns, order)
     grad = True
     for node in module.graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -475,43 +476,3 @@ def _rows(sharder: Sharder, node: Node) -> Rows | None:
     if home is None or home.routed or not isinstance(axis, TokenAxis) or axis.folded:
         return None
     return Rows(axis.dim, home.start, int(sharder.length - axis.length) - home.start)
-
-
-def _inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:
-    """The old inputs, then the tables; S and n as nodes."""
-    for node in placeholders(sharder.old):
-        new = sharder.graph.placeholder(node.name)
-        new.meta.update(node.meta)
-        sharder.wholes[node] = new
-        value = node.meta["val"]
-        if not isinstance(value, torch.Tensor):
-            continue
-        if value.requires_grad:
-            sharder.differentiable.add(node)
-        wide = value.is_floating_point() and node.meta["tokens"] is not None and value.dim() > 2
-        if node.meta["parameter"] or value.requires_grad or wide:
-            sharder.heavy.add(node)
-    for name, value in (("columns", columns), ("order", order)):
-        table = sharder.graph.placeholder(name)
-        table.meta.update(val=value, table=name, parameter=False)
-        sharder.tables[name] = table
-    sharder.tables["n"] = sharder.emit(aten.sym_size.int, sharder.tables["columns"], 0)
-    for node in placeholders(sharder.old):
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt):
-            sharder.symbols.setdefault(expr_of(value), sharder.wholes[node])
-        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if expr_of(size).is_Symbol and expr_of(size) not in sharder.symbols:
-                sharder.symbols[expr_of(size)] = sharder.emit(aten.sym_size.int, sharder.wholes[node], dim)
-    if sharder.symbol in sharder.symbols:  # else no value has tokens
-        sharder.tables["S"] = sharder.size(sharder.length)
-        sharder.tables["order"] = _unfolded_order(sharder)
-
-
-def _unfolded_order(sharder: Sharder) -> Node:
-    """(S,) the place of every column among all ranks' rows; as ``plan.placement.unfold``."""
-    emit, order = sharder.emit, sharder.tables["order"]
-    first, jump = (emit(aten.select.int, order, 0, i) for i in (0, 1))
-    device = order.meta["val"].device
-    steps = emit(aten.ones.default, [sharder.tables["S"]], dtype=torch.int64, device=device)
-    return emit(aten.cumsum.default, emit(aten.index_put.default, steps, [first], jump), 0)

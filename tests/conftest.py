@@ -10,6 +10,13 @@ import torch
 from pool import Pool
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on real ranks run in one of the test processes, so that there is one pool."""
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("pool"))
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Persistent gloo ranks: ``pool.run(function, *args, world=4)``."""
