@@ -41,9 +41,7 @@ def attention(sharder: Sharder, node: Node) -> Any:
     operands = [sharder.local(x, start) for x in (q, k, v)]
     whole = []
     for leaf, more in zip(leaves, _read_beyond(sharder, mask, leaves), strict=True):
-        value = sharder.whole(leaf)
-        if any(more):
-            value = sharder.emit(aten.constant_pad_nd.default, value, more)
+        value = _padded(sharder, leaf, more)
         differentiable = leaf in sharder.differentiable
         whole.append(sharder.emit(exchange.BROADCAST, value, sharder.group) if differentiable else value)
     text = formula.dumps(mask.logits) if slack else logits
@@ -54,6 +52,16 @@ def attention(sharder: Sharder, node: Node) -> Any:
     rows, width = operands[0].meta["val"].shape[2], hint_of(operands[2].meta["val"].shape[3])
     made.meta["val"] = operands[0].meta["val"].new_empty((batch, heads, rows, width))
     return Local(made, start)
+
+
+def _padded(sharder: Sharder, leaf: Node, more: list[int]) -> Any:
+    """``leaf``, whole and longer; once for all layers, which then have one mask."""
+    if not any(more):
+        return sharder.whole(leaf)
+    key = leaf, tuple(more)
+    if key not in sharder.padded:
+        sharder.padded[key] = sharder.emit(aten.constant_pad_nd.default, sharder.whole(leaf), more)
+    return sharder.padded[key]
 
 
 def _reads_context(sharder: Sharder, node: Node, axes: list[Any]) -> bool:

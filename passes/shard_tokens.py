@@ -92,6 +92,7 @@ class Sharder:
     locals: dict[tuple[Node, int], Node] = field(default_factory=dict)
     home: dict[Node, Local] = field(default_factory=dict)
     longer: dict[Node, Longer] = field(default_factory=dict)
+    padded: dict[tuple[Node, tuple[int, ...]], Node] = field(default_factory=dict)
     heavy: set[Node] = field(default_factory=set)
     differentiable: set[Node] = field(default_factory=set)
     no_grad: set[Node] = field(default_factory=set)

@@ -228,6 +228,15 @@ def test_a_class_token_moves_its_neighbours_alone() -> None:
     }  # fmt: skip
 
 
+def test_layers_have_one_mask() -> None:
+    def layers(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+        bias = ids[:, :-1].double().cumsum(1).sin()[:, None, None, :].expand(-1, 1, ids.shape[1] - 1, -1)
+        return m.loss(m.attend(m.attend(m.words(ids[:, :-1]), bias), bias), ids[:, 1:])
+
+    program = simulate(traced(Model(layers), dynamic(batch(PACKS[0]))), 2, 1, backward=False).program
+    assert len(program.masks) == 1 and len(program.traffic) == 2
+
+
 def test_a_mask_that_reads_by_a_formula_is_gathered_and_told() -> None:
     def clamped(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
         x = ids[:, :-1]
