@@ -31,9 +31,12 @@ TIGHT = 1e-12  # float64: rounding of sums in another order
 
 
 class Program(nn.Module):
-    """``patterns`` one after another; ``ends``: "loss" (a scalar), "values", or "both"."""
+    """``patterns`` one after another, of all tokens, of all but the last ("cut"), or with two in front
+    ("prompted"); ``ends``: "loss" (a scalar), "values", or "both"."""
 
-    def __init__(self, patterns: tuple[Pattern, ...], ends: str = "both", frozen: bool = False) -> None:
+    def __init__(
+        self, patterns: tuple[Pattern, ...], ends: str = "both", frozen: bool = False, tokens: str = "all"
+    ) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(1)
         draw = {
@@ -41,11 +44,16 @@ class Program(nn.Module):
         }
         for name, value in draw.items():
             setattr(self, name, nn.Parameter(value, requires_grad=not (frozen and name == "square")))
-        self.patterns, self.ends = patterns, ends
+        self.patterns, self.ends, self.tokens = patterns, ends, tokens
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         # the length of a row is read from integer inputs
         x = x * (ids >= 0)[..., None] * self.square[0]
+        if self.tokens == "cut":
+            x, ids = x[:, :-1], ids[:, :-1]
+        elif self.tokens == "prompted":
+            x = torch.cat([self.words[:2].expand(len(x), -1, -1), x], 1)
+            x, ids = LOCAL["attention"](self, x, ids), F.pad(ids, (2, 0), value=3)
         for pattern in self.patterns:
             x = pattern(self, x, ids)
         loss = (x * x * self.vector).mean()
@@ -289,7 +297,7 @@ ANY = {**LOCAL, **{f"gathered {name}": pattern for name, (pattern, _) in GATHERE
 
 @example(  # equal tokens, whose deviation is zero but for rounding
     names=["some token", "token deviation"], rows=2, tokens=11, mesh=(3, 1), placement="contiguous",
-    ends="values", grad=True, frozen=True,
+    ends="values", grad=True, frozen=True, part="all",
 )  # fmt: skip
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=UNSHRUNK)
 @given(
@@ -301,6 +309,7 @@ ANY = {**LOCAL, **{f"gathered {name}": pattern for name, (pattern, _) in GATHERE
     ends=st.sampled_from(["loss", "values", "both"]),
     grad=st.booleans(),
     frozen=st.booleans(),
+    part=st.sampled_from(["all", "cut", "prompted"]),
 )
 def test_programs(
     names: list[str],
@@ -311,10 +320,11 @@ def test_programs(
     ends: str,
     grad: bool,
     frozen: bool,
+    part: str,
 ) -> None:
-    if "attention" in names:  # it has one head, which no group can share
+    if "attention" in names or part == "prompted":  # it has one head, which no group can share
         mesh = (mesh[0] * mesh[1], 1)
-    program = Program(tuple(ANY[name] for name in names), ends, frozen)
+    program = Program(tuple(ANY[name] for name in names), ends, frozen, part)
     check(trace(program, rows, tokens, grad), *mesh, tolerance=1e-9, placement=placement)
 
 
