@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -78,7 +78,7 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
     try:
         symbol = None if size is None else _symbol(module, example_inputs, size)
         _fix_rows(module)
-        return None if symbol is None else symbol + _more_tokens(module, symbol)
+        return None if symbol is None else symbol + _more_tokens(module, symbol, ranks)
     except Refused as reason:
         if ranks > 1:
             raise
@@ -86,14 +86,23 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
         return None
 
 
-def _more_tokens(module: GraphModule, symbol: sympy.Basic) -> int:
-    """How many tokens more than the inputs the longest row has that is attended over or embedded."""
+def _more_tokens(module: GraphModule, symbol: sympy.Basic, ranks: int) -> int:
+    """How many tokens more than the inputs the longest row has: on one rank, of those that are attended over;
+    on several, where every row is divided, of the inputs and of what is embedded as well."""
     sizes = [size for size, _ in _attended(module)]
-    for node in module.graph.nodes:
-        if getattr(node.target, "__name__", "") == "embedding":
-            sizes += node.meta["example_value"].shape[:-1]
-    more = [expr_of(size) - symbol for size in sizes]
-    return max([0, *(int(x) for x in more if x.is_Integer)])
+    if ranks > 1:
+        for node in _nodes(module):
+            if getattr(node.target, "__name__", "") == "embedding":
+                sizes += node.meta["example_value"].shape[:-1]
+    more = [int(x) for x in (expr_of(size) - symbol for size in sizes) if x.is_Integer]
+    return max(more if ranks == 1 else [0, *more], default=0)
+
+
+def _nodes(module: GraphModule) -> Iterator[Node]:
+    """Those of ``module`` and of the bodies in it (checkpoints)."""
+    for part in module.modules():
+        if isinstance(part, GraphModule):
+            yield from part.graph.nodes
 
 
 def _check_inputs(module: GraphModule) -> None:
@@ -126,13 +135,17 @@ def _sequence_size(module: GraphModule) -> Any:
                 lengths.append(value.shape[-1])
                 known.update(expr_of(size) for size in value.shape)  # (B, S), or (S, B)
     # of several sequences (an encoder's and a decoder's), one that is given as numbers of words
-    return next((size for size in [*found, *lengths] if expr_of(size) in known), found[0] if found else None)
+    given = next((size for size in found if expr_of(size) in known), None)
+    if given is not None or not lengths:
+        return given if given is not None or not found else found[0]
+    attended = hint_of(found[0]) if found else hint_of(lengths[0])
+    return min(lengths, key=lambda size: abs(hint_of(size) - attended))
 
 
 def _attended(module: GraphModule) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Of every attention that dynamo's graph shows: how many queries a row has, and how many rows there are,
     in one number or more."""
-    for node in module.graph.nodes:
+    for node in _nodes(module):
         value = node.meta.get("example_value")
         name = getattr(node.target, "__name__", str(node.target))
         if node.op not in ("call_function", "call_method"):
@@ -200,20 +213,17 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
             do="pad or cut the batch before the compiled function, not inside of it",
         )
     length = int(expr)
-    cut = _cuts_buffers(module, length)
-    batch = [
-        (node.meta["example_value"], example)
+    cut = _cuts_buffers(module, {length, *(hint_of(size) for size, _ in _attended(module))})
+    inputs = [
+        (example, _token_dims(node.meta["example_value"], length))
         for node, example in zip(placeholders(module), example_inputs, strict=True)
         if isinstance(node.meta["example_value"], torch.Tensor) and not belongs_to_module(node)
     ]
-    inputs = [(example, _token_dims(value, length)) for value, example in batch]
-    if not any(likely for _, (likely, _) in inputs):  # rows are longer or shorter than what is given
-        inputs += [(example, _token_dims(value, last)) for last in _words(batch) for value, example in batch]
     for which in (0, 1):  # likely ones; where S stays a number, others that are as long
         marked = [mark_symbolic(x, dim, unknown=cut) for x, dims in inputs for dim in dims[which]]
         if any(marked) and length > 1:
             raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
-    if any(likely for _, (likely, _) in inputs[: len(batch)]) and length > 1:
+    if any(likely for _, (likely, _) in inputs) and length > 1:
         raise Refused(
             "the sequence length stays a constant",
             got=f"a graph for exactly {length} tokens",
@@ -225,14 +235,8 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
     return None
 
 
-def _words(batch: Sequence[tuple[torch.Tensor, Any]]) -> list[int]:
-    """How many words the rows of integer inputs have."""
-    found = [expr_of(v.shape[-1]) for v, _ in batch if v.dim() > 1 and not v.is_floating_point()]
-    return sorted({int(size) for size in found if size.is_Integer and size > 1})
-
-
-def _cuts_buffers(module: GraphModule, length: int) -> bool:
-    """Whether a buffer of the model is cut to the length that it has, as in ``mask[:, :, :S, :S]``: one is by
+def _cuts_buffers(module: GraphModule, lengths: Collection[int]) -> bool:
+    """Whether a buffer of the model is cut to a length that it has, as in ``mask[:, :, :S, :S]``: one is by
     chance as large as the other, and by asking which is smaller torch fixes S."""
     buffers = {n for n in placeholders(module) if belongs_to_module(n)}
     for node in module.graph.nodes:
@@ -241,7 +245,7 @@ def _cuts_buffers(module: GraphModule, length: int) -> bool:
             for part in index if isinstance(index, tuple) else (index,):
                 stop = part.stop if isinstance(part, slice) else None
                 stop = stop.meta["example_value"] if isinstance(stop, Node) else stop
-                if isinstance(stop, int | torch.SymInt) and expr_of(stop) == length:
+                if isinstance(stop, int | torch.SymInt) and expr_of(stop) in lengths:
                     return True
     return False
 

@@ -98,7 +98,9 @@ class _Reader:
         leaf = None if number is None else self.leaves[number]
         if leaf is None or expr.args not in ((formula.b, formula.q), (formula.b, formula.k)):
             return None
-        return leaf.clone() if leaf.shape == (self.batch, self.tokens) else None
+        if leaf.dim() != 2 or leaf.shape[0] != self.batch or leaf.shape[1] < self.tokens:
+            return None
+        return leaf[:, : self.tokens].clone()
 
     def labels(self, exprs: Sequence[sympy.Expr]) -> np.ndarray | None:
         if not exprs:

@@ -240,13 +240,14 @@ def _unary(on_tensor: Any, on_number: Any) -> Any:
     return lambda x: on_tensor(x) if isinstance(x, torch.Tensor) else on_number(x)
 
 
-def _extreme(on_tensors: Any, on_numbers: Any) -> Any:
+def _extreme(on_tensors: Any, on_numbers: Any, side: str) -> Any:
     def both(x: Any, y: Any) -> Any:
         if not isinstance(x, torch.Tensor) and not isinstance(y, torch.Tensor):
             return on_numbers(x, y)
-        like = x if isinstance(x, torch.Tensor) else y
-        x, y = (t if isinstance(t, torch.Tensor) else like.new_tensor(t) for t in (x, y))
-        return on_tensors(x, y)
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            return on_tensors(x, y)
+        tensor, number = (x, y) if isinstance(x, torch.Tensor) else (y, x)
+        return torch.clamp(tensor, **{side: number})  # a number may be symbolic
 
     return _fold(both)
 
@@ -261,8 +262,8 @@ _FUNCTIONS: dict[Any, Any] = {
     sympy.exp: _unary(torch.exp, math.exp),
     sympy.log: _unary(torch.log, math.log),
     sympy.tanh: _unary(torch.tanh, math.tanh),
-    sympy.Max: _extreme(torch.maximum, max),
-    sympy.Min: _extreme(torch.minimum, min),
+    sympy.Max: _extreme(torch.maximum, max, "min"),
+    sympy.Min: _extreme(torch.minimum, min, "max"),
     sympy.Eq: lambda x, y: x == y,
     sympy.Ne: lambda x, y: x != y,
     sympy.Lt: lambda x, y: x < y,

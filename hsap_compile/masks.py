@@ -92,15 +92,22 @@ class Mask:
 
 def placed(mask: Mask, first: int, behind: int) -> Mask:
     """``mask`` of an attention whose tokens are not all columns of the batch: ``first`` others stand in front
-    of them and ``behind`` others behind, which attend to one another and are attended to by no token."""
+    of them and ``behind`` others behind, which attend to one another and are attended to by no token.
+
+    To the formula they are the nearest token: it reads no tensor, and computes no number, that it would not
+    for tokens."""
     if first == behind == 0:
         return mask
-    moved = {q: q - first, k: k - first, formula.S: formula.S - first - behind}
-    logits, extra = (None if x is None else x.xreplace(moved) for x in formula.without_sink(mask.logits))
+    tokens = formula.S - first - behind
+
+    def token(x: sympy.Expr) -> sympy.Expr:
+        return sympy.Min(sympy.Max(x - first, 0), tokens - 1)
 
     def among(x: sympy.Expr) -> sympy.Basic:
         return sympy.And(x >= first, x < formula.S - behind)
 
+    moved = {q: token(q), k: token(k), formula.S: tokens}
+    logits, extra = (None if x is None else x.xreplace(moved) for x in formula.without_sink(mask.logits))
     logits = sympy.Piecewise((logits, sympy.Or(among(k), sympy.Not(among(q)))), (-sympy.oo, True))
     return replace(
         mask, logits=logits if extra is None else formula.sink(logits, extra), others=(first, behind)

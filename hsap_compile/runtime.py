@@ -102,8 +102,14 @@ class Program:
         """S of a call."""
         if isinstance(self.tokens, int):
             return self.tokens
-        position, dim, more = self.tokens
-        return int(args[position].shape[dim]) + more
+        return self.given(args) + self.tokens[2]
+
+    def given(self, args: Sequence[Any]) -> int:
+        """How many tokens the inputs of a call have."""
+        if isinstance(self.tokens, int):
+            return self.tokens
+        position, dim, _ = self.tokens
+        return int(args[position].shape[dim])
 
     def read(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """What the masks of a call read, on the host."""
@@ -131,9 +137,7 @@ class Runner:
     """``program`` as dynamo calls it.  Keeps the last plans by their documents' digest."""
 
     program: Program
-    plans: OrderedDict[bytes, tuple[Plan, dict[int, dict[Any, torch.Tensor]]]] = field(
-        default_factory=OrderedDict
-    )
+    plans: OrderedDict[bytes, tuple[Plan, dict[int, dict[Any, Any]]]] = field(default_factory=OrderedDict)
     calls: int = 0
     warned: bool = False
     last_plan: Plan | None = None
@@ -162,7 +166,7 @@ class Runner:
         self.calls += 1
         plan, tables = self._plan(args, leaves, tokens, rank, digest)
         if not self.warned:
-            self.warned = _warn_of_leaks(args, program.masks, plan)
+            self.warned = _warn_of_leaks(args, program, plan)
         self.last_plan = plan
         if program.on_step is not None:
             program.on_step(program.report(plan))
@@ -177,13 +181,17 @@ class Runner:
         if program.local_outputs:
             outputs = list(outputs)
         for i, rows in program.local_outputs.items():
-            outputs[i] = _of_value(outputs[i], tables["columns"], tokens, rows)
+            kept, columns = tables.get(rows, (None, tables["columns"]))
+            if kept is not None:
+                outputs[i] = outputs[i].index_select(rows.dim, kept)
+            outputs[i].hsap_columns = columns
         return outputs
 
     def _plan(
         self, args: Sequence[Any], leaves: Sequence[torch.Tensor], tokens: int, rank: int, digest: bytes
-    ) -> tuple[Plan, dict[Any, torch.Tensor]]:
-        """The plan of a batch and this rank's tables, made anew only for documents not seen lately."""
+    ) -> tuple[Plan, dict[Any, Any]]:
+        """The plan of a batch, this rank's tables and what its outputs keep, made anew only for documents not
+        seen lately."""
         program = self.program
         with self.planning:
             if digest not in self.plans:
@@ -195,18 +203,16 @@ class Runner:
             if rank not in of_rank:
                 device = next(a.device for a in args if isinstance(a, torch.Tensor))
                 tables = _tensors(plan, rank, program.tables)
-                of_rank[rank] = {key: _placed(table, key, device) for key, table in tables.items()}
+                columns, outputs = tables["columns"].numpy(), program.local_outputs.values()
+                kept = {rows: _kept(rows, columns, tokens, device) for rows in outputs if any(rows[1:])}
+                of_rank[rank] = {key: _placed(table, key, device) for key, table in tables.items()} | kept
             return plan, of_rank[rank]
 
 
-def _of_value(output: torch.Tensor, columns: torch.Tensor, tokens: int, rows: Rows) -> torch.Tensor:
-    """A local output without rows that are no part of it; ``hsap_columns``: which of the whole one it has."""
-    if rows.first or rows.behind:
-        columns = columns - rows.first
-        kept = ((columns >= 0) & (columns < tokens - rows.first - rows.behind)).nonzero().squeeze(1)
-        output, columns = output.index_select(rows.dim, kept), columns[kept]
-    output.hsap_columns = columns  # type: ignore[attr-defined]
-    return output
+def _kept(rows: Rows, columns: np.ndarray, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Of a local output, which of its rows are part of the value, and which of the whole one's they are."""
+    kept = np.flatnonzero((columns >= rows.first) & (columns < tokens - rows.behind))
+    return tuple(torch.from_numpy(x).to(device) for x in (kept, columns[kept] - rows.first))
 
 
 class _Planned(Exception):
@@ -302,18 +308,19 @@ def _digest(leaves: Sequence[torch.Tensor], tokens: int) -> bytes:
     return digest.digest()[:16]
 
 
-def _warn_of_leaks(args: Sequence[Any], masks: Sequence[PlannedMask], plan: Plan) -> bool:
+def _warn_of_leaks(args: Sequence[Any], program: Program, plan: Plan) -> bool:
     """Positions restart, and yet the mask lets documents see one another: say so once."""
     made = [m.structure.mask for m in plan.masks]
-    open_rows = [
-        rows.tokens - sum(of.mask.others)
-        for of, rows in zip(masks, made, strict=False)  # of no attention, there is a plan of nothing
-        if not of.mask.labels and not rows.residual
-    ]
+    lengths = {
+        tokens
+        for of, mask in zip(program.masks, made, strict=False)  # of no attention, there is a plan of nothing
+        if not of.mask.labels and not mask.residual
+        for tokens in (mask.tokens - sum(of.mask.others), program.given(args))
+    }
     for value in args:
         if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int64, torch.int32):
             continue
-        if value.dim() == 0 or value.shape[-1] not in open_rows:
+        if value.dim() == 0 or value.shape[-1] not in lengths:
             continue
         rows = value.detach().cpu().reshape(-1, value.shape[-1])
         follows, restarts = rows.diff(dim=-1) == 1, rows[:, 1:] == 0

@@ -14,7 +14,8 @@ from hsap_compile.errors import Refused, where
 from hsap_compile.kernels import varlen
 from hsap_compile.masks import Mask
 from hsap_compile.plan import Plan, slices
-from hsap_compile.plan.attended import Structure, unanswered
+from hsap_compile.plan.attended import Ints, Runs, Structure, overlaps, unanswered
+from hsap_compile.plan.tables import MaskPlan
 
 _FLEX = 'pass options={"attention": "flex"}, which evaluates any formula'
 
@@ -81,8 +82,8 @@ def check_batch(plan: Plan) -> None:
                 wanted="a key for every query, or masked logits of -inf",
                 do='use a boolean mask or -inf instead of finfo.min, or pass options={"attention": "flex"}',
             )
-        ranks = range(plan.placement.mesh.size if _interleaved(structure) else 0)
-        if any(_by_formula(plan, number, rank) for rank in ranks):
+        ranks = plan.placement.mesh.size if _MARGIN * _parts(plan, structure) > slices.MAX_EXACT else 0
+        if any(_by_formula(planned, rank) for rank in range(ranks)):
             raise Refused(
                 "flash attention over sequences cannot compute this batch",
                 got=f"documents that interleave into more than {slices.MAX_EXACT} parts on one rank (mask "
@@ -92,13 +93,29 @@ def check_batch(plan: Plan) -> None:
             )
 
 
-def _interleaved(structure: Structure) -> bool:
-    """Whether documents are in so many runs that the planner may leave their pairs to the formula."""
-    _, runs = np.unique(structure.queries.label, return_counts=True)
-    return int((runs * runs).sum()) * slices.MAX_EXACT_PER_PIECE > slices.MAX_EXACT
+_MARGIN = 4  # received rows may be in more parts, where a window leaves gaps
 
 
-def _by_formula(plan: Plan, number: int, rank: int) -> bool:
+def _parts(plan: Plan, structure: Structure) -> int:
+    """How many pairs there are, at most, of a group's parts of a document and of all ranks' parts of it: what
+    the planner leaves to the formula where it is many."""
+    place = plan.placement
+    order = place.start.argsort()
+    rows = np.arange(structure.mask.batch)[:, None] * structure.stride
+    start, stop = ((rows + x[order]).ravel() for x in (place.start, place.stop))
+    group = np.tile(place.group[order], structure.mask.batch)
+
+    def parted(runs: Runs) -> tuple[Ints, Ints]:
+        line = runs.row * structure.stride
+        run, part = overlaps(line + runs.start, line + runs.stop, start, stop)
+        return runs.label[run], group[part]
+
+    (keys, _), (queries, of) = parted(structure.keys), parted(structure.queries)
+    counts = np.bincount(keys, minlength=int(queries.max(initial=0)) + 1)
+    return int(np.bincount(of, weights=counts[queries]).max(initial=0))
+
+
+def _by_formula(planned: MaskPlan, rank: int) -> bool:
     """Whether a rank has a slice that only the mask's formula decides."""
-    mask = plan.tables(rank).masks[number]
-    return any((rows[:, 4] == slices.MOD).any() for rows in (mask.slices, mask.alone_slices))
+    tables = planned.tables(rank)
+    return any((rows[:, 4] == slices.MOD).any() for rows in (tables.slices, tables.alone_slices))

@@ -62,7 +62,7 @@ def _names(text: str) -> frozenset[str]:
 
 #: Element-wise, but composite or without torch's pointwise tag.
 _ELEMENTWISE = _names(
-    "to _to_copy type_as clone contiguous alias detach lift_fresh_copy dropout native_dropout feature_dropout"
+    "to _to_copy clone contiguous alias detach lift_fresh_copy dropout native_dropout feature_dropout"
     " zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli uniform"
     " normal_functional exponential cauchy log_normal geometric random"
     " silu gelu celu selu mish prelu log_sigmoid"

@@ -227,7 +227,6 @@ RULES: dict[str, Any] = {
     "triu": _triangle(below=False),
     "to": _to,
     "_to_copy": _to,
-    "type_as": _to,
     "clone": _unchanged,
     "contiguous": _unchanged,
     "alias": _unchanged,

@@ -37,7 +37,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(f"aten::{name}" for name in text.split())
 
 
-_CASTS = _names("to _to_copy type_as clone contiguous alias detach")
+_CASTS = _names("to _to_copy clone contiguous alias detach")
 #: What leaves every number as it is.
 _KEEPS_NUMBERS = VIEWS | _CASTS | _names("unsqueeze squeeze expand expand_as")
 _EMPTY = _names("empty_like zeros_like ones_like full_like")

@@ -6,7 +6,8 @@ after:  ATen overloads; attention, cross entropy and linear are still one operat
 
 1. trace the graph again below the Python functions and above autograd, checkpoint bodies and vmaps in
    place, custom functions and flex attention as one call (``_regions``);
-2. drop dropout that does nothing, and make autocast explicit: operands that it would have cast are cast;
+2. drop dropout that does nothing, and make types explicit: operands that autocast would have cast are cast,
+   and who takes another tensor's type no longer reads that tensor;
 3. replace every in-place operator by its functional form; a write into a view (``x[:, 1:] = y``) becomes
    a scatter into the base, and views made before the write are made anew after it.  Which values are views
    of one another is read from the storages that the trace gave them;
@@ -52,7 +53,7 @@ _RESHAPES = {
     f"aten::{name}"
     for name in (
         "view reshape _unsafe_view view_as reshape_as unsqueeze squeeze flatten unflatten alias contiguous "
-        "to expand expand_as type_as"
+        "to expand expand_as"
     ).split()
 }
 _EXCHANGES = {"aten::transpose", "aten::swapaxes", "aten::swapdims"}
@@ -77,6 +78,7 @@ def capture(module: GraphModule) -> GraphModule:
         placeholder.meta["parameter"] = isinstance(value, torch.nn.Parameter)
     put_back(graph, asides)
     mode = fake_mode_of(inputs)
+    _explicit_types(graph, mode)
     _drop_idle_dropout(graph)
     _explicit_autocast(graph, mode)
     _functionalize(graph, mode)
@@ -92,6 +94,7 @@ def capture_body(body: GraphModule, inputs: Sequence[Any], *, grad: bool) -> Gra
         graph = trace_pre_dispatch(expanded(body), inputs)
     for placeholder, value in zip(placeholders(graph), inputs, strict=True):
         placeholder.meta.update(val=value, parameter=False)
+    _explicit_types(graph, fake_mode_of(inputs))
     _functionalize(graph, fake_mode_of(inputs))
     remove_dead(graph)
     return graph
@@ -102,6 +105,19 @@ def _drop_idle_dropout(module: GraphModule) -> None:
         if node.target is aten.dropout.default and (positional(node)[1] == 0 or not positional(node)[2]):
             node.replace_all_uses_with(positional(node)[0])
             module.graph.erase_node(node)
+
+
+def _explicit_types(module: GraphModule, mode: Any) -> None:
+    """x.type_as(y) reads the type of y and nothing else of it."""
+    for node in list(module.graph.nodes):
+        if node.target is not aten.type_as.default:
+            continue
+        x, value = positional(node)[0], node.meta["val"]
+        with module.graph.inserting_before(node):
+            new = Builder(module.graph, mode, node)(aten.to.device, x, value.device, value.dtype)
+        new.meta["val"] = value
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
 
 
 def _explicit_autocast(module: GraphModule, mode: Any) -> None:
@@ -147,7 +163,7 @@ def _was_cast(mode: Any, node: Node, operands: list[Node], wanted: torch.dtype) 
 
 
 def _converts(node: Node) -> bool:
-    return operator_name(node.target) in ("aten::to", "aten::_to_copy", "aten::type_as")
+    return operator_name(node.target) in ("aten::to", "aten::_to_copy")
 
 
 def _result_dtype(mode: Any, node: Node) -> torch.dtype | None:

@@ -45,7 +45,6 @@ aten = torch.ops.aten
 _TRANSPARENT = {
     "aten::to",
     "aten::_to_copy",
-    "aten::type_as",
     "aten::clone",
     "aten::contiguous",
     "aten::alias",

@@ -134,6 +134,9 @@ def partition_attention(
     traffic: list[Traffic] = []
     found: list[Site] = []
     limit = _receive_limit(sites, mesh, _length_of(module, length), most)
+    row = _row(mode, sites, module, length)
+    # beside others, tokens may be scattered so that even this mask is left to its formula
+    plain = all(site.meta["mask"].by_columns for site in sites)
     for site in sites:
         mask: Mask = site.meta["mask"]
         operands = _operands(site)
@@ -150,9 +153,8 @@ def partition_attention(
             index = keys.index(key)
             if kernel == "flex" and index not in writers:
                 writers[index] = _writer(tables, index, mask, leaves, kernel_options or {})
-            row = _row(build, module, length)
             attention_site = _Site(
-                build, tables, mesh, group, site, index, writers.get(index), limit.stages, row
+                build, tables, mesh, group, site, index, writers.get(index), limit.stages, row, plain
             )
             result = attention_site.rewritten()
         traffic.append(attention_site.traffic())
@@ -171,13 +173,15 @@ def _length_of(module: GraphModule, length: tuple[int, int, int] | int) -> Any:
     return placeholders(module)[position].meta["val"].shape[dim] + more
 
 
-def _row(build: Builder, module: GraphModule, length: tuple[int, int, int] | int) -> Any:
-    """S, a number or a node."""
-    if isinstance(length, int):
+def _row(mode: Any, sites: Sequence[Node], module: GraphModule, length: tuple[int, int, int] | int) -> Any:
+    """S, a number or a node in front of all ``sites``."""
+    if isinstance(length, int) or not sites:
         return length
     position, dim, more = length
-    size = build.size(placeholders(module)[position], dim)
-    return build(operator.add, size, more) if more else size
+    with module.graph.inserting_before(sites[0]):
+        build = Builder(module.graph, mode, sites[0])
+        size = build.size(placeholders(module)[position], dim)
+        return build(operator.add, size, more) if more else size
 
 
 def _writer(
@@ -280,9 +284,11 @@ class _Site:
         flex: FlexAttention | None,
         stages: int,
         row: Any,
+        plain: bool,
     ) -> None:
         self.build, self.tables, self.mesh, self.group, self.flex = build, tables, mesh, group, flex
-        self.site, self.index, self.stages, self.row = site, index, range(stages), row
+        self.site, self.index, self.stages = site, index, range(stages)
+        self.row, self.plain = row, plain
         operands = _operands(site)
         self.q, self.k, self.v, self.leaves, _, self.scale = operands
         self.batch, self.heads = (int(s) for s in self.q.meta["val"].shape[:2])
@@ -437,7 +443,7 @@ class _Site:
         leaves: list[Node] = list(self.leaves)
         positions, remote, heads, logits = None, None, None, ""
         tokens: Any = 0
-        if mask.by_columns:
+        if self.plain:
             leaves = []
         else:
             logits = formula.dumps(mask.logits)

@@ -92,7 +92,6 @@ class Sharder:
     locals: dict[tuple[Node, int], Node] = field(default_factory=dict)
     home: dict[Node, Local] = field(default_factory=dict)
     longer: dict[Node, Longer] = field(default_factory=dict)
-    padded: dict[tuple[Node, tuple[int, ...]], Node] = field(default_factory=dict)
     heavy: set[Node] = field(default_factory=set)
     differentiable: set[Node] = field(default_factory=set)
     no_grad: set[Node] = field(default_factory=set)
@@ -237,18 +236,22 @@ class Sharder:
             shape = [self.size(s) for s in node.meta["val"].shape]
             value, dim = self.unfolded(value, shape, axis, self.size(axis.length))
         if node in self.differentiable:
-            if slack:
-                others = [0, 0] * (value.meta["val"].dim() - 1 - dim)
-                value = self.emit(aten.constant_pad_nd.default, value, [*others, start, slack - start])
+            if slack:  # the nearest token where there is none: zeros may divide
+                every = self.emit(aten.arange.default, self.tables["S"], device=value.meta["val"].device)
+                value = self.emit(aten.index_select.default, value, dim, self._tokens_at(every, axis, start))
             value = self.emit(exchange.SHARD, value, rows, order, dim, self.group)
         else:
             if slack or start:
-                last = self.emit(operator.sub, self.size(axis.length), 1)
-                rows = self.emit(aten.clamp.default, self.emit(aten.sub.Tensor, rows, start), 0, last)
+                rows = self._tokens_at(rows, axis, start)
             value = self.emit(aten.index_select.default, value, dim, rows)
         if axis.folded:
             value = self.emit(aten.reshape.default, value, self.local_shape(node))
         return value
+
+    def _tokens_at(self, columns: Node, axis: TokenAxis, start: int) -> Node:
+        """The token that stands at each of ``columns``, or is nearest to it."""
+        last = self.emit(operator.sub, self.size(axis.length), 1)
+        return self.emit(aten.clamp.default, self.emit(aten.sub.Tensor, columns, start), 0, last)
 
     def operand(self, node: Node, start: int = 0) -> Any:
         """``node`` as an operand of a local operator: its rows, or, without tokens, the whole value."""

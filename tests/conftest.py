@@ -10,6 +10,7 @@ import torch
 from pool import Pool
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on real ranks run in one of the test processes, so that there is one pool."""
     for item in items:

@@ -51,13 +51,13 @@ class Simulated:
     runner: Runner
 
 
-def traced(model: Callable[..., Any], batch: Mapping[str, Any]) -> Traced:
-    """The one graph of ``model(**batch)``, symbolic in the tokens."""
+def traced(model: Callable[..., Any], batch: Mapping[str, Any], ranks: int = 2) -> Traced:
+    """The one graph of ``model(**batch)``, symbolic in the tokens, for one rank or several."""
     torch._dynamo.reset()
     found: list[Traced] = []
 
     def backend(module: torch.fx.GraphModule, examples: Any) -> Any:
-        length = prepare(module, examples, ranks=2)
+        length = prepare(module, examples, ranks)
 
         def call(*args: Any) -> Any:
             found.append(Traced(module, length, args))

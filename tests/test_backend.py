@@ -123,7 +123,7 @@ class Shortened(Tiny):
 
 
 @pytest.mark.parametrize(("inter", "intra"), [(1, 1), (2, 1), (2, 2)])
-def test_an_attention_over_fewer_tokens_stays_whole(inter: int, intra: int) -> None:
+def test_an_attention_over_fewer_tokens(inter: int, intra: int) -> None:
     trace = traced(Shortened(), batch([0, 0, 1, 1, 1, 2, 2, 2, 0]))
     wanted = eager(trace)
     for step in simulate(trace, inter, intra).ranks:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hsap_compile.passes._attentions as attentions
 from hsap_compile.documents import attended
@@ -40,6 +41,7 @@ class Model(nn.Module):
         self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(64, WIDTH)
         self.qkv, self.head = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WORDS)
         self.prompt, self.sink = nn.Parameter(torch.randn(PROMPT, WIDTH)), nn.Parameter(torch.randn(2))
+        self.triangle = nn.Buffer(torch.rand(64, 64).tril() > 0.2)
         self.double()
 
     def attend(self, x: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
@@ -108,6 +110,49 @@ def dense(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
     return m.loss(m.attend(m.words(ids[:, :-1]), mask[:, :, :-1, :-1]), ids[:, 1:])
 
 
+def clamped_distances(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+    x = ids[:, :-1]
+    at = columns(x[..., None])
+    bias = m.places((at[None] - at[:, None]).clamp(-10, 10) + 10)[..., :2].permute(2, 0, 1)
+    return m.loss(m.attend(m.words(x), bias[None]), ids[:, 1:])
+
+
+def counted_from_the_end(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+    """Negative indices count from the end of what is as long as the attention."""
+    x = ids[:, :-1]
+    at = columns(x[..., None])
+    weights = m.places(at)[:, 0] + x.double().sin()[0]
+    return m.loss(m.attend(m.words(x), weights[at[None] - at[:, None]][None, None]), ids[:, 1:])
+
+
+def cut_table(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+    """Of a fixed size, cut to the attention's."""
+    x = ids[:, :-1]
+    mask = m.triangle[: x.shape[1], : x.shape[1]]
+    return m.loss(m.attend(m.words(x), mask), ids[:, 1:])
+
+
+def divided_scores(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+    """By numbers of tokens, and of their places: of other columns there must be none that is zero."""
+    x = m.words(ids[:, :-1])
+    q, k, v = m.heads(x)
+    heat = F.softplus(x[..., 0])[:, None, :, None] * (1.0 + columns(x))
+    return m.loss(x + (((q @ k.mT) / heat).softmax(-1) @ v).transpose(1, 2).flatten(2), ids[:, 1:])
+
+
+def divided_tokens(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+    x = m.words(ids[:, :-1]) / m.places.weight[: ids.shape[1] - 1, :1].abs()
+    return m.loss(m.attend(x, packed(documents[:, :-1])), ids[:, 1:])
+
+
+def context(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+    """Tokens of the row attend to a few of a prompt."""
+    x = m.attend(m.words(ids[:, :-1]))
+    q, _, _ = m.heads(x)
+    _, k, v = m.heads(m.prompt.expand(len(x), -1, -1))
+    return m.loss(x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), ids[:, 1:])
+
+
 def with_sink(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
     x = m.words(ids[:, :-1])
     q, k, v = m.heads(x)
@@ -171,7 +216,9 @@ PATTERNS: dict[str, tuple[Pattern, int]] = {
     f.__name__: (f, count)
     for f, count in [
         (cut, 0), (cut_documents, 0), (cut_when_embedded, 0), (cut_at_both_ends, 0), (finite_mask, 0),
-        (biased, 0), (dense, 0), (with_sink, 0), (two_lengths, 0), (soft_prompt, 1),
+        (biased, 0), (dense, 0), (with_sink, 0), (clamped_distances, 0), (counted_from_the_end, 0),
+        (cut_table, 0), (divided_scores, 0), (context, 0),
+        (two_lengths, 0), (soft_prompt, 1),
         (prompt_of_all_documents, 1), (prompt_in_every_layer, 1), (class_token, 1), (registers_behind, 0),
         (first_word_in_front, 0), (padded_then_cut, 0),
     ]
@@ -185,14 +232,14 @@ def batch(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
     return {"ids": torch.randint(0, WORDS, (2, tokens), generator=made), "documents": documents.contiguous()}
 
 
-def check(pattern: Pattern, mesh: tuple[int, int], **options: object) -> int:
+def check(pattern: Pattern, mesh: tuple[int, int], gathers: int = 0, **options: object) -> int:
     """One graph for packs of other lengths.  Returns its exchanges of shifted rows."""
     first, *others = (batch(lengths, seed) for seed, lengths in enumerate(PACKS))
     of = traced(Model(pattern), dynamic(first))
     calls = [of.args, *(rebatched(of, first, other) for other in others)]
     with fallbacks() as found:
         results = simulate_all(of, *mesh, *calls, **options)
-    assert found == []
+    assert len(found) == gathers, found
     for result, args in zip(results, calls, strict=True):
         expected = eager(of, args)
         assert all(max(worst(step, expected)) <= TIGHT for step in result.ranks)
@@ -204,6 +251,59 @@ def test_stays_local(name: str) -> None:
     pattern, count = PATTERNS[name]
     for mesh in ((3, 1), (1, 2)):
         assert check(pattern, mesh) == count
+
+
+def test_a_part_of_a_parameter_divides() -> None:
+    """It is whole, and its gradient is sent to all; rows without a number of it are not divided by zero."""
+    check(divided_tokens, (3, 1), gathers=1)
+
+
+@pytest.mark.parametrize("pattern", [cut, soft_prompt])
+def test_one_process_partitions_the_longest_row(pattern: Pattern) -> None:
+    of = traced(Model(pattern), dynamic(batch(PACKS[0])), ranks=1)
+    result = simulate(of, 1, 1)
+    assert len(result.program.traffic) > 0 and max(worst(result.ranks[0], eager(of))) <= TIGHT
+
+
+def test_checkpointed_layers_count() -> None:
+    def checkpointed(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+        x = checkpoint(m.attend, m.prompted(m.words(ids)), use_reentrant=False)
+        return m.loss(x[:, PROMPT:], ids)
+
+    check(checkpointed, (2, 1))
+
+
+def test_another_input_of_words() -> None:
+    """Rows are as long as the input that is nearest to what is attended over."""
+
+    class Kinds(Model):
+        def forward(self, kind: Tensor, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+            loss, logits = cut(self, ids, documents)
+            return loss * kind.sum(), logits
+
+    of = traced(Kinds(cut), {"kind": torch.tensor([1, 2, 3]), **batch(PACKS[0])})
+    with fallbacks() as found:
+        steps = simulate(of, 2, 1).ranks
+    assert found == [] and all(max(worst(step, eager(of))) <= TIGHT for step in steps)
+
+
+def test_a_row_that_is_cut_to_a_buffers_length() -> None:
+    """Torch takes the one size for the other, until it is told that it cannot know."""
+
+    class Block(Model):
+        def forward(self, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+            x = self.words(ids[:, :-1])
+            q, k, v = self.heads(x)
+            rows = x.shape[1]
+            scores = (q @ k.mT).masked_fill(~self.block[:, :, :rows, :rows], float("-inf"))
+            return self.loss(x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), ids[:, 1:])
+
+    model = Block(cut)
+    model.block = nn.Buffer(torch.ones(26, 26, dtype=torch.bool).tril()[None, None])
+    of = traced(model, batch(PACKS[0]))
+    assert of.length is not None
+    steps = simulate(of, 2, 1).ranks
+    assert all(max(worst(step, eager(of))) <= TIGHT for step in steps)
 
 
 def test_received_in_stages() -> None:
@@ -235,23 +335,6 @@ def test_layers_have_one_mask() -> None:
 
     program = simulate(traced(Model(layers), dynamic(batch(PACKS[0]))), 2, 1, backward=False).program
     assert len(program.masks) == 1 and len(program.traffic) == 2
-
-
-def test_a_mask_that_reads_by_a_formula_is_gathered_and_told() -> None:
-    def clamped(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
-        x = ids[:, :-1]
-        at = columns(x[..., None])
-        bias = m.places((at[None] - at[:, None]).clamp(-10, 10) + 10)[..., :2].permute(2, 0, 1)
-        return m.loss(m.attend(m.words(x), bias[None]), ids[:, 1:])
-
-    of = traced(Model(clamped), dynamic(batch(PACKS[0])))
-    with fallbacks() as found:
-        result = simulate(of, 2, 1)
-    assert (
-        "(an attention over fewer tokens than others (by 1), whose mask looks tensors up by a formula: cut "
-        "the batch before the model)"
-    ) in found[0]
-    assert all(max(worst(step, eager(of))) <= TIGHT for step in result.ranks)
 
 
 def test_columns_that_are_no_tokens_must_be_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:

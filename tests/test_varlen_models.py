@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import test_equivalence
 from hsap_compile.errors import Refused
 from hsap_compile.options import parse
-from hsap_compile.passes._bands import _by_formula
+from hsap_compile.passes._bands import _by_formula, _parts
 from hsap_compile.pipeline import _kernel
 from hsap_compile.plan import slices
 from mask_cases import CASES, error, packed, trace
@@ -180,7 +180,8 @@ def test_documents_in_too_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slices, "MAX_EXACT", 20)
     monkeypatch.setattr(slices, "MAX_EXACT_PER_PIECE", 1)
     plan = replace(program, bands_only=False).plan(program.read(of.args), program.length(of.args))
-    assert [_by_formula(plan, 0, rank) for rank in range(2)] in ([True, False], [False, True])
+    assert [_by_formula(plan.masks[0], rank) for rank in range(2)] in ([True, False], [False, True])
+    assert _parts(plan, plan.masks[0].structure) > 20
     with pytest.raises(Refused, match="cannot compute this batch") as caught:
         program.plan(program.read(of.args), program.length(of.args))
     assert "documents that interleave into more than 20 parts on one rank (mask 0)" in str(caught.value)
