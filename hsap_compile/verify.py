@@ -19,8 +19,8 @@ class BrokenGraph(AssertionError):
 
 
 def verify(module: GraphModule, after: str, length: sympy.Basic | None = None) -> None:
-    """Raise ``BrokenGraph`` when ``module`` is illegal after the pass ``after``; ``length`` is the symbol that
-    sizes of whole rows have."""
+    """Raise ``BrokenGraph`` when ``module`` is illegal after the pass ``after``; ``length`` is the symbol of
+    whole rows' sizes."""
     module.graph.lint()
     for node in module.graph.nodes:
         if node.op in ("placeholder", "call_function") and "val" not in node.meta and node.users:
