@@ -10,14 +10,6 @@ import torch
 from pool import Pool
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on real ranks run in one of the test processes, so that there is one pool."""
-    for item in items:
-        if "pool" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("pool"))
-
-
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Persistent gloo ranks: ``pool.run(function, *args, world=4)``."""

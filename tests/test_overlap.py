@@ -308,7 +308,7 @@ def operators_in(code: list[str]) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("received", ["save", "again"])
+@pytest.mark.parametrize("received", ["save", pytest.param("again", marks=pytest.mark.slow)])
 def test_own_keys_are_attended_to_while_others_travel(pool: Pool, received: str) -> None:
     options = {"intra": 1, "outputs": "local", "received": received}
     for forward, backward in pool.run(order_of_calls, options, world=2):

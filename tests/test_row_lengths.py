@@ -246,11 +246,11 @@ def check(pattern: Pattern, mesh: tuple[int, int], gathers: int = 0, **options: 
     return exchanges(results[0])
 
 
+@pytest.mark.parametrize("mesh", [(3, 1), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
-def test_stays_local(name: str) -> None:
+def test_stays_local(name: str, mesh: tuple[int, int]) -> None:
     pattern, count = PATTERNS[name]
-    for mesh in ((3, 1), (1, 2)):
-        assert check(pattern, mesh) == count
+    assert check(pattern, mesh) == count
 
 
 def test_a_part_of_a_parameter_divides() -> None:

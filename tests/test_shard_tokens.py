@@ -169,7 +169,7 @@ LOCAL: dict[str, Pattern] = {
     "weight in both": lambda p, x, i: F.conv1d(x.mT @ x, p.kernel, padding=1).sum() + x @ p.kernel[..., 0],
     "attention": lambda p, x, i: x + F.scaled_dot_product_attention(*[(x @ p.square)[None, None]] * 3)[0, 0],
     "another's type": lambda p, x, i: (
-        x * p.square.float()[0].type_as(x) + i[..., None].type_as(x) * p.vector.type_as(i[..., None] * 0.5)
+        x * p.square[0].type_as(x) + i[..., None].type_as(x) * p.vector.type_as(x.detach())
     ),
     "tail mean": lambda p, x, i: x + x[:, 1:].mean((0, 1)),
     "middle sum": lambda p, x, i: x + (x[:, 2:-1] * p.square[0]).sum(1, keepdim=True) / x.shape[1],
