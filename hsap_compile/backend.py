@@ -59,8 +59,8 @@ def of_constants(module: GraphModule) -> bool:
 
 
 def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> sympy.Expr | None:
-    """Check the inputs and return the length of a row, S, None when it is static: the symbol of the inputs'
-    length, or a constant more where an attention is over more tokens than that.
+    """Check the inputs and return the length of the longest row, S, None when it is static: the symbol of the
+    inputs' length and a constant (see ``_more_tokens``).
 
     On several ranks None means that no input has tokens (a piece between two graph breaks).
 
@@ -87,8 +87,8 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
 
 
 def _more_tokens(module: GraphModule, symbol: sympy.Basic, ranks: int) -> int:
-    """How many tokens more than the inputs the longest row has: on one rank, of those that are attended over;
-    on several, where every row is divided, of the inputs and of what is embedded as well."""
+    """How many tokens more than the inputs the longest row has: on one rank, of those that are attended over,
+    perhaps fewer; on several, where every row is divided, of the inputs and of what is embedded as well."""
     sizes = [size for size, _ in _attended(module)]
     if ranks > 1:
         for node in _nodes(module):
@@ -137,9 +137,9 @@ def _sequence_size(module: GraphModule) -> Any:
     # of several sequences (an encoder's and a decoder's), one that is given as numbers of words
     given = next((size for size in found if expr_of(size) in known), None)
     if given is not None or not lengths:
-        return given if given is not None or not found else found[0]
-    attended = hint_of(found[0]) if found else hint_of(lengths[0])
-    return min(lengths, key=lambda size: abs(hint_of(size) - attended))
+        return next(iter(found), None) if given is None else given
+    nearest = hint_of([*found, *lengths][0])  # rows may be cut, or have more in front, inside of the model
+    return min(lengths, key=lambda size: abs(hint_of(size) - nearest))
 
 
 def _attended(module: GraphModule) -> Iterator[tuple[Any, Sequence[Any]]]:

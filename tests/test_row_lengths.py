@@ -88,6 +88,12 @@ def cut_at_both_ends(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, 
     return m.loss(m.attend(m.words(x), (distance >= 0) & (distance < 4)), ids[:, 2:])
 
 
+def labels_of_one_rank(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+    x = ids[:, :-1]
+    labels = ids[:, 1:].masked_fill(columns(x[..., None]) > 1, -100)
+    return m.loss(m.attend(m.words(x), packed(documents[:, :-1])), labels)
+
+
 def finite_mask(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
     """With queries that attend to nothing, hence to all tokens of the attention alike."""
     x = ids[:, :-1]
@@ -215,7 +221,8 @@ def padded_then_cut(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, .
 PATTERNS: dict[str, tuple[Pattern, int]] = {
     f.__name__: (f, count)
     for f, count in [
-        (cut, 0), (cut_documents, 0), (cut_when_embedded, 0), (cut_at_both_ends, 0), (finite_mask, 0),
+        (cut, 0), (cut_documents, 0), (cut_when_embedded, 0), (cut_at_both_ends, 0),
+        (labels_of_one_rank, 0), (finite_mask, 0),
         (biased, 0), (dense, 0), (with_sink, 0), (clamped_distances, 0), (counted_from_the_end, 0),
         (cut_table, 0), (divided_scores, 0), (context, 0),
         (two_lengths, 0), (soft_prompt, 1),
@@ -223,7 +230,7 @@ PATTERNS: dict[str, tuple[Pattern, int]] = {
         (first_word_in_front, 0), (padded_then_cut, 0),
     ]
 }  # fmt: skip
-PACKS = [[5, 1, 9, 4, 8], [3, 2, 6], [21, 1, 1, 9]]
+PACKS = [[5, 1, 9, 4, 8], [7], [21, 1, 1, 9], [3, 2, 6]]
 
 
 def batch(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:

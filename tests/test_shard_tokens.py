@@ -31,8 +31,8 @@ TIGHT = 1e-12  # float64: rounding of sums in another order
 
 
 class Program(nn.Module):
-    """``patterns`` one after another, of all tokens, of all but the last ("cut"), or with two in front
-    ("prompted"); ``ends``: "loss" (a scalar), "values", or "both"."""
+    """``patterns`` one after another, of all tokens, of some ("cut", or "input cut", of what is whole), or
+    with two in front ("prompted"); ``ends``: "loss" (a scalar), "values", or "both"."""
 
     def __init__(
         self, patterns: tuple[Pattern, ...], ends: str = "both", frozen: bool = False, tokens: str = "all"
@@ -48,6 +48,8 @@ class Program(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         # the length of a row is read from integer inputs
+        if self.tokens == "input cut":
+            x, ids = x[:, 1:], ids[:, 1:]
         x = x * (ids >= 0)[..., None] * self.square[0]
         if self.tokens == "cut":
             x, ids = x[:, :-1], ids[:, :-1]
@@ -312,7 +314,7 @@ ANY = {**LOCAL, **{f"gathered {name}": pattern for name, (pattern, _) in GATHERE
     ends=st.sampled_from(["loss", "values", "both"]),
     grad=st.booleans(),
     frozen=st.booleans(),
-    part=st.sampled_from(["all", "cut", "prompted"]),
+    part=st.sampled_from(["all", "cut", "input cut", "prompted"]),
 )
 def test_programs(
     names: list[str],
