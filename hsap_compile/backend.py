@@ -59,8 +59,7 @@ def of_constants(module: GraphModule) -> bool:
 
 
 def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> sympy.Expr | None:
-    """Check the inputs and return the length of the longest row, S, None when it is static: the symbol of the
-    inputs' length and a constant (see ``_more_tokens``).
+    """Check the inputs and return the symbol of their length, None when it is static.
 
     On several ranks None means that no input has tokens (a piece between two graph breaks).
 
@@ -78,24 +77,12 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
     try:
         symbol = None if size is None else _symbol(module, example_inputs, size)
         _fix_rows(module)
-        return None if symbol is None else symbol + _more_tokens(module, symbol, ranks)
+        return symbol
     except Refused as reason:
         if ranks > 1:
             raise
         log.warning("another length will compile again: %s", reason)
         return None
-
-
-def _more_tokens(module: GraphModule, symbol: sympy.Basic, ranks: int) -> int:
-    """How many tokens more than the inputs the longest row has: on one rank, of those that are attended over,
-    perhaps fewer; on several, where every row is divided, of the inputs and of what is embedded as well."""
-    sizes = [size for size, _ in _attended(module)]
-    if ranks > 1:
-        for node in _nodes(module):
-            if getattr(node.target, "__name__", "") == "embedding":
-                sizes += node.meta["example_value"].shape[:-1]
-    more = [int(x) for x in (expr_of(size) - symbol for size in sizes) if x.is_Integer]
-    return max(more if ranks == 1 else [0, *more], default=0)
 
 
 def _nodes(module: GraphModule) -> Iterator[Node]:

@@ -32,6 +32,11 @@ class Band:
     lo: int | None
     hi: int | None
 
+    def moved(self, by: int) -> Band:
+        """The same of queries that stand ``by`` columns further behind."""
+        lo, hi = (None if end is None else end + by for end in (self.lo, self.hi))
+        return replace(self, lo=lo, hi=hi)
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -90,28 +95,34 @@ class Mask:
         return self.readable()
 
 
-def placed(mask: Mask, first: int, behind: int) -> Mask:
-    """``mask`` of an attention whose tokens are not all columns of the batch: ``first`` others stand in front
-    of them and ``behind`` others behind, which attend to one another and are attended to by no token.
+def placed(mask: Mask, queries: tuple[int, int], keys: tuple[int, int]) -> Mask:
+    """``mask`` of an attention whose tokens are not all columns of the batch: so many others stand in front
+    of them, and behind.  These attend to one another and are attended to by no token.
 
     To the formula they are the nearest token: it reads no tensor, and computes no number, that it would not
-    for tokens."""
-    if first == behind == 0:
+    for tokens.  Where keys are other columns than queries, of the structure are left bands over columns."""
+    if queries == keys == (0, 0):
         return mask
-    tokens = formula.S - first - behind
+    tokens = formula.S - sum(keys)
 
-    def token(x: sympy.Expr) -> sympy.Expr:
-        return sympy.Min(sympy.Max(x - first, 0), tokens - 1)
+    def token(x: sympy.Expr, others: tuple[int, int]) -> sympy.Expr:
+        return sympy.Min(sympy.Max(x - others[0], 0), formula.S - sum(others) - 1)
 
-    def among(x: sympy.Expr) -> sympy.Basic:
-        return sympy.And(x >= first, x < formula.S - behind)
+    def among(x: sympy.Expr, others: tuple[int, int]) -> sympy.Basic:
+        first, behind = others
+        return sympy.And(x >= first, x < formula.S - behind if behind else sympy.true)
 
-    moved = {q: token(q), k: token(k), formula.S: tokens}
+    moved = {q: token(q, queries), k: token(k, keys), formula.S: tokens}
     logits, extra = (None if x is None else x.xreplace(moved) for x in formula.without_sink(mask.logits))
-    logits = sympy.Piecewise((logits, sympy.Or(among(k), sympy.Not(among(q)))), (-sympy.oo, True))
-    return replace(
-        mask, logits=logits if extra is None else formula.sink(logits, extra), others=(first, behind)
-    )
+    allowed = sympy.Or(among(k, keys), sympy.Not(among(q, queries)))
+    logits = sympy.Piecewise((logits, allowed), (-sympy.oo, True))
+    if extra is not None:
+        logits = formula.sink(logits, extra)
+    if queries == keys:
+        return replace(mask, logits=logits, others=queries)
+    by = queries[0] - keys[0]
+    bands = tuple(band.moved(by) for band in mask.bands if band.position == q)
+    return Mask(logits, bands=bands, residual=True, soft=mask.soft, unread=True)
 
 
 def normalise(logits: sympy.Expr) -> tuple[Mask, float]:

@@ -55,16 +55,17 @@ class Rewritten:
     as_written: tuple[tuple[str, str, str], ...]
 
 
-def compile_graph(module: GraphModule, options: Options, tokens: sympy.Expr | None) -> Program:
-    """Dynamo's ``module`` as a program for this world's ranks.  ``tokens``: S; None when it is static."""
+def compile_graph(module: GraphModule, options: Options, symbol: sympy.Basic | None) -> Program:
+    """Dynamo's ``module`` as a program for this world's ranks.  ``symbol``: the inputs' length; None when it
+    is static."""
     _, ranks = world()
-    made = rewrite(module, options, tokens, ranks, group_name())
+    made = rewrite(module, options, symbol, ranks, group_name())
     function = lower(made.graph, options.lower, options.inductor, options.memory_budget)
     return replace(made.program, function=function)
 
 
 def rewrite(
-    module: GraphModule, options: Options, tokens: sympy.Expr | None, ranks: int, group: str
+    module: GraphModule, options: Options, symbol: sympy.Basic | None, ranks: int, group: str
 ) -> Rewritten:
     """Dynamo's ``module`` for ``ranks`` ranks, which are the process group ``group`` once it runs.
 
@@ -79,6 +80,7 @@ def rewrite(
 
     attentions = find_attention(graph)
     log.info("find_attention: %d attentions", len(attentions))
+    tokens = None if symbol is None else _longest_row(graph, attentions, symbol, ranks)
     dense_masks = lift_mask(graph, attentions, mode)
     log.info("lift_mask: %d masks stay dense", dense_masks)
     as_written = tuple(
@@ -241,11 +243,29 @@ def _kernel(options: Options, device: torch.device) -> str:
     return chosen
 
 
+def _longest_row(
+    graph: GraphModule, attentions: Sequence[Attention], symbol: sympy.Basic, ranks: int
+) -> sympy.Expr:
+    """S: a constant more than the inputs; on one rank, where all queries are fewer, fewer.  On several every
+    row is divided: it is no less than the inputs, the keys and what is embedded."""
+    sizes = [attention.query.tokens for attention in attentions]
+    if ranks > 1:
+        sizes += [attention.key.tokens for attention in attentions]
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.embedding.default:
+                sizes += node.meta["val"].shape[:-1]
+    more = [int(x) for x in (expr_of(size) - symbol for size in sizes) if x.is_Integer]
+    return symbol + max(more if ranks == 1 else [0, *more], default=0)
+
+
 def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:
-    """Keys and values that leave the graph are a key/value cache."""
+    """Keys and values that leave the graph are a key/value cache.  One that has tokens of a caller's cache in
+    front (prefix tuning) is no choice of the caller's, and is gathered."""
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
     leaving = set(output.all_input_nodes)
     for attention in attentions:
+        if expr_of(attention.key.tokens) != expr_of(attention.query.tokens):
+            continue
         if not leaving.isdisjoint((*attention.key.nodes, *attention.value.nodes)):
             raise Refused(
                 "the model returns a key/value cache",

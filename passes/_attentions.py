@@ -1,7 +1,7 @@
 """The rule of the canonical attention, which stays one operator: ``partition_attention`` comes next.
 
-Its queries and keys are the same tokens, S or a constant fewer.  Columns of the batch that are none of them
-are rows of the operator too, which its mask keeps apart.
+Its queries and its keys are S tokens, or a constant fewer.  Columns of the batch that are none of them are
+rows of the operator too, which its mask keeps apart.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ def attention(sharder: Sharder, node: Node) -> Any:
         made = as_is(sharder, node)
         made.node.meta.update(mask=node.meta["mask"], reads=node.meta["reads"])
         return made
-    if any(not isinstance(a, TokenAxis) or (a.dim, *a.layout) != (2, 1, axes[0].length, 1) for a in axes):
-        raise NotLocal("an attention whose queries and keys are not the same tokens")
-    slack = int(sharder.length - axes[0].length)
-    start = sharder.start_of(q, k, v)
-    mask: Mask = placed(node.meta["mask"], start, slack - start)
-    operands = [sharder.local(x, start) for x in (q, k, v)]
+    if any(not isinstance(a, TokenAxis) or (a.dim, a.outer, a.inner) != (2, 1, 1) for a in axes):
+        raise NotLocal("an attention whose queries and keys are not the tokens of a row")
+    alike = axes[0].length == axes[1].length
+    start = sharder.start_of(q, k, v) if alike else sharder.start_of(q)
+    of_keys = start if alike else sharder.start_of(k, v)
+    ranges = [
+        (at, int(sharder.length - a.length) - at) for at, a in zip((start, of_keys), axes, strict=False)
+    ]
+    mask: Mask = placed(node.meta["mask"], *ranges)
+    operands = [sharder.local(x, at) for x, at in zip((q, k, v), (start, of_keys, of_keys), strict=True)]
     whole = []
     for leaf in leaves:
         value = sharder.whole(leaf)
         differentiable = leaf in sharder.differentiable
         whole.append(sharder.emit(exchange.BROADCAST, value, sharder.group) if differentiable else value)
-    text = formula.dumps(mask.logits) if slack else logits
+    text = logits if mask is node.meta["mask"] else formula.dumps(mask.logits)
     made = sharder.graph.call_function(dense.OP, (*operands, whole, text, scale))
     made.meta.update({key: value for key, value in node.meta.items() if key not in ("val", "tokens")})
     made.meta["mask"] = mask

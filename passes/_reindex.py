@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from hsap_compile._torch import hint_of
+from hsap_compile._torch import expr_of, hint_of, operator_name
+from hsap_compile.graph import positional
 from hsap_compile.kernels import copies, exchange
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._tables import Tables
+from hsap_compile.passes.infer_tokens import TokenAxis, symbol_of
 from hsap_compile.plan.shifts import Range, Shift
 
 if TYPE_CHECKING:
@@ -235,12 +239,37 @@ def aligned(sharder: Sharder, node: Node, start: int) -> Node:
     return taken(sharder, view, (-start,), (start, slack - start))
 
 
+def usual_start(module: GraphModule, length: sympy.Expr) -> int:
+    """Where most values of S tokens have those of the inputs: what starts there from the beginning need not
+    be moved when a prompt is put in front."""
+    found = Counter[int]()
+    for node in module.graph.nodes:
+        axis = node.meta.get("tokens")
+        if (
+            operator_name(node.target) != "aten::cat"
+            or not isinstance(axis, TokenAxis)
+            or axis.length != length
+        ):
+            continue
+        left = 0
+        for part in positional(node)[0]:
+            size = expr_of(part.meta["val"].shape[axis.dim])
+            if not size.is_Integer:
+                found[left] += size == symbol_of(length)
+                break
+            left += int(size)
+    return max(found, key=lambda start: found[start], default=0)
+
+
 def common_start(sharder: Sharder, nodes: Sequence[Node]) -> int:
     """Where values that meet shall start: the fewest bytes move."""
     homes = [n for n in nodes if n in sharder.home]
     starts = sorted({sharder.home[n].start for n in homes})
+    if not starts:
+        axes = [n.meta["tokens"] for n in nodes if isinstance(n.meta.get("tokens"), TokenAxis)]
+        return min((sharder.usual_start, *(max(0, int(sharder.length - a.length)) for a in axes)))
     if len(starts) < 2:
-        return starts[0] if starts else 0
+        return starts[0]
     if len({sharder.axis(n).length for n in homes}) > 1:
         raise NotLocal("token ranges of different lengths meet")
 

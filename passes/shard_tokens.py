@@ -42,7 +42,7 @@ from hsap_compile.passes._inputs import write_inputs
 from hsap_compile.passes._operands import args_of, reads_no_numbers
 from hsap_compile.passes._parameters import settle_parameters
 from hsap_compile.passes._random import agreed, disagreed, is_random
-from hsap_compile.passes._reindex import Longer, aligned, common_start, within
+from hsap_compile.passes._reindex import Longer, aligned, common_start, usual_start, within
 from hsap_compile.passes._routing import is_count, routed, whole_counts
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis, symbol_of
 
@@ -100,6 +100,7 @@ class Sharder:
     symbols: dict[sympy.Expr, Node] = field(default_factory=dict)
     locally_used: set[Node] = field(default_factory=set)
     origin: Node | None = None
+    usual_start: int = 0
 
     @property
     def symbol(self) -> sympy.Basic:
@@ -436,7 +437,7 @@ def shard_tokens(
 ) -> Sharded:
     """``columns`` (n,) and ``order`` (2, K) are the fake tables that the new graph gets as inputs.  The last
     ``whole_outputs`` outputs are whole whatever ``outputs`` says."""
-    sharder = Sharder(module, mode, length, group, strict)
+    sharder = Sharder(module, mode, length, group, strict, usual_start=usual_start(module, length))
     sharder.tables["ranks"] = ranks
     write_inputs(sharder, columns, order)
     grad = True

@@ -18,17 +18,20 @@ from strategies import conditions, logits_of, packs, styles
 from test_plan import allowed, wanted
 
 
-def meant(logits: sympy.Expr, leaves: list[torch.Tensor], batch: int, tokens: int) -> np.ndarray:
-    """(B, S, S) bool: the pairs whose weight may differ from 0, by the formula alone."""
+def meant(
+    logits: sympy.Expr, leaves: list[torch.Tensor], batch: int, tokens: int, keys: int | None = None
+) -> np.ndarray:
+    """(B, S, keys) bool: the pairs whose weight may differ from 0, by the formula alone."""
+    keys = tokens if keys is None else keys
     index = {
         "b": torch.arange(batch)[:, None, None],
         "q": torch.arange(tokens)[:, None],
-        "k": torch.arange(tokens),
+        "k": torch.arange(keys),
         "h": 0,
-        "S": tokens,
-        "score": torch.zeros(batch, tokens, tokens, dtype=torch.float64),
+        "S": keys,
+        "score": torch.zeros(batch, tokens, keys, dtype=torch.float64),
     }
-    value = torch.as_tensor(formula.evaluate(logits, index, leaves)).expand(batch, tokens, tokens)
+    value = torch.as_tensor(formula.evaluate(logits, index, leaves)).expand(batch, tokens, keys)
     return (torch.softmax(value.double(), -1).nan_to_num() > 0).numpy()
 
 
