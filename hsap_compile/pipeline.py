@@ -23,6 +23,7 @@ from hsap_compile.graph import extract, placeholders
 from hsap_compile.kernels import dense, varlen
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
+from hsap_compile.passes._inputs import are_vectors
 from hsap_compile.passes._random import is_random
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.choose_saved import choose_saved
@@ -246,16 +247,20 @@ def _kernel(options: Options, device: torch.device) -> str:
 def _longest_row(
     graph: GraphModule, attentions: Sequence[Attention], symbol: sympy.Basic, ranks: int
 ) -> sympy.Expr:
-    """S: a constant more than the inputs; on one rank, where all queries are fewer, fewer.  On several every
-    row is divided: it is no less than the inputs, the keys and what is embedded."""
+    """S: the longest row that is attended over, on several ranks also as keys, embedded, or given as vectors;
+    a constant more or fewer than the inputs."""
     sizes = [attention.query.tokens for attention in attentions]
     if ranks > 1:
         sizes += [attention.key.tokens for attention in attentions]
         for node in graph.graph.nodes:
-            if node.target is torch.ops.aten.embedding.default:
-                sizes += node.meta["val"].shape[:-1]
+            value = node.meta.get("val")
+            given = node.op == "placeholder" and isinstance(value, torch.Tensor)
+            if node.target is torch.ops.aten.embedding.default or (
+                given and (value.requires_grad or are_vectors(value))
+            ):
+                sizes += value.shape
     more = [int(x) for x in (expr_of(size) - symbol for size in sizes) if x.is_Integer]
-    return symbol + max(more if ranks == 1 else [0, *more], default=0)
+    return symbol + max(more, default=0)
 
 
 def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:

@@ -22,6 +22,7 @@ from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, run_fake
 from hsap_compile.graph import placeholders, positional, remove_dead
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Local, NotLocal
+from hsap_compile.passes._reindex import where
 from hsap_compile.passes.capture import capture_body
 from hsap_compile.passes.infer_tokens import TokenAxis, infer_tokens
 
@@ -40,25 +41,34 @@ def custom_function(sharder: Sharder, node: Node) -> Any:
         detached = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
         results, saved = run_fake(sharder.mode, forward, detached, {})
     start = sharder.start_of(*node.all_input_nodes)
-    if start:
-        raise NotLocal("a custom function of a part of the tokens")
-    first = _Body(sharder, forward, detached, axes)
+    first = _Body(sharder, forward, detached, axes, start)
     outputs, kept = first.outputs
-    second = _Body(sharder, backward, [*results, *saved], [first.axis(x) for x in (*outputs, *kept)])
+    second = _Body(sharder, backward, [*results, *saved], [first.axis(x) for x in (*outputs, *kept)], start)
     local_forward = first.local(lambda x: x)
     local_backward = second.local(second.share)
     local = []
     for operand in operands:
         if isinstance(operand, Node) and operand.op == "get_attr":
             raise NotLocal("a custom function of a constant")
-        local.append(sharder.operand(operand) if isinstance(operand, Node) else operand)
+        local.append(_operand(sharder, operand, start) if isinstance(operand, Node) else operand)
     names = []
     for role, body in (("forward", local_forward), ("backward", local_backward)):
         name = f"{node.name}_{role}_local"
         setattr(sharder.old, name, body)
         names.append(sharder.graph.get_attr(name))
         names[-1].meta["val"] = body
-    return Local(sharder.emit(node.target, *names, *local, **node.kwargs))
+    return Local(sharder.emit(node.target, *names, *local, **node.kwargs), start)
+
+
+def _operand(sharder: Sharder, node: Node, start: int) -> Any:
+    """Rows that are no tokens of the value get no gradient, whatever the backward gives them."""
+    value, axis = sharder.operand(node, start), node.meta.get("tokens")
+    if not isinstance(axis, TokenAxis) or node not in sharder.differentiable:
+        return value
+    valid = sharder.valid_rows(axis, start, value.meta["val"].dim())
+    if valid is None:
+        return value
+    return where(sharder, valid, value, sharder.emit(aten.detach.default, value))
 
 
 class _Tables(dict[str, Any]):
@@ -71,21 +81,23 @@ class _Tables(dict[str, Any]):
 class _Body:
     """A body, rewritten for local operands with its own graph."""
 
-    def __init__(self, outer: Sharder, body: GraphModule, values: Sequence[Any], axes: Sequence[Any]) -> None:
+    def __init__(
+        self, outer: Sharder, body: GraphModule, values: Sequence[Any], axes: Sequence[Any], start: int
+    ) -> None:
         from hsap_compile.passes.shard_tokens import Sharder
 
+        self.start = start
         self.module = capture_body(body, values, grad=False)
         inputs = placeholders(self.module)
         infer_tokens(self.module, outer.length, dict(zip(inputs, axes, strict=True)))
         self.inner = inner = Sharder(self.module, outer.mode, outer.length, outer.group, strict=False)
-        inner.tables = _Tables(columns=outer.tables["columns"])  # whose size is compared with
-        self.columns = outer.tables["columns"].meta["val"]
+        inner.tables, inner.rows = _Tables(), outer.rows
         for placeholder, axis in zip(inputs, axes, strict=True):
             new = inner.graph.placeholder(placeholder.name)
             new.meta["val"] = placeholder.meta["val"]
             if isinstance(axis, TokenAxis):
                 new.meta["val"] = self._local_value(placeholder.meta["val"], axis, outer)
-                inner.home[placeholder] = Local(new)
+                inner.home[placeholder] = Local(new, start)
             else:
                 inner.wholes[placeholder] = new
                 if isinstance(placeholder.meta["val"], torch.SymInt):
@@ -98,7 +110,7 @@ class _Body:
 
     def _local_value(self, value: Any, axis: TokenAxis, outer: Sharder) -> Any:
         shape = list(value.shape)
-        shape[axis.dim] = self.columns.shape[0] * (axis.outer * axis.inner)
+        shape[axis.dim] = outer.rows * (axis.outer * axis.inner)
         return run_fake(outer.mode, value.new_empty, (shape,), {})
 
     def _count_rows(self) -> None:
@@ -128,7 +140,7 @@ class _Body:
                 return value
             if value in self.inner.home:
                 home = self.inner.home[value]
-                if home.routed or home.start:
+                if home.routed or home.start != self.start:
                     raise NotLocal("a custom function that selects tokens")
                 return home.node
             if value.meta.get("tokens") is not None:

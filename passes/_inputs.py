@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
+def are_vectors(value: torch.Tensor) -> bool:
+    """Whether an input that has tokens is more than a number of each."""
+    return value.is_floating_point() and value.dim() > 2
+
+
 def write_inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:
     """The old inputs, then the tables; S and n as nodes."""
     for node in placeholders(sharder.old):
@@ -27,7 +32,7 @@ def write_inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -
             continue
         if value.requires_grad:
             sharder.differentiable.add(node)
-        wide = value.is_floating_point() and node.meta["tokens"] is not None and value.dim() > 2
+        wide = node.meta["tokens"] is not None and are_vectors(value)
         if node.meta["parameter"] or value.requires_grad or wide:
             sharder.heavy.add(node)
     for name, value in (("columns", columns), ("order", order)):

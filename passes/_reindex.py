@@ -29,7 +29,7 @@ from hsap_compile.graph import positional
 from hsap_compile.kernels import copies, exchange
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._tables import Tables
-from hsap_compile.passes.infer_tokens import TokenAxis, symbol_of
+from hsap_compile.passes.infer_tokens import TokenAxis
 from hsap_compile.plan.shifts import Range, Shift
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Longer:
 
 def taken(sharder: Sharder, view: View, offsets: Sequence[int], into: Range, wraps: bool = False) -> Node:
     """(.., n, K, ..), or (.., n, ..) of one offset: row i of column k is token ``columns[i] + offsets[k]`` of
-    ``view``.  Rows of columns outside of ``into`` hold numbers of some token."""
+    ``view``.  Rows of columns outside of ``into`` hold numbers of some token, of ``into`` if there is one."""
     shift = Shift(tuple(view.by + k for k in offsets), view.seen, into, wraps)
     source, fill = view.source, view.fill or 0
     axis, home = sharder.axis(source), sharder.home.get(source)
@@ -76,11 +76,22 @@ def taken(sharder: Sharder, view: View, offsets: Sequence[int], into: Range, wra
         return _picked(sharder, sharder.whole(source), dim, shift, fill)
     value = sharder.local(source, 0 if home is None else home.start)
     if shift.offsets == (0,):
-        return _masked(sharder, value, dim, shift, fill)
+        return _ordinary(sharder, source, _masked(sharder, value, dim, shift, fill), dim, into)
     if axis.folded:
         value, dim = sharder.unfolded(value, sharder.local_shape(source), axis, sharder.tables["n"])
-    made = _exchanged(sharder, value, dim, shift, fill)
+    made = _ordinary(sharder, source, _exchanged(sharder, value, dim, shift, fill), dim, into)
     return sharder.emit(aten.reshape.default, made, sharder.local_shape(source)) if axis.folded else made
+
+
+def _ordinary(sharder: Sharder, source: Node, rows: Node, dim: int, into: Range) -> Node:
+    """``rows`` with the numbers of one that is asked for in those that are not: a function may have no
+    derivative at a token that it was never meant for (the logarithm of a row of zeros)."""
+    inside = within(sharder, into) if source in sharder.differentiable else None
+    if inside is None:
+        return rows
+    first = sharder.emit(aten.argmax.default, sharder.emit(aten.to.dtype, inside, torch.int64), 0, True)
+    other = sharder.emit(aten.index_select.default, sharder.emit(aten.detach.default, rows), dim, first)
+    return where(sharder, along(sharder, inside, rows, dim), rows, other)
 
 
 def windows_of(sharder: Sharder, view: View, offsets: Sequence[int], into: Range) -> Node:
@@ -240,8 +251,8 @@ def aligned(sharder: Sharder, node: Node, start: int) -> Node:
 
 
 def usual_start(module: GraphModule, length: sympy.Expr) -> int:
-    """Where most values of S tokens have those of the inputs: what starts there from the beginning need not
-    be moved when a prompt is put in front."""
+    """Where most of the rows that are made longer, up to S, have their tokens: what starts there from the
+    beginning need not be moved when a prompt is put in front."""
     found = Counter[int]()
     for node in module.graph.nodes:
         axis = node.meta.get("tokens")
@@ -255,7 +266,7 @@ def usual_start(module: GraphModule, length: sympy.Expr) -> int:
         for part in positional(node)[0]:
             size = expr_of(part.meta["val"].shape[axis.dim])
             if not size.is_Integer:
-                found[left] += size == symbol_of(length)
+                found[left] += 1
                 break
             left += int(size)
     return max(found, key=lambda start: found[start], default=0)

@@ -24,6 +24,7 @@ from torch.fx.node import map_arg
 from hsap_compile._torch import expr_of, is_operator, operator_name
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Bag, Counts, Local, NotLocal, Points
+from hsap_compile.passes._reindex import where
 from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import VIEWS, TokenAxis
 
@@ -47,9 +48,9 @@ def row_sort(sharder: Sharder, node: Node, ordinary: Any = None) -> Any:
     """sort(ids) of one number a row: a Bag, and Points into the rows."""
     source = _first(node)
     axis = source.meta.get("tokens")
-    if source.meta["val"].dim() != 1 or not isinstance(axis, TokenAxis) or axis.length != sharder.length:
+    if source.meta["val"].dim() != 1 or not isinstance(axis, TokenAxis):
         raise NotLocal("it works along the tokens")
-    was = sharder.home.get(source)
+    was, start = sharder.home.get(source), sharder.start_of(source)
     argsort = operator_name(node.target) == "aten::argsort"
     if was is not None and was.routed:
         if not argsort or was.points is None or not was.points.once or arguments(node).get("descending"):
@@ -57,45 +58,45 @@ def row_sort(sharder: Sharder, node: Node, ordinary: Any = None) -> Any:
         space = was.points.space  # argsort(perm): the inverse of a permutation
         order = space if isinstance(space, Bag) else None
         points = Points(was.order if isinstance(was.order, Bag) else axis.layout, once=True)
-        return Local(_call(sharder, node, {source: was.node}), order=order, points=points)
+        return Local(_call(sharder, node, {source: was.node}), start, order, points)
     bag = Bag(source)
-    made = _call(sharder, node, {source: sharder.local(source)})
-    return Local(made, order=bag, points=Points(axis.layout, once=True) if argsort else None)
+    made = _call(sharder, node, {source: sharder.local(source, start)})
+    return Local(made, start, bag, Points(axis.layout, once=True) if argsort else None)
 
 
 def row_counts(sharder: Sharder, node: Node, ordinary: Any = None) -> Any:
-    """histc or bincount of ids: this rank's counts; the sum over ranks where somebody reads the whole."""
+    """histc of ids: this rank's counts; the sum over ranks where somebody reads the whole."""
     source, given = _first(node), arguments(node)
     key = _key(source)
-    if given.get("weights") is not None or not isinstance(key.meta.get("tokens"), TokenAxis):
-        raise NotLocal("it counts tokens")
-    if operator_name(node.target) == "aten::histc":
-        low, high, bins = given["min"], given["max"], given["bins"]
-        if key.meta["val"].is_floating_point() or low != 0 or high not in (bins - 1, bins):
-            raise NotLocal("a histogram over tokens whose bins are not one integer each")
-    elif torch.Tag.dynamic_output_shape in _target(node).tags and not _fixed_size(node):
+    if not is_count(node):  # bincount
         raise NotLocal("its size depends on the tokens")
-    home = sharder.home.get(source)
-    if key.meta["tokens"].length != sharder.length or (home is not None and home.points is not None):
-        raise NotLocal("it counts a part of the tokens")
-    value = home.node if home is not None else sharder.local(source)
-    return Local(_call(sharder, node, {source: value}), order=Counts(key))
-
-
-def _fixed_size(node: Node) -> bool:
-    return all(not expr_of(size).free_symbols for size in node.meta["val"].shape)
+    if not isinstance(key.meta.get("tokens"), TokenAxis):
+        raise NotLocal("it counts tokens")
+    low, high, bins = given["min"], given["max"], given["bins"]
+    if key.meta["val"].is_floating_point() or low != 0 or high not in (bins - 1, bins):
+        raise NotLocal("a histogram over tokens whose bins are not one integer each")
+    home, start = sharder.home.get(source), sharder.start_of(source)
+    if home is not None and home.points is not None:
+        raise NotLocal("it counts row numbers")
+    return Local(_call(sharder, node, {source: sharder.local(source, start)}), start, Counts(key))
 
 
 def whole_counts(sharder: Sharder, node: Node) -> Node:
-    """The counts of all ranks' rows."""
-    home = sharder.home[node]
-    value = sharder.emit(aten.to.dtype, home.node, torch.float64)
-    total = sharder.emit(exchange.SUM_RANKS, value, sharder.group)
-    return sharder.emit(aten.to.dtype, total, node.meta["val"].dtype)
+    """The counts of all ranks' rows, without those that are no tokens."""
+    emit, home, source = sharder.emit, sharder.home[node], _first(node)
+    assert isinstance(home.order, Counts)
+    key, made = home.order.key, home.node
+    rows = sharder.local(key, home.start)
+    valid = sharder.valid_rows(sharder.axis(key), home.start, rows.meta["val"].dim())
+    if valid is not None:  # what is less than its least is not counted
+        ids = where(sharder, valid, emit(aten.to.dtype, rows, source.meta["val"].dtype), -1)
+        made = _call(sharder, node, {source: ids})
+    total = emit(exchange.SUM_RANKS, emit(aten.to.dtype, made, torch.float64), sharder.group)
+    return emit(aten.to.dtype, total, node.meta["val"].dtype)
 
 
 def is_count(node: Node) -> bool:
-    return operator_name(node.target) in ("aten::histc", "aten::bincount")
+    return operator_name(node.target) == "aten::histc"
 
 
 def routed(sharder: Sharder, node: Node, ordinary: Any) -> Any:
@@ -134,6 +135,8 @@ def _row_by_row(sharder: Sharder, node: Node, ordinary: Any) -> Any:
     if not isinstance(made, Local):
         if points is not None or order is None:
             raise NotLocal("a sum of row numbers")
+        if any(sharder.axis(n).length != sharder.length for n in carriers):
+            raise NotLocal("a sum of sorted rows of which some are no tokens")
         return made
     return replace(made, order=order, points=None if name in _EMPTY else points)
 
@@ -161,7 +164,7 @@ def _counted(sharder: Sharder, node: Node) -> Any:
         order = replace(order, cumulative=True)
     elif name not in _CASTS:
         raise NotLocal("arithmetic on counts of rows")
-    return Local(_call(sharder, node, {source: home.node}), order=order)
+    return replace(home, node=_call(sharder, node, {source: home.node}), order=order)
 
 
 def _part(sharder: Sharder, node: Node, ordinary: Any) -> Any:
@@ -171,7 +174,7 @@ def _part(sharder: Sharder, node: Node, ordinary: Any) -> Any:
     home = sharder.home[source]
     made = sharder.emit(node.target, home.node, which)
     if operator_name(source.target) == "aten::sort" and which == 1:
-        return Local(made, order=home.order, points=Points(_first(source).meta["tokens"].layout, once=True))
+        return replace(home, node=made, points=Points(_first(source).meta["tokens"].layout, once=True))
     return replace(home, node=made)
 
 
@@ -236,17 +239,17 @@ def _rows_of(sharder: Sharder, node: Node, source: Node, index: Node) -> Local:
     pointer = _pointer(sharder, index)
     home = sharder.home.get(source)
     order = None if home is None else home.order
-    if not isinstance(axis, TokenAxis) or axis.dim != 0 or (home is not None and home.start):
+    if not isinstance(axis, TokenAxis) or axis.dim != 0:
         raise NotLocal("an index into tokens")
     assert pointer.points is not None
     if pointer.points.space != (axis.layout if order is None else order):
         raise NotLocal("row numbers of other rows")
-    value = sharder.local(source)
+    value = sharder.local(source, pointer.start)
     made = _call(sharder, node, {source: value, index: pointer.node})
     points = None if home is None or home.points is None else home.points
     if points is not None:
         points = replace(points, once=points.once and pointer.points.once)
-    return Local(made, order=pointer.order, points=points)
+    return Local(made, pointer.start, pointer.order, points)
 
 
 def _put(sharder: Sharder, node: Node, ordinary: Any) -> Any:
@@ -274,7 +277,7 @@ def _written(sharder: Sharder, node: Node, target: Node, index: Node, values: No
     space = pointer.points.space
     order = space if isinstance(space, Bag) else None
     axis, home = target.meta.get("tokens"), sharder.home.get(target)
-    if not isinstance(axis, TokenAxis) or axis.dim != 0 or (home is not None and home.start):
+    if not isinstance(axis, TokenAxis) or axis.dim != 0:
         raise NotLocal("a write to some tokens")
     if axis.layout != (space if order is None else order.key.meta["tokens"].layout):
         raise NotLocal("row numbers of other rows")
@@ -291,16 +294,16 @@ def _written(sharder: Sharder, node: Node, target: Node, index: Node, values: No
     else:
         if values.meta.get("tokens") is None:
             raise NotLocal("a write of the same value to some tokens")
-        written = sharder.home.get(values) or Local(sharder.local(values))
-        if written.order is not pointer.order or written.start:
+        start = pointer.start
+        written = sharder.home.get(values) or Local(sharder.local(values, start), start)
+        if written.order is not pointer.order or written.start != start:
             raise NotLocal("rows in the order of a sort meet rows in another order")
         number, points = written.node, written.points
     if adds and points is not None:
         raise NotLocal("arithmetic on row numbers")
-    base = sharder.local(target)
-    return Local(
-        _call(sharder, node, {target: base, index: pointer.node, values: number}), order=order, points=points
-    )
+    base = sharder.local(target, pointer.start)
+    made = _call(sharder, node, {target: base, index: pointer.node, values: number})
+    return Local(made, pointer.start, order, points)
 
 
 def _grouped(sharder: Sharder, node: Node) -> Any:
@@ -319,13 +322,13 @@ def _grouped(sharder: Sharder, node: Node) -> Any:
         raise NotLocal("a grouped product that is not rows times a weight of each group")
     if x is None or counts is None or not isinstance(x.order, Bag) or x.points is not None:
         raise NotLocal("a grouped product of rows that are not sorted")
-    if counts.order != Counts(_key(x.order.key), cumulative=True):
+    if counts.order != Counts(_key(x.order.key), cumulative=True) or counts.start != x.start:
         raise NotLocal("a grouped product whose groups do not follow the sort")
     replaced = {rows: x.node, offsets: counts.node}
     for other in node.all_input_nodes:
         if other not in replaced:
             replaced[other] = sharder.operand(other)
-    return Local(_call(sharder, node, replaced), order=x.order)
+    return replace(x, node=_call(sharder, node, replaced))
 
 
 # --- small parts --------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ class Sharder:
     locally_used: set[Node] = field(default_factory=set)
     origin: Node | None = None
     usual_start: int = 0
+    rows: Any = 0  # how many of a value this rank has, as a symbol
 
     @property
     def symbol(self) -> sympy.Basic:
@@ -373,7 +374,7 @@ class Sharder:
             )
         if not isinstance(old, torch.Tensor):
             return True
-        rows = expr_of(self.tables["columns"].meta["val"].shape[0])
+        rows = expr_of(self.rows)
         was = [expr_of(size) for size in old.shape]
         dims = [d for d, size in enumerate(was) if self.symbol in size.free_symbols]
         if local and len(dims) != 1:
@@ -437,7 +438,8 @@ def shard_tokens(
 ) -> Sharded:
     """``columns`` (n,) and ``order`` (2, K) are the fake tables that the new graph gets as inputs.  The last
     ``whole_outputs`` outputs are whole whatever ``outputs`` says."""
-    sharder = Sharder(module, mode, length, group, strict, usual_start=usual_start(module, length))
+    sharder = Sharder(module, mode, length, group, strict)
+    sharder.usual_start, sharder.rows = usual_start(module, length), columns.shape[0]
     sharder.tables["ranks"] = ranks
     write_inputs(sharder, columns, order)
     grad = True

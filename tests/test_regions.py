@@ -94,6 +94,20 @@ class Halved(torch.autograd.Function):
         return grad * 0.5
 
 
+class Injected(torch.autograd.Function):
+    """Gives every token a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad + 0.1 * x
+
+
 class Auxiliary(torch.autograd.Function):
     """Gives a loss of its own a gradient of one, and a parameter one of its size: alike on every rank."""
 
@@ -125,6 +139,19 @@ def folded(p: Program, x: Tensor, i: Tensor) -> Tensor:
 def test_custom_functions_stay_local(function: Callable[..., Tensor]) -> None:
     of = trace(Program((LOCAL["linear"], function, LOCAL["linear"])), rows=2)
     assert check(of, 3, 1) == [] and check(of, 2, 2) == []
+
+
+def _parts(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """Of the row, and of all but its ends."""
+    x = Injected.apply(x)
+    return x + F.pad(folded(p, Injected.apply(x[:, 1:-1]), i), (0, 0, 1, 1))
+
+
+def test_custom_functions_of_a_part_of_the_tokens() -> None:
+    for tokens in ("cut", "input cut", "prompted"):
+        assert check(trace(Program((_parts, LOCAL["linear"]), tokens=tokens), rows=2), 3, 1) == []
+    (found,) = check(trace(Program((scaled,), tokens="cut"), rows=2), 3, 1)
+    assert "(a custom function that mixes tokens)" in found
 
 
 @pytest.mark.parametrize("function", [Centred, Mixed])

@@ -153,6 +153,14 @@ def test_stays_local(name: str) -> None:
     assert check(of, 3, 1) == [] and check(of, 2, 2) == []
 
 
+@pytest.mark.parametrize("name", LOCAL)
+def test_stays_local_of_a_part_of_the_tokens(name: str) -> None:
+    for tokens, mesh in (("cut", (3, 1)), ("prompted", (2, 1))):
+        found = check(trace(Program((LOCAL[name], LOCAL[name]), tokens=tokens), rows=2), *mesh)
+        sums = 2 * (name == "rows_of_slots" and tokens == "cut")  # of sorted rows: some are no tokens
+        assert len(found) == sums, found
+
+
 @pytest.mark.parametrize("name", GATHERED)
 def test_falls_back(name: str) -> None:
     pattern, count = GATHERED[name]
