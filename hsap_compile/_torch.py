@@ -57,10 +57,10 @@ CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
 
 FLEX_ATTENTION = torch.ops.higher_order.flex_attention
 
-#: What opens and closes a vmap in dynamo's graph, and what it calls once before.
 #: ``x.data``, and what begins torch.func's own derivatives.
 DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 DERIVATIVES = (torch._C._functorch._grad_increment_nesting, torch._C._functorch._jvp_increment_nesting)
+#: What opens and closes a vmap in dynamo's graph, and what it calls once before.
 VMAP_BORDERS = (_vmap._vmap_increment_nesting, _vmap._vmap_decrement_nesting)
 VMAP_PREAMBLE = (_vmap.lazy_load_decompositions,)
 
@@ -227,10 +227,6 @@ def operator_name(target: Any) -> str:
 
 def is_operator(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
-
-
-def is_higher_order(target: Any) -> bool:
-    return isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def compile_with_inductor(

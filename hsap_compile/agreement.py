@@ -43,7 +43,7 @@ _NEARLY = (
 @dataclass(frozen=True)
 class Claim:
     """One rank's call: its graph's ``signature``, S, the digest of its documents, the graph's inputs, and
-    which of them are parameters and buffers."""
+    which of them are parameters."""
 
     signature: int
     tokens: int
@@ -53,7 +53,8 @@ class Claim:
 
     def exact(self) -> list[int]:
         """As ``_EXACT``: integers that are the same on every rank."""
-        content = zlib.crc32(self.documents)
+        numbers = [x for x in self.args if isinstance(x, int)]
+        content = zlib.crc32(repr(numbers).encode(), zlib.crc32(self.documents))
         for value in self._inputs(floating=False):
             content = zlib.crc32(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes(), content)
         return [self.signature, self.tokens, content]

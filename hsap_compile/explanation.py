@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,11 @@ from hsap_compile.facts import (
     Explanation,
     Gathered,
     GraphExplanation,
-    Output,
 )
 from hsap_compile.graph import ancestors, extract, placeholders, positional
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.options import Options, parse
+from hsap_compile.outputs import bytes_of, leaving
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.choose_saved import sends_rows
 from hsap_compile.passes.partition_attention import Site
@@ -48,7 +48,6 @@ from hsap_compile.plan.shifts import Shift, shifted
 from hsap_compile.runtime import StepReport
 
 aten = torch.ops.aten
-_MOVED = (aten.slice.Tensor, aten.reshape.default)  # what shard_tokens puts behind a gather
 
 
 def explain(
@@ -138,7 +137,7 @@ class _Explainer:
         except (Refused, ValueError) as error:
             return GraphExplanation(refused=str(error), break_reason=stopped)
         named = dict(zip(placeholders(graph), names, strict=False))  # tables follow the inputs
-        outputs, for_outputs = _leaving(graph, program.local_outputs)
+        outputs, for_outputs = leaving(graph, program.local_outputs)
         summed = [n for n in _calls(graph, exchange.BROADCAST) if _of_input(n)]
         gathers = [n for n in _calls(graph, exchange.GATHER) if n not in for_outputs]
         return GraphExplanation(
@@ -147,7 +146,7 @@ class _Explainer:
             outputs=outputs,
             collectives=_counted(graph, step, for_outputs, self.grad),
             parameters=len(summed),
-            parameter_bytes=sum(map(_bytes, summed)),
+            parameter_bytes=sum(map(bytes_of, summed)),
             grad_sync=self.options.grad_sync,
             grad=self.grad,
             step=step,
@@ -211,31 +210,9 @@ def _partition(site: Site, step: StepReport, rows: int) -> str:
 def _fallbacks(fallbacks: Sequence[Fallback], gathers: Sequence[Node]) -> tuple[Gathered, ...]:
     sizes: Counter[str] = Counter()
     for node in gathers:
-        sizes[where(node)] += _bytes(node)
+        sizes[where(node)] += bytes_of(node)
     # a place's gathers are counted once, with the first operator that stands there
     return tuple(Gathered(f.operator, f.reason, f.at, f.module, sizes.pop(f.at, 0)) for f in fallbacks)
-
-
-def _leaving(graph: GraphModule, local: Collection[int]) -> tuple[tuple[Output, ...], set[Node]]:
-    """The outputs with tokens, and the gathers that are there for outputs alone."""
-    (output,) = (n for n in graph.graph.nodes if n.op == "output")
-    values: Any = positional(output)[0]
-    found, gathers = [], set()
-    for i, value in enumerate(values):
-        source = value
-        while isinstance(source, Node) and source.target in _MOVED and len(source.users) == 1:
-            source = positional(source)[0]
-        gathered = isinstance(source, Node) and source.target is exchange.GATHER
-        if i not in local and not gathered:
-            continue
-        if gathered and len(source.users) == 1:
-            gathers.add(source)
-        value_now = value.meta["val"]
-        shape = () if i in local else tuple(hint_of(s) for s in value_now.shape)
-        size = 0 if i in local else _bytes(value)
-        at = where(positional(source)[0] if gathered else source)
-        found.append(Output(i, shape, str(value_now.dtype).removeprefix("torch."), size, gathered, at))
-    return tuple(found), gathers
 
 
 def _counted(
@@ -272,8 +249,8 @@ def _counted(
     for what, level, forward, backward, forward_bytes, backward_bytes in rows_of_table:
         backward = backward if grad else []
         if forward or backward:
-            sent = sum(map(_bytes, forward)) if forward_bytes is None else forward_bytes
-            got = sum(map(_bytes, backward)) if backward_bytes is None else backward_bytes
+            sent = sum(map(bytes_of, forward)) if forward_bytes is None else forward_bytes
+            got = sum(map(bytes_of, backward)) if backward_bytes is None else backward_bytes
             found.append(Collective(what, level, len(forward), len(backward), sent, got if grad else 0))
     return tuple(found)
 
@@ -300,12 +277,6 @@ def _is_detached(node: Node) -> bool:
 
 def _of_input(node: Node) -> bool:
     return bool(positional(node)[0].op == "placeholder")
-
-
-def _bytes(node: Node) -> int:
-    """Of the value that ``node`` gathers, cuts into rows or sums, whole."""
-    value = (positional(node)[0] if node.target is exchange.SHARD else node).meta["val"]
-    return math.prod(hint_of(s) for s in value.shape) * int(value.itemsize)
 
 
 def _stand_ins(module: GraphModule, args: Sequence[Any]) -> tuple[Any, ...]:

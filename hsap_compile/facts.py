@@ -53,7 +53,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Collective:
-    """``forward`` and ``backward``: how many of them every rank starts in a step, and their bytes.
+    """``forward`` and ``backward``: how many of them are in the graph, and their bytes.  Inductor's code has
+    fewer sums: those of small gradients are one.
 
     Bytes of exchanged heads, keys, values and token rows are what all ranks together send (of attention as in
     ``StepReport``); of gathers and sums they are the size of the whole values, which every rank gets.

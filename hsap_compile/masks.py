@@ -132,7 +132,8 @@ def normalise(logits: sympy.Expr) -> tuple[Mask, float]:
     floors: list[sympy.Expr] = []
     base = _strip(logits, conditions, floors)
     scale, rest = base.as_coeff_Mul()
-    plain = rest == score and scale != 0
+    # a condition on scores is one on what they are before the factor
+    plain = rest == score and scale != 0 and not any(condition.has(score) for condition in conditions)
     if plain and scale != 1:
         logits = logits.xreplace({base: score})
     soft = any(f != -sympy.oo for f in floors)

@@ -37,7 +37,7 @@ def mesh_shape(options: Options, kv_heads: int, heads: int, size: int) -> MeshSh
     intra = options.intra
     if intra is None:
         host = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        fits = [g for g in range(1, size + 1) if size % g == 0 and g <= host and kv_heads % g == 0]
+        fits = [g for g in range(1, size + 1) if size % g == host % g == kv_heads % g == 0]
         intra = max(fits)
     possible = [g for g in range(1, size + 1) if size % g == 0 and heads % g == 0]
     if intra not in possible:

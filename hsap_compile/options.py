@@ -21,6 +21,10 @@ _CHOICES = {
 }
 
 
+#: Options that are never None, which means their default.
+_SET = frozenset((*_CHOICES, "grad_sync", "strict", "kernel_options", "received", "inductor"))
+
+
 @dataclass(frozen=True)
 class Options:
     """What a user may choose.
@@ -29,10 +33,12 @@ class Options:
         the default is made from ``intra``.
     intra: ranks of a group, among which heads are exchanged.  Default: the largest divisor of the
         key/value heads and of the ranks that fits into one host (LOCAL_WORLD_SIZE).
-    placement: "balanced" moves tokens between ranks to balance attention; "contiguous" keeps the order.
+    placement: "balanced" moves tokens between ranks to balance attention; "contiguous" gives
+        every group of ranks a run of the row.
     outputs: "gather" returns whole outputs in the caller's order; "local" this rank's rows: the attribute
         ``hsap_columns`` of every such tensor says which of the whole output's they are.
-    grad_sync: sum parameter gradients over the mesh; False leaves each rank's share (for DDP, FSDP).
+    grad_sync: sum parameter gradients over the mesh; False leaves each rank's share, of which eager's is the
+        sum.  DDP and FSDP take the mean: have them add up (see the README).
     strict: refuse an operator that would run on gathered tokens.
     lower: "inductor", or "aot_eager" / "eager" to run the rewritten graph as it is.
     attention: the kernel of partial attention.  On CPU "slices", ATen's flash kernel.  On CUDA "flex", flex
@@ -43,7 +49,7 @@ class Options:
     check: what ranks compare before they go on, so that they stop with an error where they would hang or be
         wrong: "batch" the graph, the length, the documents and all integer inputs at every call, and at the
         first one floating inputs and parameters too; "always" all of it at every call; "first" nothing
-        after the first call.
+        after the first call (a rank that compiles anew alone then waits for the others).
     received: key/value rows of other groups are kept for the backward ("save"), or received once more in it
         ("again"): less memory, half as much again is sent between groups.  ``explain`` says both costs.  A
         number is "again" and the bytes of one attention's received rows that a rank holds at a time: what
@@ -74,7 +80,7 @@ class Options:
 
 def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     """The checked options of one ``torch.compile`` call.  Raises ``Refused``."""
-    given = dict(options or {})
+    given = {key: value for key, value in (options or {}).items() if value is not None or key not in _SET}
     known = [f.name for f in fields(Options)]
     for key in given:
         if key not in known:

@@ -17,16 +17,17 @@ import torch
 from torch.fx import GraphModule
 
 from hsap_compile import formula
-from hsap_compile._torch import expr_of, fake_mode_of, fake_table, trace_structured
+from hsap_compile._torch import break_of, expr_of, fake_mode_of, fake_table, trace_structured
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import extract, placeholders
 from hsap_compile.kernels import dense, varlen
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
+from hsap_compile.outputs import leaving, warn_of_large
 from hsap_compile.passes._inputs import are_vectors
 from hsap_compile.passes._random import is_random
 from hsap_compile.passes.capture import capture
-from hsap_compile.passes.choose_saved import choose_saved
+from hsap_compile.passes.choose_saved import choices, choose_saved
 from hsap_compile.passes.find_attention import Attention, find_attention
 from hsap_compile.passes.infer_tokens import infer_tokens, symbol_of
 from hsap_compile.passes.lift_mask import lift_mask
@@ -34,6 +35,7 @@ from hsap_compile.passes.lower import lower
 from hsap_compile.passes.partition_attention import Site, partition_attention
 from hsap_compile.passes.shard_tokens import Fallback, Rows, shard_tokens
 from hsap_compile.passes.sum_gradients import sum_gradients
+from hsap_compile.plan import MeshShape, ReceiveLimit
 from hsap_compile.runtime import Program
 from hsap_compile.verify import verify
 
@@ -75,6 +77,7 @@ def rewrite(
     values = [n.meta["example_value"] for n in placeholders(module)]
     mode = fake_mode_of(values)
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
+    stopped = break_of(module)
     graph = capture(module)
     writes: tuple[int, ...] = graph.meta["writes"]
     _done("capture", graph)
@@ -119,7 +122,7 @@ def rewrite(
             columns=columns,
             order=order,
             ranks=ranks,
-            outputs=options.outputs,
+            outputs="gather" if stopped else options.outputs,  # what follows a break is whole
             whole_outputs=len(writes),
             strict=options.strict,
         )
@@ -157,6 +160,7 @@ def rewrite(
         mesh.intra,
     )
     _done("partition_attention", graph, symbol)
+    warn_of_large(leaving(graph, local_outputs)[0], stopped)
     for site in partitioned.sites if partitioned.limit.stages > 1 else ():
         if site.mask.soft or formula.without_sink(site.mask.logits)[1] is not None:
             log.warning(
@@ -166,7 +170,7 @@ def rewrite(
                 if site.mask.soft
                 else "it has a sink, which counts once",
             )
-    again = options.received != "save"
+    again = options.received != "save" and options.lower != "eager"  # which runs no backward of its own
     log.info("choose_saved: %d exchanges are repeated in the backward", choose_saved(graph, again=again))
 
     leaves = [leaf for mask in partitioned.masks for leaf in mask.read]
@@ -188,12 +192,20 @@ def rewrite(
         local_outputs=local_outputs,
         writes=writes,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
-        signature=zlib.crc32(f"{graph.code} {mesh} {options.placement}".encode()),
+        signature=zlib.crc32(_signature(graph, mesh, kernel, partitioned.limit, options).encode()),
         check=options.check,
         fallbacks=fallbacks,
         random=any(is_random(n) for n in graph.graph.nodes),
     )
     return Rewritten(graph, program, partitioned.sites, as_written)
+
+
+def _signature(
+    graph: GraphModule, mesh: MeshShape, kernel: str, limit: ReceiveLimit, options: Options
+) -> str:
+    """All that decides which collectives a rank starts, of which sizes."""
+    chosen = (options.placement, options.check, options.lower, options.memory_budget, options.received)
+    return f"{graph.code} {choices(graph)} {mesh} {kernel} {limit} {chosen}"
 
 
 def _done(name: str, graph: GraphModule, length: sympy.Basic | None = None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hsap_compile._torch import without_autocast
 from hsap_compile.agreement import Claim, check
 from hsap_compile.documents import attended, unknown
 from hsap_compile.errors import Refused
@@ -28,7 +29,7 @@ from hsap_compile.passes.shard_tokens import Fallback, Rows
 from hsap_compile.plan import Attended, MeshShape, Plan, ReceiveLimit, make
 from hsap_compile.plan.shifts import Shift, shift_tables
 
-_PLANS_KEPT = 64
+_PLANS_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,10 @@ class Runner:
     planning: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, *args: Any) -> Any:
+        with without_autocast():  # which the graph has explicitly, and its caller may be in
+            return self._step(args)
+
+    def _step(self, args: Sequence[Any]) -> Any:
         program = self.program
         rank, ranks = world()
         if ranks != program.mesh.size:
@@ -171,7 +176,8 @@ class Runner:
         if program.on_step is not None:
             program.on_step(program.report(plan))
         extra = [tables[key] for key in program.tables]
-        with _own_random_numbers(rank) if program.random and ranks > 1 else nullcontext():
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        with _own_random_numbers(rank, device) if program.random and ranks > 1 else nullcontext():
             outputs = program.function(*args, *extra)
         if program.writes:
             outputs, written = outputs[: -len(program.writes)], outputs[-len(program.writes) :]
@@ -240,11 +246,11 @@ def prefetch(compiled: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None
 
 
 @contextmanager
-def _own_random_numbers(rank: int) -> Iterator[None]:
+def _own_random_numbers(rank: int, device: torch.device) -> Iterator[None]:
     """Every rank draws other numbers, which the seed of all determines; afterwards their generators agree
     again.  Without it, the same seed would drop the same places of every rank's tokens."""
     seed = int(torch.randint(2**62, ()))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed + rank)
         yield
 

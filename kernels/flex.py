@@ -3,7 +3,7 @@
 Shapes: R own rows, C received rows, Hq query heads, Hkv key/value heads, D / Dv head sizes, L leaves.
 
 ``FlexAttention`` writes into a graph what ``hsap::attend`` computes, as flex attention over rows that are
-padded to whole blocks.  Which blocks are computed comes from the plan (``blocks.attention_tables``).  The
+padded to whole blocks.  Which blocks are computed comes from the plan (``blocks.rank_tables``).  The
 sizes of those tables are the sizes of everything here, and they are unbacked: other documents, lengths and
 numbers of received rows run the same kernels.  Inside a partial block the mask's own formula decides, with
 what depends on a query row alone or a key row alone evaluated once a row, in front of the kernel:

@@ -15,7 +15,7 @@ from hsap_compile._torch import hint_of
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.masks import Mask, placed
 from hsap_compile.passes._forms import Local, NotLocal
-from hsap_compile.passes._operands import args_of, as_is
+from hsap_compile.passes._operands import args_of
 from hsap_compile.passes.infer_tokens import TokenAxis
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ def attention(sharder: Sharder, node: Node) -> Any:
     q, k, v, leaves, logits, scale = args_of(node)
     axes = [x.meta.get("tokens") for x in (q, k, v)]
     if _reads_context(node, axes):
-        made = as_is(sharder, node)
-        made.node.meta.update(mask=node.meta["mask"], reads=node.meta["reads"])
-        return made
+        start = sharder.start_of(q)
+        rows = [sharder.local(q, start), sharder.operand(k), sharder.operand(v)]
+        made = sharder.emit(dense.OP, *rows, _whole(sharder, leaves), logits, scale)
+        made.meta.update(mask=node.meta["mask"], reads=node.meta["reads"])
+        return Local(made, start)
     if any(not isinstance(a, TokenAxis) or (a.dim, a.outer, a.inner) != (2, 1, 1) for a in axes):
         raise NotLocal("an attention whose queries and keys are not the tokens of a row")
     alike = axes[0].length == axes[1].length
@@ -39,19 +41,23 @@ def attention(sharder: Sharder, node: Node) -> Any:
     ]
     mask: Mask = placed(node.meta["mask"], *ranges)
     operands = [sharder.local(x, at) for x, at in zip((q, k, v), (start, of_keys, of_keys), strict=True)]
-    whole = []
-    for leaf in leaves:
-        value = sharder.whole(leaf)
-        differentiable = leaf in sharder.differentiable
-        whole.append(sharder.emit(exchange.BROADCAST, value, sharder.group) if differentiable else value)
     text = logits if mask is node.meta["mask"] else formula.dumps(mask.logits)
-    made = sharder.graph.call_function(dense.OP, (*operands, whole, text, scale))
+    made = sharder.graph.call_function(dense.OP, (*operands, _whole(sharder, leaves), text, scale))
     made.meta.update({key: value for key, value in node.meta.items() if key not in ("val", "tokens")})
     made.meta["mask"] = mask
     batch, heads = (hint_of(s) for s in operands[0].meta["val"].shape[:2])
     rows, width = operands[0].meta["val"].shape[2], hint_of(operands[2].meta["val"].shape[3])
     made.meta["val"] = operands[0].meta["val"].new_empty((batch, heads, rows, width))
     return Local(made, start)
+
+
+def _whole(sharder: Sharder, leaves: list[Node]) -> list[Any]:
+    """What formulas read at numbers of columns, or at fixed places."""
+    made = [sharder.whole(leaf) for leaf in leaves]
+    return [
+        sharder.emit(exchange.BROADCAST, value, sharder.group) if leaf in sharder.differentiable else value
+        for leaf, value in zip(leaves, made, strict=True)
+    ]
 
 
 def _reads_context(node: Node, axes: list[Any]) -> bool:

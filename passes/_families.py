@@ -44,8 +44,8 @@ from hsap_compile.passes._operands import (
     value_of,
 )
 from hsap_compile.passes._random import drawn
-from hsap_compile.passes._routing import row_counts, row_sort
-from hsap_compile.passes._shifts import ALONG_TOKENS, concatenation, convolution, pad
+from hsap_compile.passes._routing import is_sorted, row_counts, row_sort
+from hsap_compile.passes._shifts import ALONG_TOKENS, concatenation, convolution, pad, table_rows
 from hsap_compile.passes._totals import LOSSES, TOTALS, contraction, cross_entropy, loss
 from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis, rows_in_front
@@ -62,7 +62,7 @@ def _names(text: str) -> frozenset[str]:
 
 #: Element-wise, but composite or without torch's pointwise tag.
 _ELEMENTWISE = _names(
-    "to _to_copy clone contiguous alias detach lift_fresh_copy dropout native_dropout feature_dropout"
+    "to _to_copy clone contiguous alias detach lift_fresh_copy dropout native_dropout"
     " zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli uniform"
     " normal_functional exponential cauchy log_normal geometric random"
     " silu gelu celu selu mish prelu log_sigmoid"
@@ -199,7 +199,8 @@ def _pairs(sharder: Sharder, node: Node) -> Any:
     """Complex numbers: as element-wise, but for a last dimension of two."""
     source, axis = source_of(node)
     out = output_axis(node)
-    if (axis.dim, axis.layout) != (out.dim, out.layout):
+    axes = [other.meta.get("tokens") for other in tensor_inputs(node)]
+    if (axis.dim, axis.layout) != (out.dim, out.layout) or any(a not in (None, axis) for a in axes):
         raise NotLocal("complex numbers made of tokens")
     return as_is(sharder, node)
 
@@ -229,7 +230,16 @@ def _einsum(sharder: Sharder, node: Node) -> Any:
         axis = operand.meta.get("tokens")
         if axis is MANY or (isinstance(axis, TokenAxis) and letters[axis.dim] != result[out.dim]):
             raise NotLocal("an einsum that sums over tokens")
+        if isinstance(axis, TokenAxis) and axis.layout != out.layout:
+            raise NotLocal("token dimensions of the operands differ")
     return as_is(sharder, node)
+
+
+def _feature_dropout(sharder: Sharder, node: Node) -> Any:
+    """dropout1d (B, C, S): one draw is for all that stands behind the first two dimensions."""
+    if output_axis(node).dim > 1:
+        raise NotLocal("a draw that is one for all tokens")
+    return _elementwise(sharder, node)
 
 
 def _permutation(sharder: Sharder, node: Node) -> Any:
@@ -317,10 +327,14 @@ def _embedding(sharder: Sharder, node: Node) -> Any:
 
 def _by_dim(sharder: Sharder, node: Node) -> Any:
     """Operators that mix the dimensions they name and leave the others alone."""
-    source, axis = source_of(node)
     name = operator_name(node.target)
     given = arguments(node)
+    if name == "aten::slice" and given["self"].meta["tokens"] is None:
+        return table_rows(sharder, node)
+    source, axis = source_of(node)
     if name in _NUMBERED and given["self"].meta["tokens"] is None:
+        if name in _ADDED and is_sorted(sharder, source) and axis.length != sharder.length:
+            raise NotLocal("sorted rows of which some are no tokens")
         return added_along(sharder, node) if name in _ADDED else looked_up(sharder, node)
     rank = source.meta["val"].dim() + (name == "aten::stack")
     named: list[int] = []
@@ -352,6 +366,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
                 raise NotLocal("token dimensions of the operands differ")
         return as_is(sharder, node)
     if name in TOTALS:
+        if is_sorted(sharder, source) and axis.length != sharder.length:
+            raise NotLocal("sorted rows of which some are no tokens")
         return TOTALS[name](sharder, node, source, axis, dims)
     if name in ("aten::index_select", "aten::gather"):
         return read_along(sharder, node)
@@ -384,6 +400,7 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("permute t mT numpy_T"), _permutation),
     **dict.fromkeys(_names("new_zeros new_ones new_full new_empty"), _new),
     **dict.fromkeys(_names("rand randn randint"), drawn),
+    **dict.fromkeys(_names("feature_dropout"), _feature_dropout),
     **dict.fromkeys(_names("linear"), _linear),
     **dict.fromkeys(_names("matmul mm bmm addmm baddbmm"), _matmul),
     **dict.fromkeys(_NORMS, _norm),

@@ -335,7 +335,8 @@ def indexed(sharder: Sharder, node: Node) -> Any:
     rank = max(i.meta["val"].dim() for i in indices)
     for i in indices:
         axis = i.meta.get("tokens")
-        if isinstance(axis, TokenAxis) and axis.dim - i.meta["val"].dim() != out.dim - rank:
+        aligned = isinstance(axis, TokenAxis) and axis.dim - i.meta["val"].dim() == out.dim - rank
+        if isinstance(axis, TokenAxis) and not (aligned and axis.layout == out.layout):
             raise NotLocal("token dimensions of the indices differ")
     return as_is(sharder, node)
 

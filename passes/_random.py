@@ -51,11 +51,11 @@ def agreed(sharder: Sharder, node: Node, draw: Node) -> Node:
         kind = torch.uint8 if value.dtype == torch.bool else value.dtype
         sent = sharder.emit(exchange.ON_FIRST, sharder.emit(aten.to.dtype, draw, kind), sharder.group)
         return sharder.emit(aten.to.dtype, sharder.emit(exchange.SUM_RANKS, sent, sharder.group), value.dtype)
-    if node.target is not aten.dropout.default:
+    if node.target not in (aten.dropout.default, aten.feature_dropout.default):
         raise disagreed(node)
     x, *rest = draw.args
     ones = sharder.emit(aten.ones_like.default, sharder.emit(aten.detach.default, x))
-    kept = sharder.emit(aten.dropout.default, ones, *rest, **draw.kwargs)
+    kept = sharder.emit(node.target, ones, *rest, **draw.kwargs)
     sent = sharder.emit(exchange.ON_FIRST, kept, sharder.group)
     return sharder.emit(aten.mul.Tensor, x, sharder.emit(exchange.SUM_RANKS, sent, sharder.group))
 

@@ -76,17 +76,18 @@ def taken(sharder: Sharder, view: View, offsets: Sequence[int], into: Range, wra
         return _picked(sharder, sharder.whole(source), dim, shift, fill)
     value = sharder.local(source, 0 if home is None else home.start)
     if shift.offsets == (0,):
-        return _ordinary(sharder, source, _masked(sharder, value, dim, shift, fill), dim, into)
+        return _ordinary(sharder, _masked(sharder, value, dim, shift, fill), dim, into)
     if axis.folded:
         value, dim = sharder.unfolded(value, sharder.local_shape(source), axis, sharder.tables["n"])
-    made = _ordinary(sharder, source, _exchanged(sharder, value, dim, shift, fill), dim, into)
+    made = _ordinary(sharder, _exchanged(sharder, value, dim, shift, fill), dim, into)
     return sharder.emit(aten.reshape.default, made, sharder.local_shape(source)) if axis.folded else made
 
 
-def _ordinary(sharder: Sharder, source: Node, rows: Node, dim: int, into: Range) -> Node:
+def _ordinary(sharder: Sharder, rows: Node, dim: int, into: Range) -> Node:
     """``rows`` with the numbers of one that is asked for in those that are not: a function may have no
     derivative at a token that it was never meant for (the logarithm of a row of zeros)."""
-    inside = within(sharder, into) if source in sharder.differentiable else None
+    number = rows.meta["val"].is_floating_point() or rows.meta["val"].is_complex()
+    inside = within(sharder, into) if number else None
     if inside is None:
         return rows
     first = sharder.emit(aten.argmax.default, sharder.emit(aten.to.dtype, inside, torch.int64), 0, True)

@@ -52,8 +52,10 @@ def row_sort(sharder: Sharder, node: Node, ordinary: Any = None) -> Any:
         raise NotLocal("it works along the tokens")
     was, start = sharder.home.get(source), sharder.start_of(source)
     argsort = operator_name(node.target) == "aten::argsort"
+    if arguments(node).get("descending"):  # groups of rows end in ascending order
+        raise NotLocal("it sorts the largest first")
     if was is not None and was.routed:
-        if not argsort or was.points is None or not was.points.once or arguments(node).get("descending"):
+        if not argsort or was.points is None or not was.points.once:
             raise NotLocal("it sorts rows that are sorted already")
         space = was.points.space  # argsort(perm): the inverse of a permutation
         order = space if isinstance(space, Bag) else None
@@ -111,6 +113,11 @@ def routed(sharder: Sharder, node: Node, ordinary: Any) -> Any:
     return _row_by_row(sharder, node, ordinary)
 
 
+def is_sorted(sharder: Sharder, node: Node) -> bool:
+    """Whether the rows of ``node`` are in the order of a sort."""
+    return node in sharder.home and isinstance(sharder.home[node].order, Bag)
+
+
 def _row_by_row(sharder: Sharder, node: Node, ordinary: Any) -> Any:
     """What acts on every row alone does so in any order, if all operands have the same."""
     from hsap_compile.passes import _families
@@ -135,8 +142,6 @@ def _row_by_row(sharder: Sharder, node: Node, ordinary: Any) -> Any:
     if not isinstance(made, Local):
         if points is not None or order is None:
             raise NotLocal("a sum of row numbers")
-        if any(sharder.axis(n).length != sharder.length for n in carriers):
-            raise NotLocal("a sum of sorted rows of which some are no tokens")
         return made
     return replace(made, order=order, points=None if name in _EMPTY else points)
 

@@ -64,6 +64,20 @@ def token_slice(sharder: Sharder, node: Node) -> Any:
     return viewed(sharder, node, moved(view_of(sharder, source), int(begin), slack_of(sharder, node)))
 
 
+def table_rows(sharder: Sharder, node: Node) -> Local:
+    """table[a : a + S] of what has no tokens (positions): every token reads the row of its own number."""
+    given, axis = arguments(node), node.meta["tokens"]
+    table, begin = given["self"], given["start"] or 0
+    if not isinstance(axis, TokenAxis) or axis.folded or not isinstance(begin, int) or begin < 0:
+        raise NotLocal("a part of a table that is not a row for each token")
+    if given["step"] != 1 or given["dim"] % table.meta["val"].dim() != axis.dim:
+        raise NotLocal("a part of a table that is not a row for each token")
+    start = sharder.start_of(node)
+    at = sharder.tokens_at(sharder.tables["columns"], axis, start)
+    at = at if begin == 0 else sharder.emit(aten.add.Scalar, at, begin)
+    return Local(sharder.emit(aten.index_select.default, sharder.operand(table), axis.dim, at), start)
+
+
 def token_select(sharder: Sharder, node: Node) -> Any:
     """x[:, a]"""
     given = arguments(node)

@@ -135,6 +135,8 @@ def first_largest(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, d
     than any number."""
     if axis.folded or len(dims) != 1:
         raise NotLocal("which of rows that share a dimension is the largest")
+    if source in sharder.home and sharder.home[source].routed:
+        raise NotLocal("which of sorted rows is the largest")
     emit, least, dim = sharder.emit, operator_name(node.target) in _LEAST, axis.dim
     value, start = _numbers(sharder, source, axis, least), sharder.start_of(source)
     seen = emit(aten.detach.default, value)
@@ -158,7 +160,7 @@ def first_largest(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, d
 
 def log_sum(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
     """logsumexp; nothing but -inf adds up to it."""
-    _, top, mass = _exponentials(sharder, source, axis, dims, finite=True)
+    _, top, mass = _exponentials(sharder, source, axis, dims, None, finite=True)
     made = sharder.emit(aten.add.Tensor, sharder.emit(aten.log.default, mass), top)
     made = made if arguments(node)["keepdim"] else sharder.emit(aten.squeeze.dims, made, sorted(dims))
     return _typed(sharder, made, node)
@@ -166,7 +168,7 @@ def log_sum(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: s
 
 def softmax(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: set[int]) -> Any:
     """softmax and log_softmax: every rank's exponentials, over the sum of all."""
-    away, _, mass = _exponentials(sharder, source, axis, dims)
+    away, _, mass = _exponentials(sharder, source, axis, dims, arguments(node).get("dtype"))
     mass = sharder.emit(exchange.BROADCAST, mass, sharder.group)
     if "log" in operator_name(node.target):
         made = sharder.emit(aten.sub.Tensor, away, sharder.emit(aten.log.default, mass))
@@ -178,12 +180,17 @@ def softmax(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: s
 
 
 def _exponentials(
-    sharder: Sharder, source: Node, axis: TokenAxis, dims: set[int], finite: bool = False
+    sharder: Sharder,
+    source: Node,
+    axis: TokenAxis,
+    dims: set[int],
+    dtype: torch.dtype | None,
+    finite: bool = False,
 ) -> tuple[Node, Node, Node]:
     """x - the largest x (this rank's rows), the largest, and sum_ranks(sum(exp(x - the largest))).
     ``finite``: 0 is taken for an infinite largest."""
     value = _numbers(sharder, source, axis, least=False)
-    wide = _wide(source.meta["val"].dtype)
+    wide = _wide(dtype or source.meta["val"].dtype) or dtype
     value = value if wide is None else sharder.emit(aten.to.dtype, value, wide)
     top = _extreme(sharder, sharder.emit(aten.detach.default, value), dims, least=False)
     if finite:

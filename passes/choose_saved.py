@@ -19,7 +19,7 @@ from hsap_compile._torch import FLEX_ATTENTION, SAVED, checkpoint_tags
 from hsap_compile.graph import positional
 from hsap_compile.kernels import attention, copies, exchange
 
-_CROSSING = (exchange.ALL_TO_ALL, exchange.GATHER, exchange.SUM_RANKS)
+_CROSSING = (exchange.ALL_TO_ALL, exchange.GATHER, exchange.SUM_RANKS, exchange.EXTREME)
 _ATTENTIONS = (attention.OP, FLEX_ATTENTION)
 
 

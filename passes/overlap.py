@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from hsap_compile import graph as graph_module
 from hsap_compile._torch import (
     CustomGraphPass,
     contains_collective,
@@ -39,6 +40,7 @@ from hsap_compile._torch import (
 )
 from hsap_compile.graph import ancestors
 from hsap_compile.kernels import attention, exchange
+from hsap_compile.passes import _parts
 from hsap_compile.passes._parts import backward_in_parts, builder_at, forward_in_parts
 
 aten = torch.ops.aten
@@ -64,7 +66,7 @@ class Overlap(CustomGraphPass):
 
 def sources() -> list[Path]:
     """The files that decide what is compiled."""
-    folders = (Path(__file__).parent, Path(attention.__file__).parent)
+    folders = (Path(str(module.__file__)).parent for module in (graph_module, attention, _parts))
     return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 

@@ -133,6 +133,8 @@ def partition_attention(
     planned: list[PlannedMask] = []
     traffic: list[Traffic] = []
     found: list[Site] = []
+    for site in sites:
+        _check_heads(site, mesh)
     limit = _receive_limit(sites, mesh, _length_of(module, length), most)
     row = _row(mode, sites, module, length)
     # beside others, tokens may be scattered so that even this mask is left to its formula
@@ -237,6 +239,19 @@ def _operands(site: Node) -> Any:
     return site.args
 
 
+def _check_heads(site: Node, mesh: MeshShape) -> None:
+    heads = int(_operands(site)[0].meta["val"].shape[1])
+    if heads % mesh.intra:
+        possible = [g for g in range(1, mesh.size + 1) if mesh.size % g == heads % g == 0]
+        raise Refused(
+            f"{heads} query heads cannot be split over a group of {mesh.intra} ranks",
+            got=f"intra={mesh.intra}",
+            wanted=f"one of {possible}",
+            do='pass options={"intra": ...} with one of these',
+            at=where(site),
+        )
+
+
 def _repeats(site: Node, intra: int) -> int:
     """How often each key/value head is repeated so that a group's ranks get whole heads."""
     heads, kv_heads = (int(x.meta["val"].shape[1]) for x in _operands(site)[:2])
@@ -294,15 +309,6 @@ class _Site:
         self.batch, self.heads = (int(s) for s in self.q.meta["val"].shape[:2])
         self.kv_heads = int(self.k.meta["val"].shape[1])
         self.widths = tuple(int(x.meta["val"].shape[3]) for x in (self.q, self.k, self.v))
-        if self.heads % mesh.intra:
-            possible = [g for g in range(1, mesh.size + 1) if mesh.size % g == self.heads % g == 0]
-            raise Refused(
-                f"{self.heads} query heads cannot be split over a group of {mesh.intra} ranks",
-                got=f"intra={mesh.intra}",
-                wanted=f"one of {possible}",
-                do='pass options={"intra": ...} with one of these',
-                at=where(site),
-            )
 
     def rewritten(self) -> Node:
         build, operands = self.build, (self.q, self.k, self.v)

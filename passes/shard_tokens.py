@@ -205,9 +205,10 @@ class Sharder:
 
     def local(self, node: Node, start: int = 0) -> Node:
         """The form of ``node`` that holds this rank's rows; row i belongs to column ``columns[i]``."""
-        if node in self.home:
-            if self.home[node].start == start or self.axis(node).length == self.length:
-                return self.home[node].node
+        if node in self.home and self.home[node].start == start:
+            return self.home[node].node
+        if not 0 <= start <= int(self.length - self.axis(node).length):
+            raise NotLocal("a value of more tokens than the batch has")
         key = (node, start)
         if key not in self.locals and node in self.home:
             self.locals[key] = aligned(self, node, start)
@@ -231,8 +232,6 @@ class Sharder:
     def _local_from_whole(self, node: Node, start: int) -> Node:
         axis = self.axis(node)
         slack = int(self.length - axis.length)
-        if slack < 0:
-            raise NotLocal("a value of more tokens than the batch has")
         value, dim, rows, order = self.whole(node), axis.dim, self.tables["columns"], self.tables["order"]
         if axis.folded:
             shape = [self.size(s) for s in node.meta["val"].shape]
@@ -240,17 +239,17 @@ class Sharder:
         if node in self.differentiable:
             if slack:  # the nearest token where there is none: zeros may divide
                 every = self.emit(aten.arange.default, self.tables["S"], device=value.meta["val"].device)
-                value = self.emit(aten.index_select.default, value, dim, self._tokens_at(every, axis, start))
+                value = self.emit(aten.index_select.default, value, dim, self.tokens_at(every, axis, start))
             value = self.emit(exchange.SHARD, value, rows, order, dim, self.group)
         else:
             if slack or start:
-                rows = self._tokens_at(rows, axis, start)
+                rows = self.tokens_at(rows, axis, start)
             value = self.emit(aten.index_select.default, value, dim, rows)
         if axis.folded:
             value = self.emit(aten.reshape.default, value, self.local_shape(node))
         return value
 
-    def _tokens_at(self, columns: Node, axis: TokenAxis, start: int) -> Node:
+    def tokens_at(self, columns: Node, axis: TokenAxis, start: int) -> Node:
         """The token that stands at each of ``columns``, or is nearest to it."""
         last = self.emit(operator.sub, self.size(axis.length), 1)
         return self.emit(aten.clamp.default, self.emit(aten.sub.Tensor, columns, start), 0, last)
@@ -360,6 +359,10 @@ class Sharder:
             raise NotLocal(f"its local operands do not fit: {str(error).splitlines()[0]}") from error
         if isinstance(result, Longer):
             return result
+        axis = node.meta.get("tokens")
+        if isinstance(result, Local) and isinstance(axis, TokenAxis):
+            if not 0 <= result.start <= int(self.length - axis.length):
+                raise NotLocal("a value of more tokens than the batch has")
         made = result.node if isinstance(result, Local) else result
         rows = isinstance(result, Local) and not isinstance(result.order, Counts)
         if not self._fits(node.meta["val"], map_arg(made, lambda n: n.meta["val"]), rows):

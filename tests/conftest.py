@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from pool import Pool
+
+# pytest listens to loggers that do not propagate; for this one torch writes a trace of all that is compiled
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(scope="session")

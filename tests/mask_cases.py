@@ -168,6 +168,14 @@ def float_lowest(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
 
 
 @case()
+def scores_above(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+    """What is compared is the score before its factor."""
+    scores = q @ k.mT
+    kept = (scores > 0.1) | (columns(q)[:, None] == columns(q))
+    return (scores * 0.35).masked_fill(~(kept & packed(q, doc)), -math.inf).softmax(-1) @ v
+
+
+@case()
 def window_over_positions(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
     d = pos[:, :, None] - pos[:, None, :]
     return attention(q, k, v, ((d >= 0) & (d < 5) & (doc[:, :, None] == doc[:, None, :]))[:, None])

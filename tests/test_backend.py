@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+from hsap_compile import outputs
 from hsap_compile.errors import Refused
 from pool import Pool
 from simulate import eager, relative, simulate, traced, worst
@@ -367,6 +369,22 @@ def test_a_key_value_cache_is_refused_on_many_ranks() -> None:
         simulate(trace, 2, 1)
     assert "use_cache=False" in str(caught.value)
     assert max(worst(simulate(trace, 1, 1).ranks[0], eager(trace))) <= 1e-12
+
+
+def test_a_large_output_that_is_gathered_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = traced(Tiny(), batch([0] * 12))
+    simulate(trace, 2, 1)
+    assert "is gathered on every rank" not in caplog.text
+    monkeypatch.setattr(outputs, "LARGE", 1)
+    simulate(trace, 2, 1)
+    (said,) = {r.getMessage() for r in caplog.records if "is gathered on every rank" in r.getMessage()}
+    assert re.search(r"^output 0 of the graph, float64 \[1, 12, \d+\] \(0 MiB\), made at .+, is", said)
+    assert said.endswith("options={'outputs': 'local'} keeps this rank's rows and sends nothing")
+    caplog.clear()
+    simulate(trace, 2, 1, outputs="local")
+    assert "is gathered on every rank" not in caplog.text
 
 
 class Positioned(Tiny):

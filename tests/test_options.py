@@ -24,6 +24,10 @@ def test_defaults() -> None:
     assert parse(None, None) == Options()
 
 
+def test_none_is_the_default() -> None:
+    assert parse(dict.fromkeys(vars(Options())), None) == parse({}, None)
+
+
 def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
     text = refusal({"placment": "balanced"})
     assert 'there is no option "placment"' in text
@@ -48,7 +52,7 @@ def test_a_wrong_type_is_refused(key: str, value: Any, kind: str) -> None:
     assert f"wanted: a {kind}" in text
 
 
-@pytest.mark.parametrize("value", [0, -1, True, 1.5, None])
+@pytest.mark.parametrize("value", [0, -1, True, 1.5])
 def test_received_rows_are_held_in_bytes(value: Any) -> None:
     text = refusal({"received": value})
     assert f"got:    {value!r}" in text and "wanted: 'save', 'again', or a number of bytes" in text
@@ -81,6 +85,8 @@ def test_the_default_group_is_the_largest_that_divides_the_heads(monkeypatch: py
     assert run_threads(4, _groups, Options(), 4, 8)[0] == ((0, 1, 2, 3),)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert run_threads(4, _groups, Options(), 4, 8)[0] == ((0, 1), (2, 3))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # of two hosts: groups of two would lie on both
+    assert run_threads(6, _groups, Options(), 4, 8)[0] == tuple((i,) for i in range(6))
 
 
 def test_an_impossible_group_is_refused_with_the_possible_ones() -> None:

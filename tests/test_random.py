@@ -87,6 +87,18 @@ def test_what_is_drawn_is_drawn_once(name: str, mesh: tuple[int, int]) -> None:
     assert sums(result) == 1 + (name in AGREED) + name.startswith("like ")
 
 
+def test_features_are_dropped_for_all_tokens_at_once() -> None:
+    def dropped(h: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        out = F.dropout1d(h.mT, 0.5)
+        return out, out.sum()
+
+    for step in run(dropped, 3).ranks:
+        kept = step.outputs[0] != 0
+        assert torch.equal(kept, kept[..., :1].expand_as(kept)) and 0 < kept.sum() < kept.numel()
+        (gradient,) = [g for g in step.gradients.values() if g.shape == (D,)]
+        torch.testing.assert_close(gradient @ WEIGHT, step.outputs[1], rtol=1e-12, atol=1e-12)
+
+
 def attended(h: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     keep = torch.rand(B, 1, 1, ids.shape[1]) < 0.7
     q = h[:, None]

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from models import batch, build, difference
 from pool import Pool
@@ -118,6 +120,31 @@ def other_vectors() -> str:
     return "accepted"
 
 
+def other_bytes(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    return {"received": 1 << 12}
+
+
+class Windowed(Embedded):
+    """Attends to so many tokens."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, window: int) -> torch.Tensor:
+        at = torch.arange(x.shape[1])
+        q, mask = x[:, None], (at[:, None] - at).abs() < window
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, mask) * ids[:, None, :, None]
+
+
+def other_numbers() -> str:
+    x, compiled = torch.ones(1, 12, 8), torch.compile(Windowed(), backend="hsap", options={"lower": "eager"})
+    ids = torch.ones(1, 12, dtype=torch.int64)
+    for window in (3, 4, 5):  # symbolic from the second one on
+        compiled(x, ids, window)
+    try:
+        compiled(x, ids, 6 + dist.get_rank())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
 @pytest.mark.parametrize(
     ("change", "check", "before", "text"),
     [
@@ -128,6 +155,7 @@ def other_vectors() -> str:
         (other_weights, "always", 1, "the ranks hold different parameters"),
         (other_model, "batch", 0, "the ranks run different graphs"),
         (other_option, "batch", 0, "the ranks run different graphs"),
+        (other_bytes, "batch", 0, "the ranks run different graphs"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -138,14 +166,72 @@ def test_ranks_that_disagree_are_refused(pool: Pool, change: Any, check: str, be
 
 
 def test_vectors_that_differ_are_refused(pool: Pool) -> None:
-    for said in pool.run(other_vectors, world=2, timeout=120.0):
-        assert said.startswith("Refused: hsap: the ranks were given different batches")
+    for function in (other_vectors, other_numbers):
+        for said in pool.run(function, world=2, timeout=120.0):
+            assert said.startswith("Refused: hsap: the ranks were given different batches")
 
 
 @pytest.mark.parametrize(("change", "check"), [(nothing, "always"), (other_weights, "batch")])
 def test_what_is_not_compared(pool: Pool, change: Any, check: str) -> None:
     """After the first call, weights are compared only when that is asked for."""
     assert pool.run(refused, change, check, 1, world=2, timeout=120.0) == ["accepted"] * 2
+
+
+# --- under wrappers that average gradients --------------------------------------------------------------
+
+
+def wrapped(how: str) -> float:
+    """The largest difference of gradients under DDP or FSDP2, which take the mean over ranks unless told."""
+    model = build("nano")
+    reference, given = copy.deepcopy(model), batch("nano", PACKS[0])
+    options = {"lower": "eager", "grad_sync": how == "DDP"}
+    step: Any
+    if how == "FSDP2":
+        fully_shard(model).set_gradient_divide_factor(1)
+        model.compile(backend="hsap", options=options)
+        step = model
+    else:
+        step = torch.nn.parallel.DistributedDataParallel(model)
+        if how == "DDP, added up":
+            step.register_comm_hook(None, added_up)
+        step = torch.compile(step, backend="hsap", options=options)
+    for function in (step, reference):
+        function(**given)[0].backward()
+    errors = []
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        got = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        assert got is not None and q.grad is not None
+        errors.append(float((got - q.grad).abs().max() / q.grad.abs().max()))
+    return max(errors)
+
+
+def added_up(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and no texts
+    sum_ = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return sum_.then(lambda done: done.value()[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*returned a view tensor")
+@pytest.mark.parametrize("how", ["DDP", "DDP, added up", pytest.param("FSDP2", marks=pytest.mark.slow)])
+def test_wrappers(pool: Pool, how: str) -> None:
+    assert max(pool.run(wrapped, how, world=2, timeout=120.0)) < 1e-12
+
+
+def pieces_of_ddp() -> str:
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1000  # type: ignore[attr-defined]
+    step = torch.nn.parallel.DistributedDataParallel(build("nano"), bucket_cap_mb=0.004)  # type: ignore[arg-type]
+    try:
+        torch.compile(step, backend="hsap", options={"lower": "eager"})(**batch("nano", PACKS[0]))
+    except Exception as error:
+        return str(error)
+    finally:
+        dist._DEFAULT_FIRST_BUCKET_BYTES = 1 << 20  # type: ignore[attr-defined]
+    return "accepted"
+
+
+def test_a_graph_that_ddp_cuts_is_refused(pool: Pool) -> None:
+    for said in pool.run(pieces_of_ddp, world=2, timeout=120.0):
+        assert "DistributedDataParallel cuts the graph into pieces" in said
+        assert "do:     set torch._dynamo.config.optimize_ddp = False" in said
 
 
 # --- buffers that the model writes ----------------------------------------------------------------------
@@ -190,6 +276,31 @@ def written(lower: str, outputs: str) -> float:
 @pytest.mark.parametrize(("lower", "outputs"), [("eager", "gather"), ("aot_eager", "local")])
 def test_buffers_that_the_model_writes(pool: Pool, lower: str, outputs: str) -> None:
     assert max(pool.run(written, lower, outputs, world=2, timeout=120.0)) < 2e-5
+
+
+# --- pieces of a graph ----------------------------------------------------------------------------------
+
+
+class Broken(torch.nn.Module):
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = Embedded()(x)[:, 0] * ids[..., None]
+        torch._dynamo.graph_break()
+        z = Embedded()(y)[:, 0]
+        return z, torch.nn.functional.cross_entropy(z.flatten(0, 1), ids.flatten() % 2)
+
+
+def local_after_a_break() -> float:
+    """Rows that cross a graph break are whole; those of an output are not."""
+    x, ids = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12)[None]
+    wanted, loss = Broken()(x, ids)
+    options = {"lower": "eager", "outputs": "local"}
+    got, mine = torch.compile(Broken(), backend="hsap", options=options)(x, ids)
+    assert got.shape[1] == 6
+    return max(float((got - wanted[:, got.hsap_columns]).abs().max()), abs(float(mine - loss)))
+
+
+def test_rows_that_cross_a_break_are_whole(pool: Pool) -> None:
+    assert max(pool.run(local_after_a_break, world=2, timeout=120.0)) < 1e-6
 
 
 # --- plans made ahead -----------------------------------------------------------------------------------

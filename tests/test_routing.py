@@ -124,6 +124,11 @@ def unsorted_rows(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return x + _grouped_mm(tokens, _experts(p), _ends(counts)).view_as(x)
 
 
+def _softmax_of_some(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    order = (x[0, :-1] @ p.vector).argsort()
+    return x + F.pad(x[0, :-1][order].softmax(0)[order.argsort()], (0, 0, 0, 1)) * p.vector
+
+
 #: What must not stay local, and how many operators are reported.
 GATHERED: dict[str, tuple[Callable[[Program, Tensor, Tensor], Tensor], int]] = {
     "sorted beside unsorted": (lambda p, x, i: x + (_sorted(p, x)[1].view(x.shape[:2])[..., None] * x), 1),
@@ -143,6 +148,10 @@ GATHERED: dict[str, tuple[Callable[[Program, Tensor, Tensor], Tensor], int]] = {
     ),
     "other counts": (other_counts, 2),
     "unsorted rows": (unsorted_rows, 1),
+    "largest of the sorted": (
+        lambda p, x, i: x + x[0][(x[0] @ p.vector).argsort()].argmax(0) / 9 * p.vector, 1
+    ),
+    "softmax of some sorted": (_softmax_of_some, 2),
     "best tokens": (lambda p, x, i: x + x.flatten(0, 1)[(x @ p.vector).flatten().topk(3).indices].mean(0), 1),
 }  # fmt: skip
 

@@ -127,6 +127,11 @@ LOCAL: dict[str, Pattern] = {
     "masked": lambda p, x, i: x.masked_fill((i == 3)[..., None], 0.5),
     "positions": lambda p, x, i: x + torch.arange(x.shape[1]).to(x.dtype).div(9).sin()[:, None],
     "places": lambda p, x, i: x + F.embedding(torch.arange(x.shape[1]) % 64, p.places),
+    "learned places": lambda p, x, i: x + p.places[: x.shape[1]] * p.places[3 : x.shape[1] + 3],
+    "context of the first": lambda p, x, i: x + F.scaled_dot_product_attention(
+        x[:, None], p.words.expand(len(x), 1, -1, -1), p.words.expand(len(x), 1, -1, -1),
+        (i[:, None, None, :1] % 3 != torch.arange(WORDS) % 3) + x[:, None, :1, :1].tanh(),
+    )[:, 0],
     "counted": lambda p, x, i: x + (i.cumsum(1) % 5)[..., None],
     "shifted labels": lambda p, x, i: x * F.pad(i, (0, 1))[:, 1:, None].to(x.dtype).sigmoid(),
     "spread": lambda p, x, i: x + p.vector.expand(x.shape[0], x.shape[1], WIDTH),
@@ -199,6 +204,13 @@ LOCAL: dict[str, Pattern] = {
     "convolution": lambda p, x, i: F.conv1d(x.mT, p.kernel, padding=1).mT,
 }  # fmt: skip
 
+
+def _padded_by_hand(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1] + 2, WIDTH)
+    y[:, 1:-1] = x
+    return y[:, :-2] + y[:, 2:]
+
+
 GATHERED: dict[str, tuple[Pattern, int]] = {
     "cumsum": (lambda p, x, i: x.cumsum(1) / x.shape[1], 1),
     "turned": (lambda p, x, i: x.flip(1), 1),
@@ -214,6 +226,18 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     "some tokens": (lambda p, x, i: x * (1 + x[i > 4].mean() + x[i < 4].sum() / x.shape[1]), 2),
     "words by frequency": (lambda p, x, i: x + F.embedding(i, p.words, scale_grad_by_freq=True), 1),
     "taken": (lambda p, x, i: x * torch.take(p.square, i * 3)[..., None], 1),
+    "padded by hand": (_padded_by_hand, 2),
+    "more of one row": (
+        lambda p, x, i: x + p.vector.expand(len(x), x.shape[1] + 2, WIDTH).sum(1, keepdim=True) / 9, 1
+    ),
+    "rows and columns": (
+        lambda p, x, i: torch.einsum(
+            "nd,nd->nd", x.flatten(0, 1), x.transpose(0, 1).reshape(-1, WIDTH)
+        ).view(x.shape), 1
+    ),
+    "numbers of rows and columns": (
+        lambda p, x, i: x + p.square[i.flatten() % WIDTH, i.T.flatten() % 5].view(i.shape)[..., None], 1
+    ),
     "rows mixed": (lambda p, x, i: x + F.layer_norm(x.mT, x.shape[1:2]).mT, 1),
 }  # fmt: skip
 
@@ -405,10 +429,11 @@ def test_broken_rules_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_an_attention_over_other_tokens_says_which() -> None:
     def longer(p: Program, x: Tensor, i: Tensor) -> Tensor:
         y = (x @ p.square)[:, None]
-        return F.scaled_dot_product_attention(y, y[:, :, 1:], y[:, :, 1:])[:, 0] + x
+        twice = torch.cat([y, y], 2)
+        return F.scaled_dot_product_attention(y, twice, twice)[:, 0] + x
 
     (said,) = check(trace(Program((LOCAL["linear"], longer)), rows=2), 3, 1)
-    assert "an attention whose queries and keys are not the same tokens" in said
+    assert "an attention whose queries and keys are not the tokens of a row" in said
 
 
 def test_dropout_on_own_tokens_is_allowed() -> None:

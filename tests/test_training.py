@@ -147,9 +147,39 @@ def low_rank() -> float:
     return difference(compiled(model), model, copy.deepcopy(model), packs()[0])
 
 
+class Regions(nn.Module):
+    """A layer, and the numbers of documents, that autocast must leave alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.layer, self.qkv = nn.Embedding(11, 16), nn.Linear(16, 16), nn.Linear(16, 48)
+        self.one = nn.Buffer(torch.ones(1, 1))
+
+    def forward(self, ids: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            x = self.layer(self.words(ids))
+            numbers = (documents[..., None].float() @ self.one)[..., 0]  # 256 and 257 are one in bfloat16
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        mask = numbers[:, None, :, None] == numbers[:, None, None]
+        return x, nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+
+def regions_of_autocast() -> float:
+    """Nothing is cast once more when the compiled graph runs."""
+    model = Regions()
+    step = compiled(model)
+    documents = torch.tensor([[256] * 5 + [257] * 7])
+    with torch.autocast("cpu", torch.bfloat16):
+        (x, y), (wanted, out) = (f(torch.arange(12)[None] % 11, documents) for f in (step, model))
+    assert x.dtype == wanted.dtype == torch.float32 and y.dtype == out.dtype == torch.bfloat16
+    assert float((y - out).detach().abs().max()) < 0.02 * float(out.detach().abs().max())
+    return float((x - wanted).detach().abs().max())
+
+
 CASES = [
     accumulation, several_forwards, optimiser, no_gradients, after_evaluation, frozen, untied, embeddings,
-    low_rank,
+    low_rank, regions_of_autocast,
 ]  # fmt: skip
 
 
