@@ -62,12 +62,9 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         try:
             logits = lifter.logits()
         except NotLiftable as reason:
-            log.warning(
-                "an attention stays as it is written: %s does more than act on every score alone, at %s",
-                reason,
-                where(attention.output),
-            )
-            attention.output.meta["as_written"] = f"{reason} does more than act on every score alone"
+            why = f"there is no formula of each score alone for {reason}"
+            log.warning("an attention stays as it is written: %s, at %s", why, where(attention.output))
+            attention.output.meta["as_written"] = why
             continue
         mask, scale = normalise(logits)
         used = formula.leaves_of(mask.logits)

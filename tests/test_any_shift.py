@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hsap_compile.passes import _reindex, _shifts, shard_tokens
-from hsap_compile.plan.shifts import Shift
 from strategies import documents
 from test_shifts import SHIFTS, WIDTH, Around, Pattern, check, trace
 
@@ -93,13 +91,9 @@ def _wide_view(view: _reindex.View, by: int, slack: int, fill: float | None = No
     return replace(view, by=view.by + by, fill=view.fill if fill is None else fill)
 
 
-_READS = Shift.reads
-
-
-def _nothing_outside(shift: Shift, columns: np.ndarray, tokens: int) -> np.ndarray:
-    """Rows that are no part of the result hold zeros."""
-    part = (columns >= shift.into[0]) & (columns < tokens - shift.into[1])
-    return np.where(part[:, None], _READS(shift, columns, tokens), -1)
+def _logarithm(p: Any, x: Tensor, i: Tensor) -> Tensor:
+    """The first token, which is cut off, has none."""
+    return x + (x * (torch.arange(x.shape[1]) > 0)[:, None])[:, 1:].abs().log().mean()
 
 
 #: broken rule: (owner, name, what it becomes, the pattern that needs it)
@@ -108,7 +102,7 @@ MUTATIONS: dict[str, tuple[Any, str, Any, Pattern]] = {
     "cut rows seen": (_shifts, "moved", _wide_view, SHIFTS["padded and cut again"][0]),
     "starts ignored": (shard_tokens, "aligned", lambda s, n, _: s.home[n].node, SHIFTS["difference"][0]),
     "no seam": (_shifts, "taken", lambda *a, wraps=False: _reindex.taken(*a), SHIFTS["rolled"][0]),
-    "zeros outside": (Shift, "reads", _nothing_outside, SHIFTS["quotient"][0]),
+    "cut rows as they are": (_reindex, "_ordinary", lambda sharder, rows, *_: rows, _logarithm),
     "every rank gives its row": (_shifts, "where", lambda s, mask, value, _: value, SHIFTS["first"][0]),
 }
 

@@ -12,11 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
+from generated_code import order_of_calls
 from hsap_compile.passes import choose_saved
 from hsap_compile.runtime import StepReport
 from models import TOLERANCE, batch, build, difference
 from pool import Pool
-from test_overlap import order_of_calls
 
 LAYERS = 2
 #: One document over all ranks, odd ones, none that is cut (of 2 or 4 ranks), another length.

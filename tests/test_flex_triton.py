@@ -34,60 +34,66 @@ def case(name: str, tokens: int, sizes: tuple[int, int, int], dtype: torch.dtype
 # --- compiled ------------------------------------------------------------------------------------------
 
 
+ARCHITECTURES = (80, 90)
+
+
 def built(
-    name: str, sizes: tuple[int, int, int], dtype: torch.dtype, arch: int, options: dict[str, Any]
-) -> tuple[list[str], list[offline_gpu.Built]]:
+    name: str, sizes: tuple[int, int, int], dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[list[str], dict[int, list[offline_gpu.Built]]]:
     graphs = offline_gpu.generate(attention(case(name, 100, sizes, dtype), **options))
     texts = [graph.source for graph in graphs]
-    return texts, offline_gpu.cubins(texts, arch)
+    return texts, {arch: offline_gpu.cubins(texts, arch) for arch in ARCHITECTURES}
 
 
-def compiles(
-    arch: int, name: str, sizes: tuple[int, int, int], dtype: torch.dtype, **options: Any
-) -> list[str]:
-    """Check what was built; returns the sources of forward and backward."""
-    texts, kernels = offline_gpu.in_a_process(built, name, sizes, dtype, arch, options)
-    assert len(texts) == 2 and all(k.cubin_bytes > 0 for k in kernels)
-    limit = offline_gpu.H100.shared_memory_per_block_optin if arch == 90 else 163 * 1024  # A100
-    assert max(k.shared_bytes for k in kernels) <= limit
-    runs = (2 if options.get("remote", True) else 1) * (2 if name == "soft" else 1)
-    templates = [k for k in kernels if k.name.startswith("triton_tem")]
-    backward = [k for k in templates if "backward" in k.name]
-    assert (len(templates) - len(backward), len(backward)) == (runs, 2 if options.get("remote", True) else 1)
-    assert dtype == torch.float32 or all(
-        k.matrix_products > 0 for k in templates
-    )  # float32 is exact: no tf32
+def compiles(name: str, sizes: tuple[int, int, int], dtype: torch.dtype, **options: Any) -> list[str]:
+    """Check what was built for every architecture; returns the sources of forward and backward."""
+    texts, found = offline_gpu.in_a_process(built, name, sizes, dtype, options)
+    assert len(texts) == 2
     for text in texts:  # rows are whole blocks, and no size is a number that a batch chose
         assert "'IS_DIVISIBLE': True" in text and "'IS_DIVISIBLE': False" not in text
         assert "extern_kernels." not in text.partition("class Runner")[2]
+    for arch, kernels in found.items():
+        check_kernels(arch, kernels, name, dtype, options.get("remote", True))
     return texts
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_for_a_gpu(arch: int) -> None:
-    texts = compiles(arch, "documents", (4, 2, 64), torch.bfloat16, remote=False)
+def check_kernels(
+    arch: int, kernels: list[offline_gpu.Built], name: str, dtype: torch.dtype, remote: bool
+) -> None:
+    assert all(k.cubin_bytes > 0 for k in kernels)
+    limit = offline_gpu.H100.shared_memory_per_block_optin if arch == 90 else 163 * 1024  # A100
+    assert max(k.shared_bytes for k in kernels) <= limit
+    runs = (2 if remote else 1) * (2 if name == "soft" else 1)
+    templates = [k for k in kernels if k.name.startswith("triton_tem")]
+    backward = [k for k in templates if "backward" in k.name]
+    assert (len(templates) - len(backward), len(backward)) == (runs, 2 if remote else 1)
+    assert dtype == torch.float32 or all(
+        k.matrix_products > 0 for k in templates
+    )  # float32 is exact: no tf32
+
+
+def test_compiles_for_a_gpu() -> None:
+    texts = compiles("documents", (4, 2, 64), torch.bfloat16, remote=False)
     assert all("u0 = " in text for text in texts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", sorted(LOGITS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compiles_for_a_gpu_with_received_rows(arch: int, name: str, dtype: torch.dtype) -> None:
-    compiles(arch, name, (32, 8, 128 if dtype == torch.bfloat16 else 64), dtype)
+def test_compiles_for_a_gpu_with_received_rows(name: str, dtype: torch.dtype) -> None:
+    compiles(name, (32, 8, 128 if dtype == torch.bfloat16 else 64), dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_with_constant_sizes(arch: int) -> None:
-    texts = compiles(arch, "documents", (4, 2, 64), torch.bfloat16, remote=False, static=True)
+def test_compiles_with_constant_sizes() -> None:
+    texts = compiles("documents", (4, 2, 64), torch.bfloat16, remote=False, static=True)
     assert not any("u0 = " in text for text in texts)
 
 
 @pytest.mark.slow
 def test_kernel_options_reach_the_kernel() -> None:
     chosen = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "num_warps": 8}
-    texts = compiles(90, "documents", (4, 2, 64), torch.bfloat16, remote=False, **chosen)
+    texts = compiles("documents", (4, 2, 64), torch.bfloat16, remote=False, **chosen)
     assert "'BLOCK_M': 32, 'BLOCK_N': 16" in texts[0] and "num_warps=8" in texts[0]
     assert "'BLOCK_M': 32" not in texts[1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,8 +22,6 @@ from hsap_compile.kernels import attention, exchange
 from hsap_compile.kernels.slices import CAUSAL, FULL, MOD
 from hsap_compile.passes import _parts
 from hsap_compile.passes import overlap as of
-from models import batch, build
-from pool import Pool
 from threads import run_threads
 
 
@@ -279,51 +276,3 @@ def test_any_order_of_starts_can_be_computed(reordered: Any, lines: str) -> None
     for node in [n for n in before if n.kind != "wait"]:
         passed = set(before[before.index(node) :]) & set(after[: after.index(node)])
         assert sum(other.kind == "start" for other in passed) <= 1
-
-
-# --- in the code that Inductor writes -----------------------------------------------------------------
-
-
-def order_of_calls(options: dict[str, Any]) -> list[list[str]]:
-    """Our operators and the waits, forward and backward, in the order of the generated code."""
-    from torch._inductor.utils import run_and_get_code
-
-    model = torch.compile(build("nano", torch.float32), backend="hsap", options=options)
-
-    def step() -> None:
-        model(**batch("nano", [[20, 1, 6]]))[0].backward()
-
-    return operators_in(run_and_get_code(step)[1])
-
-
-def operators_in(code: list[str]) -> list[list[str]]:
-    operators = "all_to_all_start|wait_tensor|attend_backward|attend|all_reduce_|sum_ranks|pack|unpack"
-    pattern = re.compile(
-        rf"^\s*(?:\w+ = )?(?:torch\.ops\.\w+\.({operators})\.default|extern_kernels\.(mm))\("
-    )
-    found = []
-    for graph in code:
-        matches = [pattern.search(line) for line in graph.splitlines()]
-        found.append([m.group(1) or m.group(2) for m in matches if m])
-    return found
-
-
-@pytest.mark.parametrize("received", ["save", pytest.param("again", marks=pytest.mark.slow)])
-def test_own_keys_are_attended_to_while_others_travel(pool: Pool, received: str) -> None:
-    options = {"intra": 1, "outputs": "local", "received": received}
-    for forward, backward in pool.run(order_of_calls, options, world=2):
-        layer = ["pack", "all_to_all_start", "attend", "wait_tensor", "attend"]
-        assert forward == [*layer * 2, "mm", "all_reduce_", "wait_tensor"]  # the loss is summed last
-        products = [name for name in backward if name == "mm"]
-        calls = [name for name in backward if name != "mm"]
-        sums = ["all_reduce_", "wait_tensor"]  # of all gradients, which are small
-        if received == "save":
-            layer = ["attend_backward", "all_to_all_start", "attend_backward", "wait_tensor", "unpack"]
-            assert calls == [*layer * 2, *sums]
-        else:  # rows of the first layer travel with gradients of the second
-            start, wait, attend = "all_to_all_start", "wait_tensor", "attend_backward"
-            second = ["pack", start, wait, attend, start, attend, "pack", start, wait, "unpack"]
-            assert calls == [*second, wait, attend, start, attend, wait, "unpack", *sums]
-        # gradients of a layer's parameters are not put off until all layers are done
-        last = len(backward) - backward[::-1].index("all_to_all_start")
-        assert backward[last:].count("mm") < len(products) / 2

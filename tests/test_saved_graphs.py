@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generated_code import order_of_calls
 from hsap_compile import explain
 from hsap_compile._torch import FLEX_ATTENTION, SAVED
 from hsap_compile.kernels import attention, exchange
@@ -18,7 +19,7 @@ from hsap_compile.pipeline import rewrite
 from models import batch, build
 from pool import Pool
 from simulate import traced
-from test_choose_saved import LAYERS, PACKS, row_bytes, steps
+from test_choose_saved import LAYERS, PACKS, counted, row_bytes
 
 # --- in the graph -------------------------------------------------------------------------------------
 
@@ -68,22 +69,39 @@ def _tensor(node: Any) -> bool:
 # --- in the code that Inductor writes -----------------------------------------------------------------
 
 
-def compiled_anew(choices: list[str]) -> list[tuple[bool, int]]:
-    """Whether AOTAutograd's cache had it, and how many exchanges a backward starts, for each choice."""
+def compiled_anew(choices: list[str]) -> list[tuple[bool, int, list[list[str]]]]:
+    """For each choice: whether AOTAutograd's cache had it, how many exchanges a step starts, and, where it
+    had not, the order of calls in forward and backward."""
     found = []
     for received in choices:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        (seen,) = steps("nano", PACKS[:1], {"intra": 1, "received": received})
+        with counted() as exchanges:
+            order = order_of_calls({"intra": 1, "outputs": "local", "received": received})
         hits = torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
-        found.append((hits > 0, seen.calls[1]))
+        found.append((hits > 0, len(exchanges), order))
     return found
 
 
-def test_no_choice_is_served_from_the_cache_of_another(pool: Pool) -> None:
-    for found in pool.run(compiled_anew, ["save", "save", "again", "again"], world=2):
-        assert [calls for _, calls in found] == [2, 2, 4, 4]
-        assert found[1][0] and found[3][0]
+def test_what_is_compiled_for_each_choice(pool: Pool) -> None:
+    """Own keys are attended to while others travel; no choice is served from the cache of another."""
+    for found in pool.run(compiled_anew, ["save", "again", "save"], world=2):
+        assert [hit for hit, _, _ in found] == [False, False, True]
+        assert [exchanges for _, exchanges, _ in found] == [4, 6, 4]
+        for (forward, backward), again in zip((found[0][2], found[1][2]), (False, True), strict=True):
+            layer = ["pack", "all_to_all_start", "attend", "wait_tensor", "attend"]
+            assert forward == [*layer * 2, "mm", "all_reduce_", "wait_tensor"]  # the loss is summed last
+            calls, sums = [name for name in backward if name != "mm"], ["all_reduce_", "wait_tensor"]
+            if again:  # rows of the first layer travel with gradients of the second
+                start, wait, attend = "all_to_all_start", "wait_tensor", "attend_backward"
+                second = ["pack", start, wait, attend, start, attend, "pack", start, wait, "unpack"]
+                assert calls == [*second, wait, attend, start, attend, wait, "unpack", *sums]
+            else:
+                layer = ["attend_backward", "all_to_all_start", "attend_backward", "wait_tensor", "unpack"]
+                assert calls == [*layer * 2, *sums]  # of all gradients, which are small
+            # gradients of a layer's parameters are not put off until all layers are done
+            last = len(backward) - backward[::-1].index("all_to_all_start")
+            assert backward[last:].count("mm") < backward.count("mm") / 2
 
 
 # --- what a person reads ------------------------------------------------------------------------------

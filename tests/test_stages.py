@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from generated_code import operators_in
 from hsap_compile import explain
 from hsap_compile.errors import Refused
 from hsap_compile.options import parse
@@ -24,7 +25,6 @@ from models import TOLERANCE, batch, build
 from pool import Pool
 from simulate import Traced, eager, rebatched, simulate, traced, worst
 from test_choose_saved import PACKS, Seen, row_bytes, seen
-from test_overlap import operators_in
 from test_recompiles import graphs
 
 
