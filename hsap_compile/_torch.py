@@ -156,13 +156,37 @@ class _Entering(torch.fx.Interpreter):
 
 
 def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
-    """``module`` as a graph of ATen operators as they are before autograd: composite ones stay whole."""
+    """``module`` as a graph of ATen operators as they are before autograd: composite ones stay whole, but for
+    a few that no pass needs to know."""
 
     def run(*args: Any) -> Any:
         return _Entering(module).run(*args)
 
     with _tracing(fake_mode_of(inputs)):
-        return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+        return make_fx(
+            run,
+            decomposition_table=_composed(),
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*inputs)
+
+
+#: Other names for, and products and joins made of, operators that passes know.
+_COMPOSED = (
+    "narrow swapdims swapaxes moveaxis broadcast_to ravel hstack vstack dstack column_stack row_stack concat"
+    " concatenate atleast_1d atleast_2d atleast_3d outer ger inner tensordot kron nanmean trapezoid trapz"
+    " cosine_similarity pairwise_distance fliplr flipud subtract multiply divide true_divide greater"
+    " greater_equal less less_equal not_equal clip absolute negative"
+)
+
+
+@functools.cache
+def _composed() -> dict[Any, Callable[..., Any]]:
+    """``_COMPOSED`` as what they are made of."""
+    packets = [getattr(torch.ops.aten, name) for name in _COMPOSED.split()]
+    overloads = [getattr(packet, name) for packet in packets for name in packet.overloads()]
+    return {overload: overload.decompose for overload in overloads}
 
 
 def trace_below_autograd(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:

@@ -92,6 +92,7 @@ def _ordinary(sharder: Sharder, rows: Node, dim: int, into: Range) -> Node:
         return rows
     first = sharder.emit(aten.argmax.default, sharder.emit(aten.to.dtype, inside, torch.int64), 0, True)
     other = sharder.emit(aten.index_select.default, sharder.emit(aten.detach.default, rows), dim, first)
+    other = where(sharder, sharder.emit(aten.any.default, inside), other, 1)  # perhaps the rank has none
     return where(sharder, along(sharder, inside, rows, dim), rows, other)
 
 

@@ -132,6 +132,14 @@ LOCAL: dict[str, Pattern] = {
         x[:, None], p.words.expand(len(x), 1, -1, -1), p.words.expand(len(x), 1, -1, -1),
         (i[:, None, None, :1] % 3 != torch.arange(WORDS) % 3) + x[:, None, :1, :1].tanh(),
     )[:, 0],
+    "other names": lambda p, x, i: torch.concat(
+        [x.narrow(-1, 0, 3), torch.multiply(x.narrow(2, 3, 3), -1.0)], -1
+    ).swapdims(0, 1).swapaxes(0, 1) + torch.broadcast_to(p.vector, x.shape).absolute().clip(max=0.4),
+    "joined features": lambda p, x, i: torch.dstack([x.narrow(1, 0, x.shape[1]), x]) @ torch.vstack(
+        [p.square, p.square.mT]
+    ),
+    "outer products": lambda p, x, i: torch.tensordot(x, torch.outer(p.vector, p.vector), 1) / 9,
+    "cosines": lambda p, x, i: x * F.cosine_similarity(x, p.vector, dim=-1)[..., None],
     "counted": lambda p, x, i: x + (i.cumsum(1) % 5)[..., None],
     "shifted labels": lambda p, x, i: x * F.pad(i, (0, 1))[:, 1:, None].to(x.dtype).sigmoid(),
     "spread": lambda p, x, i: x + p.vector.expand(x.shape[0], x.shape[1], WIDTH),
