@@ -172,12 +172,12 @@ def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> t
         )(*inputs)
 
 
-#: Other names for, and products and joins made of, operators that passes know.
+#: Other names for, and products and joins made of, operators that passes know; none of which autocast knows.
 _COMPOSED = (
     "narrow swapdims swapaxes moveaxis broadcast_to ravel hstack vstack dstack column_stack row_stack concat"
-    " concatenate atleast_1d atleast_2d atleast_3d outer ger inner tensordot kron nanmean trapezoid trapz"
-    " cosine_similarity pairwise_distance fliplr flipud subtract multiply divide true_divide greater"
-    " greater_equal less less_equal not_equal clip absolute negative"
+    " concatenate atleast_1d atleast_2d atleast_3d outer ger inner kron nanmean trapezoid trapz fliplr flipud"
+    " subtract multiply divide true_divide greater greater_equal less less_equal not_equal clip absolute"
+    " negative"
 )
 
 

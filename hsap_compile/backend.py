@@ -51,6 +51,14 @@ def hsap(
     if of_constants(module):
         return module.forward
     _, ranks = world()
+    if ranks > 1 and any(isinstance(x, FakeTensor) for x in example_inputs):
+        raise Refused(
+            "DistributedDataParallel cuts the graph into pieces",
+            got="a piece of a graph, made for one of DDP's buckets of parameters",
+            wanted="the whole graph",
+            do="set torch._dynamo.config.optimize_ddp = False, or compile the model without DDP: its "
+            "gradients are summed over the ranks already",
+        )
     return Runner(compile_graph(module, chosen, prepare(module, example_inputs, ranks)))
 
 
@@ -210,14 +218,6 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
     for which in (0, 1):  # likely ones; where S stays a number, others that are as long
         marked = [mark_symbolic(x, dim, unknown=cut) for x, dims in inputs for dim in dims[which]]
         if any(marked) and length > 1:
-            if any(isinstance(x, FakeTensor) for x, _ in inputs):  # no mark is seen by a second trace
-                raise Refused(
-                    "DistributedDataParallel cuts the graph into pieces",
-                    got="a piece of a graph, made for one of DDP's buckets of parameters",
-                    wanted="the whole graph",
-                    do="set torch._dynamo.config.optimize_ddp = False, or compile the model without DDP: its "
-                    "gradients are summed over the ranks already",
-                )
             raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
     if any(likely for _, (likely, _) in inputs) and length > 1:
         raise Refused(

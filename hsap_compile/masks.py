@@ -37,6 +37,11 @@ class Band:
         lo, hi = (None if end is None else end + by for end in (self.lo, self.hi))
         return replace(self, lo=lo, hi=hi)
 
+    def holding_itself(self) -> Band:
+        """As wide as it must be for every query to have the key of its own column."""
+        lo, hi = None if self.lo is None else min(self.lo, 0), None if self.hi is None else max(self.hi, 0)
+        return replace(self, lo=lo, hi=hi)
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -97,7 +102,7 @@ class Mask:
 
 def placed(mask: Mask, queries: tuple[int, int], keys: tuple[int, int]) -> Mask:
     """``mask`` of an attention whose tokens are not all columns of the batch: so many others stand in front
-    of them, and behind.  These attend to one another and are attended to by no token.
+    of them, and behind.  These are attended to by no token, and attend to something.
 
     To the formula they are the nearest token: it reads no tensor, and computes no number, that it would not
     for tokens.  Where keys are other columns than queries, of the structure are left bands over columns."""
@@ -121,7 +126,8 @@ def placed(mask: Mask, queries: tuple[int, int], keys: tuple[int, int]) -> Mask:
     if queries == keys:
         return replace(mask, logits=logits, others=queries)
     by = queries[0] - keys[0]
-    bands = tuple(band.moved(by) for band in mask.bands if band.position == q)
+    # every column keeps itself: one without any key would be a row of zeros, which may divide
+    bands = tuple(band.moved(by).holding_itself() for band in mask.bands if band.position == q)
     return Mask(logits, bands=bands, residual=True, soft=mask.soft, unread=True)
 
 

@@ -47,9 +47,15 @@ def leaving(graph: GraphModule, local: Collection[int]) -> tuple[tuple[Output, .
     return tuple(found), gathers
 
 
-def warn_of_large(outputs: Collection[Output], stopped: str) -> None:
+def warn_of_large(outputs: Collection[Output], stopped: str, asked: str) -> None:
     """Say once for each graph which outputs are large and gathered; ``stopped``: why the graph ends before
-    its function does, if it does."""
+    its function does, if it does; ``asked``: the option "outputs"."""
+    if stopped:
+        why = f"it crosses a graph break ({stopped})"
+    elif asked == "local":
+        why = "it has no row for each token"
+    else:
+        why = "options={'outputs': 'local'} keeps this rank's rows and sends nothing"
     for output in outputs:
         if output.gathered and output.bytes >= LARGE:
             log.warning(
@@ -59,9 +65,7 @@ def warn_of_large(outputs: Collection[Output], stopped: str) -> None:
                 list(output.shape),
                 output.bytes >> 20,
                 output.at,
-                f"it crosses a graph break ({stopped})"
-                if stopped
-                else "options={'outputs': 'local'} keeps this rank's rows and sends nothing",
+                why,
             )
 
 

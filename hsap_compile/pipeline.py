@@ -14,12 +14,20 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
-from hsap_compile._torch import break_of, expr_of, fake_mode_of, fake_table, trace_structured
+from hsap_compile._torch import (
+    break_of,
+    expr_of,
+    fake_mode_of,
+    fake_table,
+    hint_of,
+    operator_name,
+    trace_structured,
+)
 from hsap_compile.errors import Refused, module_of, where
-from hsap_compile.graph import extract, placeholders
+from hsap_compile.graph import extract, placeholders, positional
 from hsap_compile.kernels import dense, varlen
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
@@ -80,6 +88,8 @@ def rewrite(
     stopped = break_of(module)
     graph = capture(module)
     writes: tuple[int, ...] = graph.meta["writes"]
+    (output,) = (n for n in graph.graph.nodes if n.op == "output")
+    returned = len(positional(output)[0]) - len(writes)
     _done("capture", graph)
 
     attentions = find_attention(graph)
@@ -160,7 +170,8 @@ def rewrite(
         mesh.intra,
     )
     _done("partition_attention", graph, symbol)
-    warn_of_large(leaving(graph, local_outputs)[0], stopped)
+    leave = leaving(graph, local_outputs)[0]
+    warn_of_large([output for output in leave if output.index < returned], stopped, options.outputs)
     for site in partitioned.sites if partitioned.limit.stages > 1 else ():
         if site.mask.soft or formula.without_sink(site.mask.logits)[1] is not None:
             log.warning(
@@ -203,7 +214,8 @@ def rewrite(
 def _signature(
     graph: GraphModule, mesh: MeshShape, kernel: str, limit: ReceiveLimit, options: Options
 ) -> str:
-    """All that decides which collectives a rank starts, of which sizes."""
+    """What decides which collectives a rank starts, and of which sizes; without ``inductor``, whose patches
+    may be objects of one process."""
     chosen = (options.placement, options.check, options.lower, options.memory_budget, options.received)
     return f"{graph.code} {choices(graph)} {mesh} {kernel} {limit} {chosen}"
 
@@ -256,23 +268,51 @@ def _kernel(options: Options, device: torch.device) -> str:
     return chosen
 
 
+#: What changes the length of a row without looking at its tokens.
+_OF_ROWS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "slice select cat pad constant_pad_nd roll diff unfold conv1d convolution slice_scatter"
+        " select_scatter"
+    ).split()
+)
+_LONGER = 0.25  # keys that are longer than the queries by more than this share do not make all rows longer
+
+
 def _longest_row(
     graph: GraphModule, attentions: Sequence[Attention], symbol: sympy.Basic, ranks: int
 ) -> sympy.Expr:
-    """S: the longest row that is attended over, on several ranks also as keys, embedded, or given as vectors;
-    a constant more or fewer than the inputs."""
-    sizes = [attention.query.tokens for attention in attentions]
-    if ranks > 1:
-        sizes += [attention.key.tokens for attention in attentions]
-        for node in graph.graph.nodes:
-            value = node.meta.get("val")
-            given = node.op == "placeholder" and isinstance(value, torch.Tensor)
-            if node.target is torch.ops.aten.embedding.default or (
-                given and (value.requires_grad or are_vectors(value))
-            ):
-                sizes += value.shape
-    more = [int(x) for x in (expr_of(size) - symbol for size in sizes) if x.is_Integer]
-    return symbol + max(more, default=0)
+    """S, a constant more or fewer than the inputs: the longest row that is attended over and, on several
+    ranks, of the values that parameters take part in.  What is only padded to be cut does not count."""
+    found = set[int]().union(*(_more(attention.query.tokens, symbol) for attention in attentions))
+    queries, learned = max([0, *found]), set[Node]()
+    for node in graph.graph.nodes if ranks > 1 else ():
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            tensor = isinstance(value, torch.Tensor)
+            divided = node.meta["parameter"] or (tensor and (value.requires_grad or are_vectors(value)))
+        else:
+            divided = not learned.isdisjoint(node.all_input_nodes)
+        if not divided:
+            continue
+        learned.add(node)
+        shape = value.shape if isinstance(value, torch.Tensor) and not _passes_by(node) else ()
+        sizes = [size for size in shape if symbol in expr_of(size).free_symbols]
+        more = _more(sizes[0], symbol) if len(sizes) == 1 else set()
+        if all(m <= queries + _LONGER * (hint_of(sizes[0]) - m) for m in more):
+            found |= more
+    return symbol + max(found, default=0)
+
+
+def _more(size: Any, symbol: sympy.Basic) -> set[int]:
+    """How much more than the inputs' length, if a constant."""
+    difference = expr_of(size) - symbol
+    return {int(difference)} if difference.is_Integer else set()
+
+
+def _passes_by(node: Node) -> bool:
+    """Whether rows are made by, and for, nothing but changes of their length."""
+    return all(operator_name(n.target) in _OF_ROWS or n.op == "output" for n in (node, *node.users))
 
 
 def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:

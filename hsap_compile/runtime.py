@@ -6,7 +6,7 @@ import hashlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from hsap_compile.passes.shard_tokens import Fallback, Rows
 from hsap_compile.plan import Attended, MeshShape, Plan, ReceiveLimit, make
 from hsap_compile.plan.shifts import Shift, shift_tables
 
-_PLANS_KEPT = 8
+_PLANS_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,14 @@ class Runner:
                 wanted=f"{program.mesh.size}",
                 do="call torch.compiler.reset() and compile again",
             )
+        if ranks > 1 and any(hasattr(a, "hsap_columns") for a in args):
+            raise Refused(
+                "one rank's rows enter a compiled graph again",
+                got='a tensor that options={"outputs": "local"} kept on its rank, as an input',
+                wanted="whole tensors, the same on every rank",
+                do='drop "outputs": "local", or compile what returns it and what takes it as one function, '
+                "without the graph break between them (TORCH_LOGS=graph_breaks)",
+            )
         tokens = program.length(args)
         leaves = program.read(args)
         digest = _digest(leaves, tokens)
@@ -176,8 +184,8 @@ class Runner:
         if program.on_step is not None:
             program.on_step(program.report(plan))
         extra = [tables[key] for key in program.tables]
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        with _own_random_numbers(rank, device) if program.random and ranks > 1 else nullcontext():
+        devices = {a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda}
+        with _own_random_numbers(rank, devices) if program.random and ranks > 1 else nullcontext():
             outputs = program.function(*args, *extra)
         if program.writes:
             outputs, written = outputs[: -len(program.writes)], outputs[-len(program.writes) :]
@@ -246,12 +254,15 @@ def prefetch(compiled: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None
 
 
 @contextmanager
-def _own_random_numbers(rank: int, device: torch.device) -> Iterator[None]:
+def _own_random_numbers(rank: int, devices: Collection[torch.device]) -> Iterator[None]:
     """Every rank draws other numbers, which the seed of all determines; afterwards their generators agree
     again.  Without it, the same seed would drop the same places of every rank's tokens."""
     seed = int(torch.randint(2**62, ()))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + rank)
+    with torch.random.fork_rng(list(devices)):
+        torch.default_generator.manual_seed(seed + rank)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed + rank)
         yield
 
 
@@ -336,7 +347,7 @@ def _warn_of_leaks(args: Sequence[Any], program: Program, plan: Plan) -> bool:
                 "one another: the model really attends across documents. If that is not meant, call it "
                 "with attention_mask=None and use_cache=False (Hugging Face models then separate the "
                 "documents by position_ids), or pass a mask that does.",
-                stacklevel=3,
+                stacklevel=4,
             )
             return True
     return False

@@ -333,8 +333,6 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
         return table_rows(sharder, node)
     source, axis = source_of(node)
     if name in _NUMBERED and given["self"].meta["tokens"] is None:
-        if name in _ADDED and is_sorted(sharder, source) and axis.length != sharder.length:
-            raise NotLocal("sorted rows of which some are no tokens")
         return added_along(sharder, node) if name in _ADDED else looked_up(sharder, node)
     rank = source.meta["val"].dim() + (name == "aten::stack")
     named: list[int] = []
@@ -414,7 +412,7 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("repeat"), _repeat),
     **dict.fromkeys(_names("repeat_interleave"), _each_repeated),
     **dict.fromkeys(_PAIRS, _pairs),
-    **dict.fromkeys(_names("histc bincount"), row_counts),
+    **dict.fromkeys(_names("histc"), row_counts),
     **dict.fromkeys(_names("pad constant_pad_nd"), _pad),
     **dict.fromkeys(_names("einsum"), _einsum),
     **dict.fromkeys(_names("conv1d convolution"), convolution),

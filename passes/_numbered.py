@@ -92,7 +92,7 @@ def own_rows_at(sharder: Sharder, source: Node, numbers: Node) -> Node:
     home = sharder.home.get(source)
     if home is not None and home.routed:
         raise NotLocal("some tokens of a value that are not its rows in order")
-    rows = _own_rows(sharder, sharder.axis(source), 0 if home is None else home.start)
+    rows = _own_rows(sharder, sharder.axis(source), sharder.start_of(source))
     return sharder.emit(aten.index.Tensor, rows, [numbers])
 
 

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from hsap_compile._torch import is_operator, operator_name
 from hsap_compile.errors import Refused, where
 from hsap_compile.kernels import exchange
-from hsap_compile.passes._forms import Local, NotLocal
+from hsap_compile.passes._forms import Local
 from hsap_compile.passes._operands import output_axis, schema_of
 from hsap_compile.passes.find_attention import arguments
 
@@ -37,8 +37,7 @@ def is_random(node: Node) -> bool:
 
 def drawn(sharder: Sharder, node: Node) -> Any:
     """rand(size) and its like: every rank draws for its own tokens."""
-    if (output_axis(node).length - sharder.length).is_positive:
-        raise NotLocal("a value of more tokens than the batch has")
+    output_axis(node)
     args = list(map_arg(node.args, sharder.whole))
     args[[argument.name for argument in schema_of(node)].index("size")] = sharder.local_shape(node)
     return Local(sharder.emit(node.target, *args, **node.kwargs))

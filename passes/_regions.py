@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import (
+    AUTOCAST_BORDERS,
     CHECKPOINT,
     CUSTOM_FUNCTION,
     DATA,
@@ -198,7 +199,7 @@ def _lower_vmap(module: GraphModule, region: list[Node]) -> None:
 class Aside:
     """One call that is not traced.  ``args`` and ``kwargs`` as they were; ``operands``: which output of the
     traced graph every node among them is; ``bodies``: the modules among them; ``inputs``: which input of
-    the traced graph is which of its results."""
+    the traced graph is which of its results; ``autocast``: the regions of the graph's that it stands in."""
 
     target: Any
     args: tuple[Any, ...]
@@ -207,6 +208,7 @@ class Aside:
     operands: dict[Node, int]
     bodies: dict[Node, GraphModule]
     inputs: dict[int, int]
+    autocast: tuple[Any, ...]
 
 
 def set_aside(module: GraphModule) -> tuple[Aside, ...]:
@@ -215,6 +217,7 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
     found: list[Aside] = []
     (output,) = (n for n in graph.nodes if n.op == "output")
     names = [n for n in graph.nodes if n.op == "placeholder"]
+    regions = _regions_of_autocast(graph)
     for call in [n for n in graph.nodes if n.op == "call_function" and n.target in SET_ASIDE]:
         outputs = positional(output)[0]
         operands = []
@@ -241,12 +244,27 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
                 numbers,
                 bodies,
                 inputs,
+                regions[call],
             )
         )
         output.args = ((*positional(output)[0], *operands),)
         graph.erase_node(call)
     module.recompile()
     return tuple(found)
+
+
+def _regions_of_autocast(graph: Graph) -> dict[Node, tuple[Any, ...]]:
+    """The arguments of ``torch.autocast`` of the regions that every node stands in."""
+    enter, leave = AUTOCAST_BORDERS
+    inside: list[Node] = []
+    found = {}
+    for node in graph.nodes:
+        if node.target is leave:
+            inside.remove(positional(node)[0])
+        found[node] = tuple(positional(region) for region in inside)
+        if node.target is enter:
+            inside.append(node)
+    return found
 
 
 def _as_it_is(graph: Graph, call: Node, operand: Node) -> Node:

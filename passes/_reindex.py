@@ -280,7 +280,8 @@ def common_start(sharder: Sharder, nodes: Sequence[Node]) -> int:
     starts = sorted({sharder.home[n].start for n in homes})
     if not starts:
         axes = [n.meta["tokens"] for n in nodes if isinstance(n.meta.get("tokens"), TokenAxis)]
-        return min((sharder.usual_start, *(max(0, int(sharder.length - a.length)) for a in axes)))
+        slacks = [max(0, int(sharder.length - axis.length)) for axis in axes]
+        return min(sharder.usual_start, *slacks) if slacks else 0
     if len(starts) < 2:
         return starts[0]
     if len({sharder.axis(n).length for n in homes}) > 1:

@@ -70,8 +70,6 @@ def row_counts(sharder: Sharder, node: Node, ordinary: Any = None) -> Any:
     """histc of ids: this rank's counts; the sum over ranks where somebody reads the whole."""
     source, given = _first(node), arguments(node)
     key = _key(source)
-    if not is_count(node):  # bincount
-        raise NotLocal("its size depends on the tokens")
     if not isinstance(key.meta.get("tokens"), TokenAxis):
         raise NotLocal("it counts tokens")
     low, high, bins = given["min"], given["max"], given["bins"]
@@ -406,7 +404,7 @@ _RULES: dict[str, Any] = {
     "getitem": _part,
     "aten::slice": _slice,
     **dict.fromkeys(_names("sort argsort"), row_sort),
-    **dict.fromkeys(_names("histc bincount"), row_counts),
+    **dict.fromkeys(_names("histc"), row_counts),
     **dict.fromkeys(_names("index"), _look_up),
     **dict.fromkeys(_names("index_select gather"), _along_rows),
     **dict.fromkeys(_names("index_put"), _put),

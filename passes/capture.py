@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import (
     AUTOCAST_BORDERS,
+    CUSTOM_FUNCTION,
     SET_GRAD_ENABLED,
     expr_of,
     fake_mode_of,
@@ -37,7 +39,7 @@ from hsap_compile._torch import (
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
 from hsap_compile.passes._operands import reads_no_numbers
-from hsap_compile.passes._regions import expanded, put_back, set_aside
+from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside
 from hsap_compile.passes._varlen import write_varlen_as_masked
 from hsap_compile.passes.find_attention import arguments
 
@@ -76,8 +78,11 @@ def capture(module: GraphModule) -> GraphModule:
         placeholder.meta["val"] = value
         placeholder.meta["source"] = original.name
         placeholder.meta["parameter"] = isinstance(value, torch.nn.Parameter)
-    put_back(graph, asides)
     mode = fake_mode_of(inputs)
+    for aside in asides:
+        if aside.target is CUSTOM_FUNCTION:
+            _explicit_in_forward(aside, mode)
+    put_back(graph, asides)
     _explicit_types(graph, mode)
     _drop_idle_dropout(graph)
     _explicit_autocast(graph, mode)
@@ -145,6 +150,25 @@ def _explicit_autocast(module: GraphModule, mode: Any) -> None:
                 if _floating(operand.meta["val"]) != wanted:
                     cast = Builder(module.graph, mode, node)(aten.to.dtype, operand, wanted)
                     node.replace_input_with(operand, cast)
+
+
+def _explicit_in_forward(aside: Aside, mode: Any) -> None:
+    """The same in the forward of a custom function, which runs under the autocast of its call; its backward
+    runs under that of whoever calls backward."""
+    forward, _, *operands = aside.args
+    with ExitStack() as stack:
+        for region in aside.autocast:
+            stack.enter_context(torch.autocast(*region))
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return
+        values = [n.meta["example_value"] if isinstance(n, Node) else n for n in operands]
+        stack.enter_context(torch.no_grad())
+        graph = trace_pre_dispatch(expanded(aside.bodies[forward]), values)
+        for placeholder, value in zip(placeholders(graph), values, strict=True):
+            placeholder.meta["val"] = value
+        _explicit_autocast(graph, mode)
+    graph.recompile()
+    aside.bodies[forward] = graph
 
 
 def _floating(value: Any) -> torch.dtype | None:

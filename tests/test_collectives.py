@@ -71,7 +71,7 @@ def test_one_rank_exchanges_nothing() -> None:
     assert in_graph(simulate(traced(build("nano"), batch("nano", PACK)), 1, 1)) == {}
 
 
-@pytest.mark.parametrize("mesh", [(2, 1), (1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param((2, 1), marks=pytest.mark.slow), (1, 2), (2, 2)], ids=str)
 def test_backward_mirrors_forward(mesh: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     of = traced(build("nano"), batch("nano", PACK))
     ranks, layers = mesh[0] * mesh[1], 2
@@ -89,7 +89,7 @@ def test_backward_mirrors_forward(mesh: tuple[int, int], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("rows", [[[5, 1, 9, 4, 8]], [[27]], [[1] * 27], [[20, 7], [3, 24]]], ids=str)
-@pytest.mark.parametrize("mesh", [(2, 1), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param((2, 1), marks=pytest.mark.slow), (3, 1), (2, 2)], ids=str)
 def test_only_needed_rows_travel(mesh: tuple[int, int], rows: list[list[int]]) -> None:
     result = simulate(traced(build("nano"), batch("nano", rows)), *mesh)
     plan, size = result.runner.last_plan, mesh[0] * mesh[1]

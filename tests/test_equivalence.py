@@ -96,7 +96,7 @@ def test_models_on_meshes(name: str, mesh: tuple[int, int], placement: str) -> N
     check(name, mesh, CORNERS, placement=placement)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", ["balanced", pytest.param("contiguous", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_meshes(mesh: tuple[int, int], placement: str) -> None:
     check("nano", mesh, CORNERS, placement=placement)
@@ -108,7 +108,7 @@ def test_packs(several: list[Rows], mesh: tuple[int, int], placement: str) -> No
     check("nano", mesh, several, placement=placement)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "nano"])
+@pytest.mark.parametrize("name", ["gemma2"])
 def test_float32(name: str) -> None:
     check(name, (2, 2), CORNERS, torch.float32)
 

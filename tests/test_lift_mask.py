@@ -1,4 +1,4 @@
-"""Models written by hand and from a library: the graph after lift_mask against the graph that was traced."""
+"""Models written by hand and from a library: after lift_mask, and on ranks, against what was traced."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from hsap_compile.passes import lift_mask as lift_mask_pass
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.find_attention import find_attention, token_dims
 from hsap_compile.passes.lift_mask import lift_mask
+from hsap_compile.plan import slices
 from hsap_compile.verify import verify
-from mask_cases import CASES, PACKS, Attend, Model, attention, columns, error, packed, scores, trace
-from simulate import Traced, eager, traced
+from mask_cases import CASES, PACKS, Attend, H, Model, attention, columns, error, packed, scores, trace
+from simulate import Traced, eager, simulate_all, traced
 from strategies import dynamic, pack
 
 # --- left as they are -----------------------------------------------------------------------------------
@@ -69,6 +70,28 @@ def test_hand_written(name: str) -> None:
         assert not [n for n in after.module.graph.nodes if len(token_dims(n)) > 1]
     for args in (call.args, *more):
         assert error(eager(after, args), eager(call, args)) < 1e-12
+    on_ranks(call, more, left)
+
+
+def on_ranks(call: Traced, more: list[tuple[Any, ...]], heads: int) -> None:
+    """Outputs and all gradients of several packs on one graph."""
+    calls = [args for args in (call.args, *more) if next(a for a in args if isinstance(a, int)) >= 8]
+    inter, intra = (2, 2) if heads % 2 == 0 else (4, 1)
+    for args, made in zip(calls, simulate_all(call, inter, intra, *calls), strict=True):
+        for step in made.ranks:
+            assert error(step, eager(call, args)) < 1e-12
+
+
+def test_a_causal_mask_beside_documents_may_need_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents scatter the tokens over ranks, perhaps into too many parts for exact slices."""
+
+    def both(m, q, k, v, doc, pos):  # type: ignore[no-untyped-def]
+        return attention(attention(q, k, v, is_causal=True), k, v, packed(q, doc))
+
+    monkeypatch.setattr(slices, "MAX_EXACT", 0)
+    monkeypatch.setattr(slices, "MAX_EXACT_PER_PIECE", 0)
+    call, _ = trace(both)
+    on_ranks(call, [], H)
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -109,7 +132,9 @@ LIBRARY = {
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", LIBRARY)
+@pytest.mark.parametrize(
+    "name", [n if n in ("llama", "gemma2") else pytest.param(n, marks=pytest.mark.slow) for n in LIBRARY]
+)
 def test_library_models(name: str, implementation: str) -> None:
     transformers = pytest.importorskip("transformers")
     if (name, implementation) == ("gemma2", "sdpa"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hsap_compile.kernels import exchange
 from simulate import eager, rebatched, simulate, traced, worst
-from test_shard_tokens import LOCAL, WIDTH, WORDS, Pattern, Program, batch, check, trace
+from test_shard_tokens import LOCAL, ON_MESHES, WIDTH, WORDS, Pattern, Program, batch, check, trace
 
 
 def _twice(x: Tensor, numbers: Tensor) -> Tensor:
@@ -162,11 +162,11 @@ NUMBERED: dict[str, Pattern] = {
 }  # fmt: skip
 
 
+@ON_MESHES
 @pytest.mark.parametrize("name", [*NUMBERED, *WRITTEN])
-def test_numbers_stay_local(name: str) -> None:
+def test_numbers_stay_local(name: str, mesh: tuple[int, int]) -> None:
     of = trace(Program((LOCAL["linear"], (NUMBERED | WRITTEN)[name], LOCAL["affine"])), rows=2)
-    assert check(of, 3, 1, tolerance=1e-11) == []
-    assert check(of, 2, 2, tolerance=1e-11) == []
+    assert check(of, *mesh, tolerance=1e-11) == []
 
 
 @pytest.mark.parametrize("name", ["put in each row", "copied into a tail", "a tail in the order of a mask"])
@@ -233,7 +233,8 @@ def _written(rows: int, trailing: bool) -> Pattern:
     return pattern
 
 
-def test_rows_are_added_in_the_order_of_a_mask() -> None:
+@ON_MESHES
+def test_rows_are_added_in_the_order_of_a_mask(mesh: tuple[int, int]) -> None:
     """As deep layers of a vision tower are; here with a parameter as it is."""
 
     def added(p: Program, x: Tensor, i: Tensor) -> Tensor:
@@ -241,16 +242,15 @@ def test_rows_are_added_in_the_order_of_a_mask() -> None:
         return x.index_put((place,), p.square, accumulate=True)  # as many rows as tokens in the mask
 
     of = trace(Program((LOCAL["linear"], added)), rows=2, tokens=12)
-    assert check(of, 3, 1, tolerance=1e-11) == []
-    assert check(of, 2, 2, tolerance=1e-11) == []
+    assert check(of, *mesh, tolerance=1e-11) == []
 
 
+@ON_MESHES
 @pytest.mark.parametrize("trailing", [True, False])
-def test_rows_are_written_in_the_order_of_a_mask(trailing: bool) -> None:
+def test_rows_are_written_in_the_order_of_a_mask(trailing: bool, mesh: tuple[int, int]) -> None:
     count = int((batch(2, 13)["ids"] > 6).sum())
     of = trace(Program((LOCAL["linear"], _written(count if trailing else count * WIDTH, trailing))), rows=2)
-    assert check(of, 3, 1, tolerance=1e-11) == []
-    assert check(of, 2, 2, tolerance=1e-11) == []
+    assert check(of, *mesh, tolerance=1e-11) == []
 
 
 @pytest.mark.parametrize(("column", "word"), [(0, 1), (1, 7)], ids=["fewer", "more"])

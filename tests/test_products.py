@@ -40,7 +40,12 @@ def error(call: Traced, inter: int, intra: int) -> tuple[float, Program]:
 
 
 SLOW = pytest.mark.slow
-MESHES = [pytest.param((1, 1), marks=SLOW), (3, 1), pytest.param((1, 2), marks=SLOW), (2, 2)]
+MESHES = [
+    pytest.param((1, 1), marks=SLOW),
+    pytest.param((3, 1), marks=SLOW),
+    pytest.param((1, 2), marks=SLOW),
+    (2, 2),
+]
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hsap_compile.passes import _routing
-from test_shard_tokens import MESHES, UNSHRUNK, WIDTH, Program, check, trace
+from test_shard_tokens import MESHES, ON_MESHES, UNSHRUNK, WIDTH, Program, check, trace
 
 EXPERTS, SLOTS = 3, 2
 _grouped_mm = torch.ops.transformers.grouped_mm_fallback
@@ -156,10 +156,11 @@ GATHERED: dict[str, tuple[Callable[[Program, Tensor, Tensor], Tensor], int]] = {
 }  # fmt: skip
 
 
+@ON_MESHES
 @pytest.mark.parametrize("name", LOCAL)
-def test_stays_local(name: str) -> None:
+def test_stays_local(name: str, mesh: tuple[int, int]) -> None:
     of = trace(Program((LOCAL[name],)), rows=2)
-    assert check(of, 3, 1) == [] and check(of, 2, 2) == []
+    assert check(of, *mesh) == []
 
 
 @pytest.mark.parametrize("name", LOCAL)

@@ -16,7 +16,7 @@ from hsap_compile.plan.shifts import Shift, shifted
 from simulate import Traced, eager, simulate, traced, worst
 from strategies import dynamic
 from test_collectives import at_run_time, in_graph
-from test_shard_tokens import fallbacks
+from test_shard_tokens import ON_MESHES, fallbacks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # it says that it copies
 WIDTH, K = 4, 3
@@ -159,12 +159,11 @@ SHIFTS: dict[str, tuple[Pattern, int]] = {
 }  # fmt: skip
 
 
+@ON_MESHES
 @pytest.mark.parametrize("name", SHIFTS)
-def test_stays_local(name: str) -> None:
+def test_stays_local(name: str, mesh: tuple[int, int]) -> None:
     pattern, count = SHIFTS[name]
-    of = trace(pattern)
-    for mesh in ((3, 1), (1, 2)):
-        assert exchanges(check(of, mesh)) == count
+    assert exchanges(check(trace(pattern), mesh)) == count
 
 
 GATHERED: dict[str, tuple[Pattern, int]] = {

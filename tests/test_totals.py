@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hsap_compile.kernels import exchange
 from hsap_compile.passes import _totals
 from simulate import eager, simulate, traced, worst
-from test_shard_tokens import LOCAL, Pattern, Program, batch, check, trace
+from test_shard_tokens import LOCAL, ON_MESHES, Pattern, Program, batch, check, trace
 
 einsum = torch.einsum
 
@@ -87,11 +87,11 @@ TOTALS: dict[str, Pattern] = {
 }
 
 
+@ON_MESHES
 @pytest.mark.parametrize("name", TOTALS)
-def test_totals_stay_local(name: str) -> None:
+def test_totals_stay_local(name: str, mesh: tuple[int, int]) -> None:
     of = trace(Program((LOCAL["linear"], TOTALS[name], LOCAL["affine"])), rows=2)
-    assert check(of, 3, 1, tolerance=1e-11) == []
-    assert check(of, 2, 2, tolerance=1e-11) == []
+    assert check(of, *mesh, tolerance=1e-11) == []
 
 
 #: Computed on gathered tokens: how many operators.

@@ -14,6 +14,8 @@ from models import batch, build, difference
 from pool import Pool
 
 PACKS = [[[5, 1, 9, 4, 8]], [[20, 1, 1, 5]], [[3] * 9]]
+# dynamo makes an instance of autograd.Function (torch 2.13)
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -177,9 +179,49 @@ def regions_of_autocast() -> float:
     return float((x - wanted).detach().abs().max())
 
 
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad.float() @ weight, torch.einsum("bso,bsi->oi", grad.float(), x.float())
+
+
+class Products(Regions):
+    """Custom functions inside of autocast, and in a region without it."""
+
+    def forward(self, ids: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = super().forward(ids, documents)
+        return Product.apply(x, self.layer.weight), Product.apply(
+            y.transpose(1, 2).flatten(2), self.layer.weight
+        )
+
+
+def functions_of_autocast() -> float:
+    """They run under the autocast of their call: types are eager's, and values as near as they can be."""
+    model = Products()
+    reference, step = copy.deepcopy(model), compiled(model)
+    given = torch.arange(12)[None] % 11, torch.tensor([[0] * 5 + [1] * 7])
+    worst = 0.0
+    for function in (step, reference):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = function(*given)
+        assert [x.dtype for x in outputs] == [torch.bfloat16] * 2
+        sum(x.float().square().sum() for x in outputs).backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        worst = max(worst, float((p.grad - q.grad).norm() / q.grad.norm()))
+    assert 0 < worst < 0.02
+    return 0.0
+
+
 CASES = [
     accumulation, several_forwards, optimiser, no_gradients, after_evaluation, frozen, untied, embeddings,
-    low_rank, regions_of_autocast,
+    low_rank, regions_of_autocast, functions_of_autocast,
 ]  # fmt: skip
 
 

@@ -23,8 +23,7 @@ class Shift:
     """Column c in ``into`` reads columns c + k in ``source``, k of ``offsets``; elsewhere nothing.
 
     ``wraps``: ``source`` is a ring of columns, and ``into`` the same.  Columns outside of ``into`` are no
-    part of the result.  They read themselves, a token's numbers, not zeros: a division by zero there would
-    reach the gradients of parameters, though nobody reads the result.
+    part of the result.  They read themselves, a token's numbers: integers may divide.
     """
 
     offsets: tuple[int, ...]
