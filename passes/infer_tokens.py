@@ -6,7 +6,7 @@ a value without, and ``MANY`` for one with several or with one that is no plain 
 A dimension holds tokens when its size contains the symbol of the inputs' length.  Sizes are
 ``outer * length * inner``: ``outer`` rows that were folded in front (``view(B * S, ..)``), ``inner`` behind
 (``view(S * B, ..)``), and a length of S, or S plus or minus a constant after a slice or a pad.  S itself is
-the inputs' length, or a constant more where attentions are over more tokens than that (a prompt in front).
+the inputs' length, or a constant more (a prompt in front) or fewer (inputs that are cut).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TokenAxis:
 
 
 def symbol_of(length: sympy.Expr) -> sympy.Basic:
-    """The symbol of ``length``, which is that or a constant more."""
+    """The symbol of ``length``, which is that and a constant."""
     (symbol,) = length.free_symbols
     return symbol
 

@@ -105,7 +105,7 @@ class Sharder:
 
     @property
     def symbol(self) -> sympy.Basic:
-        """The size of inputs that ``length``, S, is a constant more than, or is."""
+        """The size of inputs: ``length``, S, is that and a constant."""
         return symbol_of(self.length)
 
     # --- emitting ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from threads import run_threads
 
 @dataclass(frozen=True)
 class Traced:
-    """Dynamo's graph, the length of its rows, and the arguments of the traced call."""
+    """Dynamo's graph, the symbol of its inputs' length, and the arguments of the traced call."""
 
     module: torch.fx.GraphModule
     length: sympy.Expr | None
