@@ -70,7 +70,7 @@ def test_hand_written(name: str) -> None:
         assert not [n for n in after.module.graph.nodes if len(token_dims(n)) > 1]
     for args in (call.args, *more):
         assert error(eager(after, args), eager(call, args)) < 1e-12
-    on_ranks(call, more, left)
+    on_ranks(call, more[:2], left)
 
 
 def on_ranks(call: Traced, more: list[tuple[Any, ...]], heads: int) -> None:

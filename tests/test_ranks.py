@@ -37,7 +37,7 @@ def compare(name: str, packs: list[Rows], lower: str, options: dict[str, Any]) -
         ("nano", 2, {"lower": "inductor"}),
         pytest.param("llama", 2, {"lower": "aot_eager", "intra": 1}, marks=pytest.mark.slow),
         ("nano", 4, {"lower": "aot_eager", "intra": 2, "placement": "contiguous"}),
-        ("next token", 2, {"lower": "aot_eager", "intra": 1}),
+        pytest.param("next token", 2, {"lower": "aot_eager", "intra": 1}, marks=pytest.mark.slow),
         pytest.param("next token", 4, {"lower": "inductor", "intra": 2}, marks=pytest.mark.slow),
         pytest.param("llama", 4, {"lower": "aot_eager", "intra": 2}, marks=pytest.mark.slow),
         pytest.param("llama", 4, {"lower": "inductor", "intra": 2}, marks=pytest.mark.slow),

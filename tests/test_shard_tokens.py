@@ -94,6 +94,12 @@ def _filled(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return y
 
 
+def _padded_by_hand(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1] + 2, WIDTH)
+    y[:, 1:-1] = x
+    return y[:, :-2] + y[:, 2:]
+
+
 LOCAL: dict[str, Pattern] = {
     "linear": lambda p, x, i: F.linear(x, p.square, p.vector),
     "matmul": lambda p, x, i: x @ p.square,
@@ -128,10 +134,10 @@ LOCAL: dict[str, Pattern] = {
     "positions": lambda p, x, i: x + torch.arange(x.shape[1]).to(x.dtype).div(9).sin()[:, None],
     "places": lambda p, x, i: x + F.embedding(torch.arange(x.shape[1]) % 64, p.places),
     "learned places": lambda p, x, i: x + p.places[: x.shape[1]] * p.places[3 : x.shape[1] + 3],
-    "context of the first": lambda p, x, i: x + F.scaled_dot_product_attention(
-        x[:, None], p.words.expand(len(x), 1, -1, -1), p.words.expand(len(x), 1, -1, -1),
-        (i[:, None, None, :1] % 3 != torch.arange(WORDS) % 3) + x[:, None, :1, :1].tanh(),
-    )[:, 0],
+    "padded by hand": _padded_by_hand,
+    "more of one row": lambda p, x, i: (
+        x + p.vector.expand(len(x), x.shape[1] + 2, WIDTH).sum(1, keepdim=True) / 9
+    ),
     "other names": lambda p, x, i: torch.concat(
         [x.narrow(-1, 0, 3), torch.multiply(x.narrow(2, 3, 3), -1.0)], -1
     ).swapdims(0, 1).swapaxes(0, 1) + torch.broadcast_to(p.vector, x.shape).absolute().clip(max=0.4),
@@ -212,12 +218,6 @@ LOCAL: dict[str, Pattern] = {
 }  # fmt: skip
 
 
-def _padded_by_hand(p: Program, x: Tensor, i: Tensor) -> Tensor:
-    y = x.new_zeros(x.shape[0], x.shape[1] + 2, WIDTH)
-    y[:, 1:-1] = x
-    return y[:, :-2] + y[:, 2:]
-
-
 GATHERED: dict[str, tuple[Pattern, int]] = {
     "cumsum": (lambda p, x, i: x.cumsum(1) / x.shape[1], 1),
     "turned": (lambda p, x, i: x.flip(1), 1),
@@ -233,10 +233,6 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     "some tokens": (lambda p, x, i: x * (1 + x[i > 4].mean() + x[i < 4].sum() / x.shape[1]), 2),
     "words by frequency": (lambda p, x, i: x + F.embedding(i, p.words, scale_grad_by_freq=True), 1),
     "taken": (lambda p, x, i: x * torch.take(p.square, i * 3)[..., None], 1),
-    "padded by hand": (_padded_by_hand, 2),
-    "more of one row": (
-        lambda p, x, i: x + p.vector.expand(len(x), x.shape[1] + 2, WIDTH).sum(1, keepdim=True) / 9, 1
-    ),
     "rows and columns": (
         lambda p, x, i: torch.einsum(
             "nd,nd->nd", x.flatten(0, 1), x.transpose(0, 1).reshape(-1, WIDTH)
@@ -443,6 +439,16 @@ def test_an_attention_over_other_tokens_says_which() -> None:
 
     (said,) = check(trace(Program((LOCAL["linear"], longer)), rows=2), 3, 1)
     assert "an attention whose queries and keys are not the tokens of a row" in said
+
+
+def test_a_mask_of_a_context_reads_the_token_that_it_names() -> None:
+    def context(p: Program, x: Tensor, i: Tensor) -> Tensor:
+        words = p.words.expand(len(x), 1, -1, -1)
+        allowed = i[:, None, None, :1] % 3 != torch.arange(WORDS) % 3
+        bias = allowed + x[:, None, :1, :1].tanh()
+        return x + F.scaled_dot_product_attention(x[:, None], words, words, bias)[:, 0]
+
+    assert check(trace(Program((LOCAL["linear"], context)), rows=2), 3, 1) == []
 
 
 def test_dropout_on_own_tokens_is_allowed() -> None:

@@ -225,7 +225,12 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+ON_RANKS = (no_gradients, frozen, embeddings)  # the same on two ranks
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c in ON_RANKS), id=c.__name__) for c in CASES]
+)
 def test_one_process(case: Callable[[], float]) -> None:
     assert case() < 1e-6
 
