@@ -181,7 +181,7 @@ def rewrite(
                 if site.mask.soft
                 else "it has a sink, which counts once",
             )
-    again = options.received != "save" and options.lower != "eager"  # which runs no backward of its own
+    again = options.received != "save"
     log.info("choose_saved: %d exchanges are repeated in the backward", choose_saved(graph, again=again))
 
     leaves = [leaf for mask in partitioned.masks for leaf in mask.read]
@@ -197,7 +197,7 @@ def rewrite(
         traffic=partitioned.traffic,
         limit=partitioned.limit,
         bands_only=kernel == "varlen",
-        again=again,
+        again=again and options.lower != "eager",  # which has no backward of its own that would repeat
         on_step=options.on_step,
         tokens=length,
         local_outputs=local_outputs,
