@@ -57,6 +57,9 @@ CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
 
 FLEX_ATTENTION = torch.ops.higher_order.flex_attention
 
+#: What a user sets so that DDP's buckets of parameters do not cut the graph.
+WHOLE_UNDER_DDP = "torch._dynamo.config.optimize_ddp = False"
+
 #: ``x.data``, and what begins torch.func's own derivatives.
 DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 DERIVATIVES = (torch._C._functorch._grad_increment_nesting, torch._C._functorch._jvp_increment_nesting)

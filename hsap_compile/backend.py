@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import (
     FLEX_ATTENTION,
+    WHOLE_UNDER_DDP,
     FakeTensor,
     RetraceWithSymbols,
     belongs_to_module,
@@ -56,8 +57,8 @@ def hsap(
             "DistributedDataParallel cuts the graph into pieces",
             got="a piece of a graph, made for one of DDP's buckets of parameters",
             wanted="the whole graph",
-            do="set torch._dynamo.config.optimize_ddp = False, or compile the model without DDP: its "
-            "gradients are summed over the ranks already",
+            do=f"set {WHOLE_UNDER_DDP}, or compile the model without DDP: its gradients are summed over the "
+            "ranks already",
         )
     return Runner(compile_graph(module, chosen, prepare(module, example_inputs, ranks)))
 

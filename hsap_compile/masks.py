@@ -33,14 +33,12 @@ class Band:
     hi: int | None
 
     def moved(self, by: int) -> Band:
-        """The same of queries that stand ``by`` columns further behind."""
-        lo, hi = (None if end is None else end + by for end in (self.lo, self.hi))
-        return replace(self, lo=lo, hi=hi)
-
-    def holding_itself(self) -> Band:
-        """As wide as it must be for every query to have the key of its own column."""
-        lo, hi = None if self.lo is None else min(self.lo, 0), None if self.hi is None else max(self.hi, 0)
-        return replace(self, lo=lo, hi=hi)
+        """The same of queries that stand ``by`` columns further behind; as much wider as it must be for every
+        query to have the key of its own column: a row of zeros, of no key, may divide."""
+        lo, hi = self.lo, self.hi
+        return replace(
+            self, lo=None if lo is None else min(lo + by, 0), hi=None if hi is None else max(hi + by, 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,7 @@ def placed(mask: Mask, queries: tuple[int, int], keys: tuple[int, int]) -> Mask:
     if queries == keys:
         return replace(mask, logits=logits, others=queries)
     by = queries[0] - keys[0]
-    # every column keeps itself: one without any key would be a row of zeros, which may divide
-    bands = tuple(band.moved(by).holding_itself() for band in mask.bands if band.position == q)
+    bands = tuple(band.moved(by) for band in mask.bands if band.position == q)
     return Mask(logits, bands=bands, residual=True, soft=mask.soft, unread=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from hsap_compile import formula
 from hsap_compile._torch import (
@@ -22,8 +22,6 @@ from hsap_compile._torch import (
     expr_of,
     fake_mode_of,
     fake_table,
-    hint_of,
-    operator_name,
     trace_structured,
 )
 from hsap_compile.errors import Refused, module_of, where
@@ -32,12 +30,11 @@ from hsap_compile.kernels import dense, varlen
 from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
 from hsap_compile.outputs import leaving, warn_of_large
-from hsap_compile.passes._inputs import are_vectors
 from hsap_compile.passes._random import is_random
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.choose_saved import choices, choose_saved
 from hsap_compile.passes.find_attention import Attention, find_attention
-from hsap_compile.passes.infer_tokens import infer_tokens, symbol_of
+from hsap_compile.passes.infer_tokens import infer_tokens, longest_row, symbol_of
 from hsap_compile.passes.lift_mask import lift_mask
 from hsap_compile.passes.lower import lower
 from hsap_compile.passes.partition_attention import Site, partition_attention
@@ -94,7 +91,9 @@ def rewrite(
 
     attentions = find_attention(graph)
     log.info("find_attention: %d attentions", len(attentions))
-    tokens = None if symbol is None else _longest_row(graph, attentions, symbol, ranks)
+    tokens = (
+        None if symbol is None else longest_row(graph, [a.query.tokens for a in attentions], symbol, ranks)
+    )
     dense_masks = lift_mask(graph, attentions, mode)
     log.info("lift_mask: %d masks stay dense", dense_masks)
     as_written = tuple(
@@ -266,53 +265,6 @@ def _kernel(options: Options, device: torch.device) -> str:
             do='pass options={"received": "again"}: rows are then held for one attention at a time',
         )
     return chosen
-
-
-#: What changes the length of a row without looking at its tokens.
-_OF_ROWS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "slice select cat pad constant_pad_nd roll diff unfold conv1d convolution slice_scatter"
-        " select_scatter"
-    ).split()
-)
-_LONGER = 0.25  # keys that are longer than the queries by more than this share do not make all rows longer
-
-
-def _longest_row(
-    graph: GraphModule, attentions: Sequence[Attention], symbol: sympy.Basic, ranks: int
-) -> sympy.Expr:
-    """S, a constant more or fewer than the inputs: the longest row that is attended over and, on several
-    ranks, of the values that parameters take part in.  What is only padded to be cut does not count."""
-    found = set[int]().union(*(_more(attention.query.tokens, symbol) for attention in attentions))
-    queries, learned = max([0, *found]), set[Node]()
-    for node in graph.graph.nodes if ranks > 1 else ():
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            tensor = isinstance(value, torch.Tensor)
-            divided = node.meta["parameter"] or (tensor and (value.requires_grad or are_vectors(value)))
-        else:
-            divided = not learned.isdisjoint(node.all_input_nodes)
-        if not divided:
-            continue
-        learned.add(node)
-        shape = value.shape if isinstance(value, torch.Tensor) and not _passes_by(node) else ()
-        sizes = [size for size in shape if symbol in expr_of(size).free_symbols]
-        more = _more(sizes[0], symbol) if len(sizes) == 1 else set()
-        if all(m <= queries + _LONGER * (hint_of(sizes[0]) - m) for m in more):
-            found |= more
-    return symbol + max(found, default=0)
-
-
-def _more(size: Any, symbol: sympy.Basic) -> set[int]:
-    """How much more than the inputs' length, if a constant."""
-    difference = expr_of(size) - symbol
-    return {int(difference)} if difference.is_Integer else set()
-
-
-def _passes_by(node: Node) -> bool:
-    """Whether rows are made by, and for, nothing but changes of their length."""
-    return all(operator_name(n.target) in _OF_ROWS or n.op == "output" for n in (node, *node.users))
 
 
 def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -184,8 +184,7 @@ class Runner:
         if program.on_step is not None:
             program.on_step(program.report(plan))
         extra = [tables[key] for key in program.tables]
-        devices = {a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda}
-        with _own_random_numbers(rank, devices) if program.random and ranks > 1 else nullcontext():
+        with _own_random_numbers(rank, args) if program.random and ranks > 1 else nullcontext():
             outputs = program.function(*args, *extra)
         if program.writes:
             outputs, written = outputs[: -len(program.writes)], outputs[-len(program.writes) :]
@@ -254,9 +253,10 @@ def prefetch(compiled: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None
 
 
 @contextmanager
-def _own_random_numbers(rank: int, devices: Collection[torch.device]) -> Iterator[None]:
+def _own_random_numbers(rank: int, args: Sequence[Any]) -> Iterator[None]:
     """Every rank draws other numbers, which the seed of all determines; afterwards their generators agree
     again.  Without it, the same seed would drop the same places of every rank's tokens."""
+    devices = {a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda}
     seed = int(torch.randint(2**62, ()))
     with torch.random.fork_rng(list(devices)):
         torch.default_generator.manual_seed(seed + rank)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule, Node
 
-from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, run_fake
+from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, run_fake, without_autocast
 from hsap_compile.graph import placeholders, positional, remove_dead
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Local, NotLocal
@@ -87,7 +87,8 @@ class _Body:
         from hsap_compile.passes.shard_tokens import Sharder
 
         self.start = start
-        self.module = capture_body(body, values, grad=False)
+        with without_autocast():  # explicit in a forward, and not there in a backward
+            self.module = capture_body(body, values, grad=False)
         inputs = placeholders(self.module)
         infer_tokens(self.module, outer.length, dict(zip(inputs, axes, strict=True)))
         self.inner = inner = Sharder(self.module, outer.mode, outer.length, outer.group, strict=False)

@@ -9,16 +9,12 @@ from torch.fx import Node
 
 from hsap_compile._torch import expr_of
 from hsap_compile.graph import placeholders
+from hsap_compile.passes.infer_tokens import are_vectors
 
 if TYPE_CHECKING:
     from hsap_compile.passes.shard_tokens import Sharder
 
 aten = torch.ops.aten
-
-
-def are_vectors(value: torch.Tensor) -> bool:
-    """Whether an input that has tokens is more than a number of each."""
-    return value.is_floating_point() and value.dim() > 2
 
 
 def write_inputs(sharder: Sharder, columns: torch.Tensor, order: torch.Tensor) -> None:

@@ -12,15 +12,16 @@ the inputs' length, or a constant more (a prompt in front) or fewer (inputs that
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from hsap_compile._torch import expr_of, operator_name
+from hsap_compile._torch import expr_of, hint_of, operator_name
 
 
 class Tokens(Enum):
@@ -61,6 +62,57 @@ def symbol_of(length: sympy.Expr) -> sympy.Basic:
     """The symbol of ``length``, which is that and a constant."""
     (symbol,) = length.free_symbols
     return symbol
+
+
+#: What changes the length of a row without looking at its tokens.
+_OF_ROWS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "slice select cat pad constant_pad_nd roll diff unfold conv1d convolution slice_scatter"
+        " select_scatter"
+    ).split()
+)
+_LONGER = 0.25  # keys that are longer than the queries by more than this share do not make all rows longer
+
+
+def longest_row(module: GraphModule, attended: Sequence[Any], symbol: sympy.Basic, ranks: int) -> sympy.Expr:
+    """S, a constant more or fewer than ``symbol``, the inputs' length: the longest of ``attended``, the
+    numbers of queries, and, on several ranks, of the rows that parameters take part in.  What is only padded
+    to be cut does not count."""
+    found = set[int]().union(*(_more(size, symbol) for size in attended))
+    queries, learned = max([0, *found]), set[Node]()
+    for node in module.graph.nodes if ranks > 1 else ():
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            tensor = isinstance(value, torch.Tensor)
+            divided = node.meta["parameter"] or (tensor and (value.requires_grad or are_vectors(value)))
+        else:
+            divided = not learned.isdisjoint(node.all_input_nodes)
+        if not divided:
+            continue
+        learned.add(node)
+        shape = value.shape if isinstance(value, torch.Tensor) and not _passes_by(node) else ()
+        sizes = [size for size in shape if symbol in expr_of(size).free_symbols]
+        more = _more(sizes[0], symbol) if len(sizes) == 1 else set()
+        if all(m <= queries + _LONGER * (hint_of(sizes[0]) - m) for m in more):
+            found |= more
+    return symbol + max(found, default=0)
+
+
+def _more(size: Any, symbol: sympy.Basic) -> set[int]:
+    """How much more than the inputs' length, if a constant."""
+    difference = expr_of(size) - symbol
+    return {int(difference)} if difference.is_Integer else set()
+
+
+def _passes_by(node: Node) -> bool:
+    """Whether rows are made by, and for, nothing but changes of their length."""
+    return all(operator_name(n.target) in _OF_ROWS or n.op == "output" for n in (node, *node.users))
+
+
+def are_vectors(value: torch.Tensor) -> bool:
+    """Whether an input that has tokens is more than a number of each."""
+    return value.is_floating_point() and value.dim() > 2
 
 
 def infer_tokens(

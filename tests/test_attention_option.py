@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from hsap_compile.options import parse
 from models import batch, build
 from pool import Pool
 from test_ranks import PACKS, compare
+from test_row_lengths import PATTERNS, Model
+from test_row_lengths import batch as rows
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,26 @@ def test_flex_attention_on_ranks(pool: Pool, name: str, intra: int) -> None:
     options = {"attention": "flex", "intra": intra}
     for errors in pool.run(compare, name, PACKS[:2], "eager", options, world=2):
         assert max(errors) < 2e-5
+
+
+def other_columns(name: str) -> float:
+    """Queries and keys that are a part of the columns."""
+    model, given = Model(PATTERNS[name]).float(), rows([9, 1, 14])
+    reference = copy.deepcopy(model)
+    step = torch.compile(model, backend="hsap", options={"attention": "flex", "lower": "eager"})
+    results = [f(**given) for f in (step, reference)]
+    for loss, *_ in results:
+        loss.backward()
+    errors = [float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True)]
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        errors.append(0.0 if p.grad is None or q.grad is None else float((p.grad - q.grad).abs().max()))
+    return max(errors)
+
+
+@pytest.mark.parametrize("name", ["memory_in_front", "prompt_of_all_documents"])
+def test_flex_attention_of_other_columns(pool: Pool, name: str) -> None:
+    assert max(pool.run(other_columns, name, world=2)) < 2e-5
 
 
 def test_flex_attention_has_no_backward_in_inductor_on_cpu() -> None:

@@ -83,6 +83,7 @@ TOTALS: dict[str, Pattern] = {
         x + (x[:, 1:].log_softmax(1) * p.vector).mean(1, keepdim=True)
     ),
     "pooled by softmax": lambda p, x, i: x + ((x @ p.vector).softmax(1)[:, None] @ x),
+    "softmax in another type": lambda p, x, i: x * x.detach().float().softmax(1, dtype=torch.float64),
     "summed alone": lambda p, x, i: x + einsum("bsd,de->be", x, p.square)[:, None],
 }
 

@@ -158,7 +158,7 @@ class Regions(nn.Module):
         self.words, self.layer, self.qkv = nn.Embedding(11, 16), nn.Linear(16, 16), nn.Linear(16, 48)
         self.one = nn.Buffer(torch.ones(1, 1))
 
-    def forward(self, ids: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", enabled=False):
             x = self.layer(self.words(ids))
             numbers = (documents[..., None].float() @ self.one)[..., 0]  # 256 and 257 are one in bfloat16
@@ -194,23 +194,24 @@ class Product(torch.autograd.Function):
 class Products(Regions):
     """Custom functions inside of autocast, and in a region without it."""
 
-    def forward(self, ids: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
         x, y = super().forward(ids, documents)
-        return Product.apply(x, self.layer.weight), Product.apply(
-            y.transpose(1, 2).flatten(2), self.layer.weight
-        )
+        y = Product.apply(y.transpose(1, 2).flatten(2), self.layer.weight)
+        with torch.autocast("cpu", enabled=False):
+            z = Product.apply(x, self.layer.weight)
+        return Product.apply(x, self.layer.weight), y, z
 
 
 def functions_of_autocast() -> float:
     """They run under the autocast of their call: types are eager's, and values as near as they can be."""
     model = Products()
-    reference, step = copy.deepcopy(model), compiled(model)
+    reference, step = copy.deepcopy(model), compiled(model, strict=True)  # and they stay on the rank
     given = torch.arange(12)[None] % 11, torch.tensor([[0] * 5 + [1] * 7])
     worst = 0.0
     for function in (step, reference):
         with torch.autocast("cpu", torch.bfloat16):
             outputs = function(*given)
-        assert [x.dtype for x in outputs] == [torch.bfloat16] * 2
+        assert [x.dtype for x in outputs] == [torch.bfloat16, torch.bfloat16, torch.float32]
         sum(x.float().square().sum() for x in outputs).backward()
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
