@@ -9,8 +9,9 @@ import functools
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -213,6 +214,36 @@ def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs
             return target(*args, **kwargs)
     finally:
         mode.allow_non_fake_inputs = before
+
+
+@dataclass(frozen=True)
+class Described:
+    """``key`` is equal for values that every operator treats alike, as far as shapes go; ``symbols`` are
+    those of their sizes."""
+
+    key: Hashable
+    symbols: frozenset[sympy.Basic]
+
+
+def described(values: Any) -> Described:
+    """Operands of an operator, or what it returned: tensors, sizes, constants, and lists of them."""
+    symbols: set[sympy.Basic] = set()
+
+    def key(value: Any) -> Hashable:
+        if isinstance(value, FakeTensor):
+            sizes = tuple(map(key, (*value.shape, *value.stride(), value.storage_offset())))
+            kind = (value.dim(), value.dtype, value.device, value.layout, value.requires_grad)
+            return sizes, kind, value.is_conj(), value.is_neg(), value.constant
+        if isinstance(value, torch.SymInt):
+            symbols.update(value.node.expr.free_symbols)
+            return value.node.expr
+        if isinstance(value, list | tuple):
+            return tuple(map(key, value))
+        if isinstance(value, dict):
+            return tuple((name, key(part)) for name, part in value.items())
+        return (type(value), value) if isinstance(value, Hashable) else object()  # which equals nothing else
+
+    return Described(key(values), frozenset(symbols))
 
 
 def fake_table(

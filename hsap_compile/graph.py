@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import SET_GRAD_ENABLED, run_fake
+from hsap_compile._torch import SET_GRAD_ENABLED, described, is_operator, run_fake
 
 #: What a new node takes over from the node it stands for: where it came from, not what it is.
 _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id", "custom")
@@ -18,19 +18,43 @@ _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac
 class Builder:
     """Appends calls to ``graph`` (at its current insertion point) and infers their values.
 
-    ``origin`` is the node that new ones stand for: they get its place in the user's source.
+    ``origin`` is the node that new ones stand for: they get its place in the user's source.  ``inferred``
+    is shared by builders that meet operators on operands of the same shapes: layers repeat.
     """
 
-    def __init__(self, graph: Graph, mode: Any, origin: Node | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        mode: Any,
+        origin: Node | None = None,
+        inferred: dict[Hashable, Any] | None = None,
+    ) -> None:
         self.graph, self.mode, self.origin = graph, mode, origin
+        self.inferred = {} if inferred is None else inferred
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        operands, options = map_arg((args, kwargs), lambda n: n.meta["val"])
+        return self.returning(self._inferred(target, operands, options), target, *args, **kwargs)
+
+    def returning(self, value: Any, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A call that is known to return what looks like ``value``."""
         node = self.graph.call_function(target, args, kwargs)
         if self.origin is not None:
             node.meta.update({k: self.origin.meta[k] for k in _ORIGIN if k in self.origin.meta})
-        values = map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = run_fake(self.mode, target, *values)
+        node.meta["val"] = value
         return node
+
+    def _inferred(self, target: Any, operands: Any, options: Any) -> Any:
+        if not is_operator(target):
+            return run_fake(self.mode, target, operands, options)
+        given = described((operands, options))
+        key = (target, given.key)
+        if key not in self.inferred:
+            value = run_fake(self.mode, target, operands, options)
+            if not described(value).symbols <= given.symbols:  # of sizes that are new with every call
+                return value
+            self.inferred[key] = value
+        return self.inferred[key]
 
     def size(self, tensor: Node, dim: int) -> Any:
         """The size of a dimension: an int, or a node."""

@@ -54,3 +54,8 @@ def attention(
 _library.impl("attention", attention, "CompositeImplicitAutograd")
 
 OP = torch.ops.hsap.attention.default
+
+
+def result(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What looks like ``attention(q, .., v, ..)``, which takes long to find out from its formula."""
+    return q.new_empty((*q.shape[:3], v.shape[3]))

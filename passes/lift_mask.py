@@ -126,7 +126,8 @@ def _rewrite(
         # under autocast the operator casts; the canonical one takes what the result has
         operands = [x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands]
         read = [emit(aten.detach.default, leaf) if cut else leaf for leaf, cut in leaves]
-        node = emit(dense.OP, *operands, read, formula.dumps(mask.logits), scale)
+        looks = dense.result(operands[0].meta["val"], operands[2].meta["val"])
+        node = emit.returning(looks, dense.OP, *operands, read, formula.dumps(mask.logits), scale)
         node.meta.update(mask=mask, reads=tuple(where(leaf) for leaf, _ in leaves))
         query, shape = attention.query, output.meta["val"].shape
         parts = [*query.rows, query.token, WIDTH]

@@ -17,7 +17,7 @@ the new graph takes as inputs; each part of it may be empty.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,7 @@ def partition_attention(
     planned: list[PlannedMask] = []
     traffic: list[Traffic] = []
     found: list[Site] = []
+    inferred: dict[Hashable, Any] = {}
     for site in sites:
         _check_heads(site, mesh)
     limit = _receive_limit(sites, mesh, _length_of(module, length), most)
@@ -151,7 +152,7 @@ def partition_attention(
             plannable = planned[keys.index(key)].plannable
             check_site(site, operands[0], operands[2], mask, plannable)
         with module.graph.inserting_before(site):
-            build = Builder(module.graph, mode, site)
+            build = Builder(module.graph, mode, site, inferred)
             index = keys.index(key)
             if kernel == "flex" and index not in writers:
                 writers[index] = _writer(tables, index, mask, leaves, kernel_options or {})

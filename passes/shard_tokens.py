@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -96,6 +96,7 @@ class Sharder:
     differentiable: set[Node] = field(default_factory=set)
     no_grad: set[Node] = field(default_factory=set)
     fallbacks: list[Fallback] = field(default_factory=list)
+    inferred: dict[Hashable, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     symbols: dict[sympy.Expr, Node] = field(default_factory=dict)
     locally_used: set[Node] = field(default_factory=set)
@@ -112,7 +113,7 @@ class Sharder:
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new call of ``target``, its value inferred; where it comes from is kept."""
-        return Builder(self.graph, self.mode, self.origin)(target, *args, **kwargs)
+        return Builder(self.graph, self.mode, self.origin, self.inferred)(target, *args, **kwargs)
 
     def size(self, expr: Any) -> Any:
         """A whole size: an int, or a node that computes it from the sizes of inputs."""

@@ -1,0 +1,76 @@
+"""What builders infer once, and what they must not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import Graph, Node
+
+from hsap_compile._torch import FakeTensorMode, ShapeEnv
+from hsap_compile.graph import Builder
+
+aten = torch.ops.aten
+
+
+def placeholder(build: Builder, value: torch.Tensor) -> Node:
+    node = build.graph.placeholder(f"x{len(build.graph.nodes)}")
+    node.meta["val"] = build.mode.from_tensor(value, static_shapes=True)
+    return node
+
+
+def builder() -> Builder:
+    return Builder(Graph(), FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+
+
+def test_an_operator_is_inferred_once_for_operands_alike() -> None:
+    build = builder()
+    x, y = (placeholder(build, torch.zeros(3, 4)) for _ in range(2))
+    assert build(aten.add.Tensor, x, 1.0).meta["val"] is build(aten.add.Tensor, y, 1.0).meta["val"]
+    again = Builder(build.graph, build.mode, inferred=build.inferred)
+    assert again(aten.add.Tensor, x, 1.0).meta["val"] is build(aten.add.Tensor, y, 1.0).meta["val"]
+
+
+#: Pairs of operands that differ in one thing, on which what the operator returns depends.
+UNLIKE = {
+    "size": (aten.neg.default, [torch.zeros(3, 4)], [torch.zeros(4, 3)]),
+    "stride": (aten.clone.default, [torch.zeros(4, 4)], [torch.zeros(4, 4).t()]),
+    "offset": (aten.as_strided.default, [torch.zeros(8)[1:5], [2], [1]], [torch.zeros(8)[2:6], [2], [1]]),
+    "type": (aten.neg.default, [torch.zeros(3)], [torch.zeros(3, dtype=torch.float64)]),
+    "constant": (
+        aten.add.Tensor,
+        [torch.zeros(3, dtype=torch.int64), 1],
+        [torch.zeros(3, dtype=torch.int64), 1.0],
+    ),
+    "truth": (aten.sum.dim_IntList, [torch.zeros(3), [0], True], [torch.zeros(3), [0], False]),
+    "list": (aten.permute.default, [torch.zeros(2, 3, 4), [0, 2, 1]], [torch.zeros(2, 3, 4), [1, 0, 2]]),
+    "conjugate": (
+        aten.resolve_conj.default,
+        [torch.zeros(3, dtype=torch.complex64)],
+        [torch.zeros(3, dtype=torch.complex64).conj()],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_operands_unlike_are_inferred_anew(name: str) -> None:
+    target, *calls = UNLIKE[name]
+    build = builder()
+    for given in calls:
+        operands = [placeholder(build, x) if isinstance(x, torch.Tensor) else x for x in given]
+        made, wanted = build(target, *operands).meta["val"], target(*given)
+        assert looks(made) == looks(wanted)
+    first, second = build.inferred.values()
+    assert first is not second
+
+
+def looks(value: torch.Tensor) -> Any:
+    return value.shape, value.stride(), value.storage_offset(), value.dtype, value.is_conj()
+
+
+def test_sizes_that_depend_on_data_are_new_with_every_call() -> None:
+    build = builder()
+    given = [placeholder(build, torch.zeros(3, 4)) for _ in range(2)]
+    sizes = [build(aten.nonzero.default, x).meta["val"].shape[0].node.expr for x in given]
+    assert sizes[0] != sizes[1]
