@@ -29,6 +29,11 @@ _EXACT = (
         "pass the same whole batch on every rank; the backend shards it",
     ),
     _BATCHES,
+    (
+        "the ranks made different plans for one batch",
+        "run the same version of this package and of numpy on every rank, on processors of one kind: each"
+        " rank plans for itself, and the last digit of a number may decide where a document goes",
+    ),
 )
 #: The same of floating values, which may differ in their last digits.
 _NEARLY = (
@@ -42,12 +47,13 @@ _NEARLY = (
 
 @dataclass(frozen=True)
 class Claim:
-    """One rank's call: its graph's ``signature``, S, the digest of its documents, the graph's inputs, and
-    which of them are parameters."""
+    """One rank's call: its graph's ``signature``, S, the digests of its documents and of its plan, the
+    graph's inputs, and which of them are parameters."""
 
     signature: int
     tokens: int
     documents: bytes
+    plan: int
     args: Sequence[Any]
     parameters: frozenset[int]
 
@@ -57,7 +63,7 @@ class Claim:
         content = zlib.crc32(repr(numbers).encode(), zlib.crc32(self.documents))
         for value in self._inputs(floating=False):
             content = zlib.crc32(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes(), content)
-        return [self.signature, self.tokens, content]
+        return [self.signature, self.tokens, content, self.plan]
 
     def nearly(self) -> list[float]:
         """As ``_NEARLY``: sums in which every element counts, in its place."""

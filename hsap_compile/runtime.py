@@ -169,15 +169,25 @@ class Runner:
         tokens = program.length(args)
         leaves = program.read(args)
         digest = _digest(leaves, tokens)
+        try:
+            planned: Any = self._plan(args, leaves, tokens, rank, digest)
+        except Exception as error:  # the other ranks wait for this one's claim all the same
+            planned = error
+        failed = isinstance(planned, Exception)
         if _AHEAD.get():
-            self._plan(args, leaves, tokens, rank, digest)
-            raise _Planned
+            raise planned if failed else _Planned
         first = self.calls == 0
         if ranks > 1 and (first or program.check != "first"):
-            claim = Claim(program.signature, tokens, digest, args, program.parameters)
-            check(claim, ranks, program.group, thorough=first or program.check == "always")
+            made = 0 if failed else planned[0].digest()
+            claim = Claim(program.signature, tokens, digest, made, args, program.parameters)
+            try:
+                check(claim, ranks, program.group, thorough=first or program.check == "always")
+            except Refused as refused:
+                raise planned if failed else refused from None
+        if failed:
+            raise planned
         self.calls += 1
-        plan, tables = self._plan(args, leaves, tokens, rank, digest)
+        plan, tables = planned
         if not self.warned:
             self.warned = _warn_of_leaks(args, program, plan)
         self.last_plan = plan

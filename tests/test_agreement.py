@@ -1,0 +1,71 @@
+"""What a rank claims of its plan, on simulated ranks whose host sides differ.
+
+That ranks compare batches, graphs and parameters is in ``tests/test_ranks.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from hsap_compile.plan import Plan
+from hsap_compile.runtime import Program, Runner
+from models import batch, build
+from simulate import simulate, traced
+from threads import run_threads
+
+
+class Failing(Program):
+    """Finds no plan."""
+
+    def plan(self, *batch: Any) -> Plan:
+        raise ValueError("this rank alone has no plan")
+
+
+@pytest.fixture(scope="module")
+def said() -> Callable[..., list[str]]:
+    """What each of two ranks says in a step whose host side is another on every rank."""
+    of = traced(build("nano"), batch("nano", [[5, 1, 9, 4, 8]]))
+    program = simulate(of, 2, 1, backward=False).program
+
+    def step(changes: list[Any]) -> str:
+        try:
+            Runner(changes[dist.get_rank()](program))(*of.args)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "accepted"
+
+    return lambda *changes: run_threads(2, step, changes)
+
+
+def elsewhere(program: Program) -> Program:
+    return replace(program, placement="contiguous")
+
+
+def failing(program: Program) -> Program:
+    return Failing(**vars(program))
+
+
+def test_alike(said: Any) -> None:
+    assert said(replace, replace) == said(elsewhere, elsewhere) == ["accepted"] * 2
+
+
+def test_another_plan_for_the_same_batch_is_refused(said: Any) -> None:
+    """As of a processor that rounds otherwise: the rows that it sends are not those that others wait for."""
+    for text in said(replace, elsewhere):
+        assert text.startswith("Refused: hsap: the ranks made different plans for one batch.")
+        assert "got:    ranks [1] differ from rank 0" in text and "do:     run the same version" in text
+
+
+def test_a_rank_that_finds_no_plan_leaves_no_other_waiting(said: Any) -> None:
+    first, second = said(replace, failing)
+    assert first.startswith("Refused: hsap: the ranks made different plans for one batch.")
+    assert second == "ValueError: this rank alone has no plan"
+
+
+def test_ranks_that_find_no_plan_say_why(said: Any) -> None:
+    assert said(failing, failing) == ["ValueError: this rank alone has no plan"] * 2
