@@ -167,9 +167,10 @@ class Runner:
                 "without the graph break between them (TORCH_LOGS=graph_breaks)",
             )
         tokens = program.length(args)
-        leaves = program.read(args)
-        digest = _digest(leaves, tokens)
+        digest = b""
         try:
+            leaves = program.read(args)
+            digest = _digest(leaves, tokens)
             planned: Any = self._plan(args, leaves, tokens, rank, digest)
         except Exception as error:  # the other ranks wait for this one's claim all the same
             planned = error

@@ -23,7 +23,14 @@ class Failing(Program):
     """Finds no plan."""
 
     def plan(self, *batch: Any) -> Plan:
-        raise ValueError("this rank alone has no plan")
+        raise ValueError("nothing was found")
+
+
+class Blind(Program):
+    """Cannot read the documents."""
+
+    def read(self, *args: Any) -> Any:
+        raise ValueError("nothing was found")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,10 @@ def failing(program: Program) -> Program:
     return Failing(**vars(program))
 
 
+def blind(program: Program) -> Program:
+    return Blind(**vars(program))
+
+
 def test_alike(said: Any) -> None:
     assert said(replace, replace) == said(elsewhere, elsewhere) == ["accepted"] * 2
 
@@ -61,11 +72,16 @@ def test_another_plan_for_the_same_batch_is_refused(said: Any) -> None:
         assert "got:    ranks [1] differ from rank 0" in text and "do:     run the same version" in text
 
 
-def test_a_rank_that_finds_no_plan_leaves_no_other_waiting(said: Any) -> None:
-    first, second = said(replace, failing)
-    assert first.startswith("Refused: hsap: the ranks made different plans for one batch.")
-    assert second == "ValueError: this rank alone has no plan"
+@pytest.mark.parametrize(
+    ("last", "what"),
+    [(failing, "made different plans for one batch"), (blind, "were given different batches")],
+)
+def test_a_rank_that_finds_no_plan_leaves_no_other_waiting(said: Any, last: Any, what: str) -> None:
+    first, second = said(replace, last)
+    assert first.startswith(f"Refused: hsap: the ranks {what}.")
+    assert second == "ValueError: nothing was found"
 
 
-def test_ranks_that_find_no_plan_say_why(said: Any) -> None:
-    assert said(failing, failing) == ["ValueError: this rank alone has no plan"] * 2
+@pytest.mark.parametrize("both", [failing, blind])
+def test_ranks_that_find_no_plan_say_why(said: Any, both: Any) -> None:
+    assert said(both, both) == ["ValueError: nothing was found"] * 2
