@@ -32,14 +32,30 @@ _library = torch.library.Library("hsap", "FRAGMENT")
 _c10d = torch.ops._c10d_functional
 
 
+#: The types that every backend of ``torch.distributed`` sends and adds up.
+SENT = {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}
+SENT |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def _as_sent(x: torch.Tensor) -> torch.Tensor:
+    """``x``, contiguous; with its bytes as one more dimension if its type is not sent."""
+    x = x.contiguous()
+    return x if x.dtype in SENT else x.unsqueeze(-1).view(torch.uint8)
+
+
+def _as_was(sent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return sent if dtype in SENT else sent.view(dtype).squeeze(-1)
+
+
 def all_gather(x: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
     """``x`` (N, ...) of every rank, (ranks * N, ...) in order of rank.  Not differentiable."""
-    return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.contiguous(), ranks, group))
+    return _as_was(_c10d.wait_tensor(_c10d.all_gather_into_tensor(_as_sent(x), ranks, group)), x.dtype)
 
 
 def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum of ``x`` over the ranks.  Not differentiable."""
-    return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), "sum", group))
+    wide = x if x.dtype in SENT or x.is_complex() else x.float() if x.is_floating_point() else x.long()
+    return _c10d.wait_tensor(_c10d.all_reduce(wide.contiguous(), "sum", group)).to(x.dtype)
 
 
 def define(schema: str, implementation: Any, fake: Any, backward: Any = None, setup: Any = None) -> Any:
@@ -216,7 +232,7 @@ def _start(x: torch.Tensor, splits: torch.Tensor, rows: int, reverse: bool, grou
             f"hsap::all_to_all: splits send {sum(outgoing)} rows and receive {sum(incoming)}, "
             f"but x has {x.shape[0]} rows and the result {rows}; pass the tables of one plan"
         )
-    return _c10d.all_to_all_single(x.contiguous(), incoming, outgoing, group)
+    return _as_was(_c10d.all_to_all_single(_as_sent(x), incoming, outgoing, group), x.dtype)
 
 
 def _all_to_all(x: torch.Tensor, splits: torch.Tensor, rows: int, reverse: bool, group: str) -> torch.Tensor:

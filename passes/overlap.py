@@ -81,7 +81,7 @@ def overlap(graph: Graph) -> None:
             backward_in_parts(graph, node)
         elif node.target is exchange.ALL_TO_ALL:
             _start_and_wait(graph, node, exchange.ALL_TO_ALL_START, *node.args)
-        elif node.target is exchange.SUM_RANKS:
+        elif node.target is exchange.SUM_RANKS and node.meta["val"].dtype in exchange.SENT:
             x, group = node.args
             _start_and_wait(graph, node, exchange.ALL_REDUCE_START, x, "sum", group)
         elif node.target in (exchange.BROADCAST, exchange.SHARE):

@@ -13,6 +13,7 @@ import torch
 
 from hsap_compile.kernels import exchange
 from models import batch, build
+from pool import Pool
 from simulate import Simulated, rebatched, simulate, simulate_all, traced
 from test_plan import allowed
 
@@ -199,3 +200,44 @@ def _transposes(tokens: int) -> dict[str, float]:
         operator(x, group).backward(cotangent)
         errors[name] = float((combine(x.grad) - cotangent).abs().max())
     return errors
+
+
+TYPES = (
+    "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float8_e4m3fn float8_e5m2 float16 bfloat16"
+    " float32 float64 complex64 complex128"
+)
+
+
+def test_values_of_every_type_travel(pool: Pool) -> None:
+    """Those that gloo does not send as well."""
+    for wrong in pool.run(_travels, world=2):
+        assert wrong == []
+
+
+def _travels() -> list[str]:
+    """What did not arrive as it was."""
+    import torch.distributed as dist
+
+    rank, group = dist.get_rank(), dist.group.WORLD.group_name
+    splits = torch.tensor([[[1, 3], [1, 3]], [[3, 1], [3, 1]]][rank])
+    wrong = []
+    for name in TYPES.split():
+        dtype = getattr(torch, name)
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        whole = (torch.arange(24).view(2, 4, 3) % 7).to(dtype)
+        exchanged = torch.cat([whole[0, :1], whole[1, :3]] if rank == 0 else [whole[0, 1:], whole[1, 3:]])
+        for shape in ((4, 3), (4, 3, 1)):
+            x = whole[rank].view(shape)
+            got = {
+                "gather": (exchange.all_gather(x, 2, group), whole.view(8, *shape[1:])),
+                "all_to_all": (exchange.ALL_TO_ALL(x, splits, 4, False, group), exchanged.view(shape)),
+                "vector": (exchange.all_gather(x.flatten(), 2, group), whole.flatten()),
+            }
+            if dtype != torch.bool:
+                got["sum"] = exchange.all_reduce(x, group), whole.to(wide).sum(0).to(dtype).view(shape)
+            wrong += [f"{what} {name} {shape}" for what, pair in got.items() if not _same(*pair)]
+    return wrong
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.view(torch.uint8).equal(b.view(torch.uint8))
