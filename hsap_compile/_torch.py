@@ -410,7 +410,16 @@ def check_version(version: str = torch.__version__) -> None:
 def trace_aten(mode: FakeTensorMode, function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.Graph:
     """The ATen operators that ``function`` runs on ``inputs`` (fake tensors of ``mode``, sizes)."""
     with _tracing(mode), torch._C._DisableAutocast():
-        return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs).graph
+        return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*_distinct(inputs)).graph
+
+
+def _distinct(values: Sequence[Any]) -> Iterator[Any]:
+    """``values``, no tensor among them twice: which input is read is told by the object."""
+    seen = set[int]()
+    for value in values:
+        again = isinstance(value, torch.Tensor) and id(value) in seen
+        seen.add(id(value))
+        yield value.detach().requires_grad_(value.requires_grad) if again else value
 
 
 def flex_block_mask(lengths: tuple[Any, Any], tables: Sequence[Any], block: int, mask_mod: Any) -> Any:

@@ -71,15 +71,14 @@ class Claim:
         return [sum(map(_weighted, values)) for values in (parameters, self._inputs(floating=True))]
 
     def _inputs(self, floating: bool) -> list[torch.Tensor]:
-        return [
-            x
-            for i, x in enumerate(self.args)
-            if isinstance(x, torch.Tensor) and i not in self.parameters and x.is_floating_point() == floating
-        ]
+        inputs = [x for i, x in enumerate(self.args) if i not in self.parameters]
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        return [x for x in tensors if (x.is_floating_point() or x.is_complex()) == floating]
 
 
 def _weighted(x: torch.Tensor) -> float:
-    flat = x.detach().double().abs().flatten()
+    x = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
+    flat = x.double().abs().flatten()
     return float(flat @ torch.linspace(1, 2, flat.numel(), dtype=flat.dtype, device=flat.device))
 
 

@@ -112,13 +112,6 @@ def _check_inputs(module: GraphModule) -> None:
                 wanted="tensors on cpu or cuda: partial attention has no other kernels",
                 do="move the model and the batch there, or use another backend",
             )
-        if isinstance(value, torch.Tensor) and (value.is_complex() or value.is_quantized):
-            raise Refused(
-                "complex and quantised inputs are not supported",
-                got=f"{node.name}: {value.dtype}",
-                wanted="floating, integer or boolean tensors",
-                do="convert it before the call (torch.view_as_real for complex numbers)",
-            )
 
 
 def _sequence_size(module: GraphModule) -> Any:
@@ -166,10 +159,11 @@ def _attended(module: GraphModule) -> Iterator[tuple[Any, Sequence[Any]]]:
 
 
 def _fix_rows(module: GraphModule) -> None:
-    """Other numbers of rows compile again: they are numbers in the graph."""
+    """Other numbers of rows compile again: they are numbers in the graph, unless they depend on data."""
     for _, rows in _attended(module):
         for size in rows:
-            int(size)
+            if not isinstance(size, torch.SymInt) or size.node.hint is not None:
+                int(size)
 
 
 def _operand(node: Node) -> torch.Tensor:

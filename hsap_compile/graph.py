@@ -19,7 +19,8 @@ class Builder:
     """Appends calls to ``graph`` (at its current insertion point) and infers their values.
 
     ``origin`` is the node that new ones stand for: they get its place in the user's source.  ``inferred``
-    is shared by builders that meet operators on operands of the same shapes: layers repeat.
+    is shared by builders that meet operators on operands of the same shapes, as layers repeat: several nodes
+    then have one value.  None: every node has its own.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Builder:
         inferred: dict[Hashable, Any] | None = None,
     ) -> None:
         self.graph, self.mode, self.origin = graph, mode, origin
-        self.inferred = {} if inferred is None else inferred
+        self.inferred = inferred
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         operands, options = map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -45,7 +46,7 @@ class Builder:
         return node
 
     def _inferred(self, target: Any, operands: Any, options: Any) -> Any:
-        if not is_operator(target):
+        if self.inferred is None or not is_operator(target):
             return run_fake(self.mode, target, operands, options)
         given = described((operands, options))
         key = (target, given.key)

@@ -39,7 +39,7 @@ SENT |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 def _as_sent(x: torch.Tensor) -> torch.Tensor:
     """``x``, contiguous; with its bytes as one more dimension if its type is not sent."""
-    x = x.contiguous()
+    x = x.resolve_conj().contiguous()
     return x if x.dtype in SENT else x.unsqueeze(-1).view(torch.uint8)
 
 

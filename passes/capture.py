@@ -171,10 +171,18 @@ def _explicit_in_forward(aside: Aside, mode: Any) -> None:
     aside.bodies[forward] = graph
 
 
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple | list) and value else value
+
+
 def _floating(value: Any) -> torch.dtype | None:
-    if isinstance(value, tuple | list) and value:
-        value = value[0]
+    value = _first(value)
     return value.dtype if isinstance(value, torch.Tensor) and value.is_floating_point() else None
+
+
+def _differentiable(value: Any) -> bool:
+    value = _first(value)
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _was_cast(mode: Any, node: Node, operands: list[Node], wanted: torch.dtype) -> bool:
@@ -272,9 +280,7 @@ def _views(module: GraphModule) -> set[Node]:
 
 
 def _storage(node: Node) -> int | None:
-    value = node.meta.get("val")
-    if isinstance(value, tuple | list) and value:
-        value = value[0]
+    value = _first(node.meta.get("val"))
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
@@ -292,7 +298,7 @@ def _tracked(module: GraphModule) -> set[Node]:
             enabled
             and node.target is not aten.detach.default
             and not reads_no_numbers(node)
-            and _floating(node.meta.get("val")) is not None
+            and _differentiable(node.meta.get("val"))
             and any(n in found for n in node.all_input_nodes)
         ):
             found.add(node)

@@ -162,7 +162,7 @@ def worst(got: Step, wanted: Step) -> tuple[float, float]:
     outputs = [
         relative(a, b)
         for a, b in zip(got.outputs, wanted.outputs, strict=True)
-        if isinstance(b, torch.Tensor) and b.is_floating_point()
+        if isinstance(b, torch.Tensor) and (b.is_floating_point() or b.is_complex())
     ]
     largest = max((float(g.abs().max()) for g in wanted.gradients.values() if g.numel()), default=0.0)
     floor = 0.0 if math.isnan(largest) else 1e-4 * largest
@@ -172,6 +172,8 @@ def worst(got: Step, wanted: Step) -> tuple[float, float]:
 
 def relative(got: torch.Tensor, wanted: torch.Tensor, floor: float = 0.0) -> float:
     assert got.shape == wanted.shape, f"shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    if wanted.is_complex():
+        got, wanted = (torch.view_as_real(x.resolve_conj()) for x in (got, wanted))
     assert torch.equal(got.isnan(), wanted.isnan()), "NaN where eager has none, or the other way round"
     difference = (
         (got.double() - wanted.double()).nan_to_num().abs().max() if got.numel() else torch.tensor(0.0)

@@ -105,9 +105,38 @@ def test_fewer_than_two_tokens_a_rank_are_refused() -> None:
     assert "7" in str(caught.value) and "4" in str(caught.value)
 
 
-def test_complex_inputs_are_refused() -> None:
-    with pytest.raises(Exception, match=r"complex and quantised inputs are not supported"):
-        torch.compile(lambda x: x * 2, backend="hsap")(torch.ones(4, dtype=torch.complex64))
+class Turned(torch.nn.Module):
+    """Rotates queries and keys by complex numbers: a buffer, a parameter and an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.words = torch.nn.Parameter(torch.randn(11, 8, dtype=torch.float64, generator=g))
+        self.turn = torch.nn.Parameter(torch.randn(4, dtype=torch.complex128, generator=g))
+        angles = torch.outer(torch.arange(64), torch.arange(1, 5) * 0.1).double()
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
+
+    def forward(self, ids: torch.Tensor, phases: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.words[ids]
+        z = torch.view_as_complex(x.unflatten(-1, (4, 2))) * self.turns[: ids.shape[1]]
+        y = torch.view_as_real(z * self.turns[ids] * self.turn * phases[..., None].conj()).flatten(2)[:, None]
+        same = (ids[:, None] == 0).cumsum(2)
+        y = torch.nn.functional.scaled_dot_product_attention(
+            y, y, x[:, None], same[..., None] == same[:, :, None]
+        )
+        return (y * z.abs().sum()).square().mean(), z.conj(), z.sum(1)
+
+
+def test_complex_buffers_parameters_and_inputs() -> None:
+    g = torch.Generator().manual_seed(1)
+    given = {
+        "ids": torch.randint(0, 4, (1, 19), generator=g),
+        "phases": torch.randn(1, 19, dtype=torch.complex128, generator=g),
+    }
+    of = traced(Turned(), given)
+    for mesh in ((3, 1), (1, 1)):
+        for step in simulate(of, *mesh).ranks:
+            assert max(worst(step, eager(of))) <= 1e-12
 
 
 def test_other_devices_are_refused() -> None:

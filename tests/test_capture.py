@@ -264,6 +264,17 @@ def test_writes_that_autograd_does_not_see_are_refused() -> None:
         capture(trace(lambda x: x.detach().mul_(2) + x).module)
 
 
+def test_so_are_those_into_what_complex_numbers_were() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * 1j).flatten(-2) * 1.0
+        with torch.no_grad():
+            y.mul_(2)
+        return y
+
+    with pytest.raises(Refused, match="in place, unseen by autograd, into a value with a gradient"):
+        capture(trace(function).module)
+
+
 def test_writes_into_new_tensors_that_are_like_one_with_a_gradient() -> None:
     def function(x: Tensor) -> Tensor:
         y = x * 2

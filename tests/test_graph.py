@@ -9,7 +9,8 @@ import torch
 from torch.fx import Graph, Node
 
 from hsap_compile._torch import FakeTensorMode, ShapeEnv
-from hsap_compile.graph import Builder
+from hsap_compile.graph import Builder, ancestors
+from hsap_compile.kernels.flex import inline
 
 aten = torch.ops.aten
 
@@ -20,16 +21,32 @@ def placeholder(build: Builder, value: torch.Tensor) -> Node:
     return node
 
 
-def builder() -> Builder:
-    return Builder(Graph(), FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+def builder(inferred: Any = None) -> Builder:
+    return Builder(
+        Graph(), FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), inferred=inferred
+    )
 
 
 def test_an_operator_is_inferred_once_for_operands_alike() -> None:
-    build = builder()
+    build = builder({})
     x, y = (placeholder(build, torch.zeros(3, 4)) for _ in range(2))
     assert build(aten.add.Tensor, x, 1.0).meta["val"] is build(aten.add.Tensor, y, 1.0).meta["val"]
     again = Builder(build.graph, build.mode, inferred=build.inferred)
     assert again(aten.add.Tensor, x, 1.0).meta["val"] is build(aten.add.Tensor, y, 1.0).meta["val"]
+
+
+def test_without_being_asked_every_node_has_a_value_of_its_own() -> None:
+    build = builder()
+    x = placeholder(build, torch.zeros(3, 4))
+    assert build(aten.add.Tensor, x, 1.0).meta["val"] is not build(aten.add.Tensor, x, 1.0).meta["val"]
+
+
+def test_nodes_that_share_a_value_are_not_taken_for_one_another() -> None:
+    build = builder({})
+    a, b = (build(aten.neg.default, placeholder(build, torch.zeros(3))) for _ in range(2))
+    assert a.meta["val"] is b.meta["val"]
+    difference = inline(build, lambda a, b: a - b * b, a, b)
+    assert set(ancestors([difference])) >= {a, b}
 
 
 #: Pairs of operands that differ in one thing, on which what the operator returns depends.
@@ -56,7 +73,7 @@ UNLIKE = {
 @pytest.mark.parametrize("name", UNLIKE)
 def test_operands_unlike_are_inferred_anew(name: str) -> None:
     target, *calls = UNLIKE[name]
-    build = builder()
+    build = builder({})
     for given in calls:
         operands = [placeholder(build, x) if isinstance(x, torch.Tensor) else x for x in given]
         made, wanted = build(target, *operands).meta["val"], target(*given)
@@ -70,7 +87,7 @@ def looks(value: torch.Tensor) -> Any:
 
 
 def test_sizes_that_depend_on_data_are_new_with_every_call() -> None:
-    build = builder()
+    build = builder({})
     given = [placeholder(build, torch.zeros(3, 4)) for _ in range(2)]
     sizes = [build(aten.nonzero.default, x).meta["val"].shape[0].node.expr for x in given]
     assert sizes[0] != sizes[1]
