@@ -139,6 +139,23 @@ def test_complex_buffers_parameters_and_inputs() -> None:
             assert max(worst(step, eager(of))) <= 1e-12
 
 
+class Seeing(Tiny):
+    """Adds what it sees in the images that are not blank, however many those are."""
+
+    def forward(self, images: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
+        seen = images[images.any(-1).any(-1)][:, None]
+        seen = torch.nn.functional.scaled_dot_product_attention(seen, seen, seen)
+        return super().forward(**given) + seen.mean((0, 1, 2))[0]
+
+
+def test_an_attention_over_rows_whose_number_depends_on_data() -> None:
+    images = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images[1] = 0
+    of = traced(Seeing(), {"images": images, **batch([0, 0, 1, 1, 1, 2])})
+    for step in simulate(of, 2, 1).ranks:
+        assert max(worst(step, eager(of))) <= 1e-12
+
+
 def test_other_devices_are_refused() -> None:
     with pytest.raises(Exception, match=r"meta tensors are not supported"):
         torch.compile(lambda x: x * 2, backend="hsap")(torch.ones(4, device="meta"))
