@@ -88,6 +88,19 @@ def keeping(share: float | None) -> AbstractContextManager[Any]:
 without_autocast = torch._C._DisableAutocast
 
 
+@contextmanager
+def reading_numbers(inputs: Sequence[Any]) -> Iterator[None]:
+    """What is compiled may read a number from a tensor: dynamo passes a Python float that changes as one, and
+    remembers which only in its own inputs.  (With fullgraph=True torch allows it by itself.)"""
+    mode = fake_mode_of(inputs)
+    before = mode.allow_scalar_outputs
+    mode.allow_scalar_outputs = True
+    try:
+        yield
+    finally:
+        mode.allow_scalar_outputs = before
+
+
 class RetraceWithSymbols(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):
     """Ask dynamo to trace the frame again, now that dimensions were marked dynamic.
 
@@ -181,7 +194,7 @@ _COMPOSED = (
     "narrow swapdims swapaxes moveaxis broadcast_to ravel hstack vstack dstack column_stack row_stack concat"
     " concatenate atleast_1d atleast_2d atleast_3d outer ger inner kron nanmean trapezoid trapz fliplr flipud"
     " subtract multiply divide true_divide greater greater_equal less less_equal not_equal clip absolute"
-    " negative"
+    " negative reshape_as"
 )
 
 
@@ -269,6 +282,12 @@ def fake_table(
 def shape_env_of(mode: FakeTensorMode) -> ShapeEnv | None:
     """The shape environment of a fake mode; None when every size is static."""
     return mode.shape_env
+
+
+def size_now(mode: FakeTensorMode, symbol: sympy.Basic) -> sympy.Expr:
+    """What a size is after guards that were taken since: it may have been found equal to another one, or to a
+    number."""
+    return symbol if mode.shape_env is None else mode.shape_env.replace(symbol)
 
 
 def is_pointwise(target: Any) -> bool:

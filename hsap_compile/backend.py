@@ -20,20 +20,21 @@ from hsap_compile._torch import (
     check_version,
     equal_now,
     expr_of,
-    fixed_at,
     guard_at_most,
     hint_of,
     mark_symbolic,
 )
-from hsap_compile.errors import Refused, innermost
+from hsap_compile.errors import Refused
 from hsap_compile.graph import placeholders, positional
 from hsap_compile.mesh import world
 from hsap_compile.options import parse
 from hsap_compile.passes._varlen import cumulative_lengths
-from hsap_compile.pipeline import LEAST, compile_graph
+from hsap_compile.pipeline import LEAST, compile_graph, constant_length
 from hsap_compile.runtime import Runner
 
 log = logging.getLogger("hsap_compile")
+
+_FEW = 8  # tokens by which a batch's inputs may differ in length
 
 
 def hsap(
@@ -60,7 +61,13 @@ def hsap(
             do=f"set {WHOLE_UNDER_DDP}, or compile the model without DDP: its gradients are summed over the "
             "ranks already",
         )
-    return Runner(compile_graph(module, chosen, prepare(module, example_inputs, ranks)))
+    with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+        return Runner(compile_graph(module, chosen, prepare(module, example_inputs, ranks)))
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    """In the place of a caller's hooks (a checkpoint's): what is traced is no business of theirs."""
+    return x
 
 
 def of_constants(module: GraphModule) -> bool:
@@ -205,24 +212,19 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
         )
     length = int(expr)
     cut = _cuts_buffers(module, {length, *(hint_of(size) for size, _ in _attended(module))})
-    inputs = [
-        (example, _token_dims(node.meta["example_value"], length))
+    given = [
+        (example, node.meta["example_value"])
         for node, example in zip(placeholders(module), example_inputs, strict=True)
         if isinstance(node.meta["example_value"], torch.Tensor) and not belongs_to_module(node)
     ]
-    for which in (0, 1):  # likely ones; where S stays a number, others that are as long
+    inputs = [(example, _token_dims(value, length)) for example, value in given]
+    for which in range(3):  # likely ones; where S stays a number, others that are as long, or nearly
         marked = [mark_symbolic(x, dim, unknown=cut) for x, dims in inputs for dim in dims[which]]
         if any(marked) and length > 1:
             raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
-    if any(likely for _, (likely, _) in inputs) and length > 1:
-        raise Refused(
-            "the sequence length stays a constant",
-            got=f"a graph for exactly {length} tokens",
-            wanted="a symbolic length: documents and lengths change without compiling again",
-            do="drop dynamic=False, and code that needs the length as a Python number; make buffers that are "
-            f"exactly {length} long longer than the rows",
-            at=innermost(fixed_at([n.meta["example_value"] for n in placeholders(module)])),
-        )
+    as_long = any(hint_of(size) == length for _, value in given for size in value.shape[-2:])
+    if as_long and length > 1:
+        raise constant_length(length, [n.meta["example_value"] for n in placeholders(module)])
     return None
 
 
@@ -241,13 +243,16 @@ def _cuts_buffers(module: GraphModule, lengths: Collection[int]) -> bool:
     return False
 
 
-def _token_dims(value: torch.Tensor, length: int) -> tuple[list[int], list[int]]:
+def _token_dims(value: torch.Tensor, length: int) -> tuple[list[int], list[int], list[int]]:
     """The dimensions of an input that are ``length`` long: those that hold the tokens of a row, and others,
-    which may be so long by chance (a width), or hold them as well (a mask)."""
+    which may be so long by chance (a width), or hold them as well (a mask).  Last, those that may hold a few
+    tokens fewer or more (of labels that were shifted, of words that are cut inside of the model)."""
     matching = [d for d, size in enumerate(value.shape) if expr_of(size) == length]
-    chosen = matching[-1:]
+    chosen, last = matching[-1:], value.dim() - 1
     if value.dim() >= 4 or value.dtype == torch.bool:  # a dense mask
         chosen = matching[-2:]
     elif value.is_floating_point() and value.dim() > 2:
-        chosen = [d for d in matching if d == 1] or matching[:1]
-    return chosen, [d for d in matching if d not in chosen and (d > 0 or value.dim() < 3)]
+        chosen, last = [d for d in matching if d == 1] or matching[:1], 1
+    others = [d for d in matching if d not in chosen and (d > 0 or value.dim() < 3)]
+    near = last >= 0 and isinstance(value.shape[last], int) and 0 < abs(value.shape[last] - length) <= _FEW
+    return chosen, others, [last] if near else []

@@ -22,9 +22,12 @@ from hsap_compile._torch import (
     expr_of,
     fake_mode_of,
     fake_table,
+    fixed_at,
+    size_now,
+    source_name,
     trace_structured,
 )
-from hsap_compile.errors import Refused, module_of, where
+from hsap_compile.errors import Refused, innermost, module_of, where
 from hsap_compile.graph import extract, placeholders, positional
 from hsap_compile.kernels import dense, varlen
 from hsap_compile.mesh import group_name, mesh_shape, world
@@ -83,7 +86,13 @@ def rewrite(
     mode = fake_mode_of(values)
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
     stopped = break_of(module)
+    names = tuple(source_name(n) for n in placeholders(module))
     graph = capture(module)
+    if symbol is not None:
+        size = size_now(mode, symbol)
+        if size.is_Integer and ranks > 1:
+            raise constant_length(int(size), values)
+        symbol = next(iter(size.free_symbols), None)
     writes: tuple[int, ...] = graph.meta["writes"]
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
     returned = len(positional(output)[0]) - len(writes)
@@ -202,6 +211,7 @@ def rewrite(
         local_outputs=local_outputs,
         writes=writes,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
+        names=names,
         signature=zlib.crc32(_signature(graph, mesh, kernel, partitioned.limit, options).encode()),
         check=options.check,
         fallbacks=fallbacks,
@@ -317,6 +327,18 @@ def _without_tokens(graph: GraphModule, attentions: Sequence[Attention], options
 def _static_length(attentions: Sequence[Attention]) -> int:
     """For one rank and a length that no input has (image patches, say)."""
     return int(attentions[0].query.tokens) if attentions else 1
+
+
+def constant_length(length: int, inputs: Sequence[Any]) -> Refused:
+    """Of a graph that is for one ``length`` only, with such ``inputs``."""
+    return Refused(
+        "the sequence length stays a constant",
+        got=f"a graph for exactly {length} tokens",
+        wanted="a symbolic length: documents and lengths change without compiling again",
+        do="drop dynamic=False, and code that needs the length as a Python number; make buffers that are "
+        f"exactly {length} long longer than the rows",
+        at=innermost(fixed_at(inputs)),
+    )
 
 
 def _no_tokens() -> Refused:

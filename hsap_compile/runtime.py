@@ -72,10 +72,11 @@ class Program:
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
     from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension, how much more than
     its size S is), or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
-    ``writes`` the inputs that the last outputs are written into; ``signature`` is the same wherever the
-    graph is, and ``check`` what ranks compare (see ``Options``); ``fallbacks`` are the operators on gathered
-    tokens; ``random``: whether the graph draws random numbers; ``again``: whether rows are received again in
-    the backward; ``limit``: in how many stages, and when; ``bands_only``: no kernel evaluates a formula.
+    ``writes`` the inputs that the last outputs are written into; ``names`` what the model calls its inputs;
+    ``signature`` is the same wherever the graph is, and ``check`` what ranks compare (see ``Options``);
+    ``fallbacks`` are the operators on gathered tokens; ``random``: whether the graph draws random numbers;
+    ``again``: whether rows are received again in the backward; ``limit``: in how many stages, and when;
+    ``bands_only``: no kernel evaluates a formula.
     """
 
     function: Callable[..., Any]
@@ -91,6 +92,7 @@ class Program:
     local_outputs: Mapping[int, Rows]
     writes: tuple[int, ...]
     parameters: frozenset[int]
+    names: tuple[str, ...]
     signature: int
     check: str = "batch"
     fallbacks: tuple[Fallback, ...] = ()
@@ -195,8 +197,9 @@ class Runner:
         if program.on_step is not None:
             program.on_step(program.report(plan))
         extra = [tables[key] for key in program.tables]
+        given = _written_apart(args, program) if program.writes else args
         with _own_random_numbers(rank, args) if program.random and ranks > 1 else nullcontext():
-            outputs = program.function(*args, *extra)
+            outputs = program.function(*given, *extra)
         if program.writes:
             outputs, written = outputs[: -len(program.writes)], outputs[-len(program.writes) :]
             with torch.no_grad():
@@ -261,6 +264,33 @@ def prefetch(compiled: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None
         pass
     finally:
         _AHEAD.reset(token)
+
+
+def _written_apart(args: Sequence[Any], program: Program) -> list[Any]:
+    """``args``, copies where the graph has a new value for one: a backward may read what it was.
+
+    Raises ``Refused`` where another one lies in the same memory: the graph knows each by itself.
+    """
+    tensors = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.numel()]
+    places = np.array([_memory(args[i]) for i in tensors])
+    for i in program.writes:
+        first, last = _memory(args[i])
+        for j in np.flatnonzero((places[:, 0] < last) & (places[:, 1] > first)):
+            if tensors[j] != i and args[i].numel():
+                raise Refused(
+                    "the model writes into an input that shares memory with another one",
+                    got=f"{program.names[i]}, which is written into, and {program.names[tensors[j]]}",
+                    wanted="what is written into in memory of its own",
+                    do="clone one of the two (x.clone()) before the call, or in the model's constructor",
+                )
+    with torch.no_grad():
+        return [x.clone() if i in program.writes else x for i, x in enumerate(args)]
+
+
+def _memory(x: torch.Tensor) -> tuple[int, int]:
+    """From which byte to which it lies."""
+    span = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + span * x.itemsize
 
 
 @contextmanager

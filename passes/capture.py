@@ -84,6 +84,7 @@ def capture(module: GraphModule) -> GraphModule:
             _explicit_in_forward(aside, mode)
     put_back(graph, asides)
     _explicit_types(graph, mode)
+    _drop_empty_parts(graph, mode)
     _drop_idle_dropout(graph)
     _explicit_autocast(graph, mode)
     _functionalize(graph, mode)
@@ -100,6 +101,7 @@ def capture_body(body: GraphModule, inputs: Sequence[Any], *, grad: bool) -> Gra
     for placeholder, value in zip(placeholders(graph), inputs, strict=True):
         placeholder.meta.update(val=value, parameter=False)
     _explicit_types(graph, fake_mode_of(inputs))
+    _drop_empty_parts(graph, fake_mode_of(inputs))
     _functionalize(graph, fake_mode_of(inputs))
     remove_dead(graph)
     return graph
@@ -123,6 +125,22 @@ def _explicit_types(module: GraphModule, mode: Any) -> None:
         new.meta["val"] = value
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
+
+
+def _drop_empty_parts(module: GraphModule, mode: Any) -> None:
+    """``cat`` takes empty vectors among tensors of any rank: a cache starts as one.  Their type counts."""
+    for node in list(module.graph.nodes):
+        if node.target is not aten.cat.default:
+            continue
+        parts, value = positional(node)[0], node.meta["val"]
+        full = [x for x in parts if x.meta["val"].dim() == value.dim()]
+        if 0 < len(full) < len(parts):
+            with module.graph.inserting_before(node):
+                emit = Builder(module.graph, mode, node)
+                new = emit(aten.cat.default, full, *positional(node)[1:], **node.kwargs)
+                new = new if new.meta["val"].dtype == value.dtype else emit(aten.to.dtype, new, value.dtype)
+            node.replace_all_uses_with(new)
+            module.graph.erase_node(node)
 
 
 def _explicit_autocast(module: GraphModule, mode: Any) -> None:

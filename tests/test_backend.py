@@ -156,6 +156,63 @@ def test_an_attention_over_rows_whose_number_depends_on_data() -> None:
         assert max(worst(step, eager(of))) <= 1e-12
 
 
+class Ratios(Tiny):
+    """Compares with what it said before of all tokens but the first; its words are one more than S."""
+
+    def forward(self, words: torch.Tensor, documents: torch.Tensor, old: torch.Tensor) -> Any:
+        ids, labels = words[:, :-1], words[:, 1:]
+        said = super().forward(ids, documents).log_softmax(-1)
+        said = said.gather(-1, labels[..., None] % 8).squeeze(-1)[:, :-1]
+        return ((said - old).exp() * old).mean(), said
+
+
+def test_inputs_of_a_few_tokens_more_or_fewer() -> None:
+    given = batch([0, 0, 1, 1, 1, 2, 2, 3])
+    given["words"] = torch.cat([given.pop("ids"), torch.tensor([[3]])], 1)
+    given["old"] = torch.rand(1, 7, dtype=torch.float64)
+    of = traced(Ratios(), given)
+    for step in simulate(of, 3, 1).ranks:
+        assert max(worst(step, eager(of))) <= 1e-12
+
+
+class Joined(Tiny):
+    """Puts its rows behind those of a cache that is empty."""
+
+    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        y = super().forward(ids, documents)
+        return torch.cat([torch.tensor([]), y.reshape_as(y.clone()), torch.tensor([])], dim=-2)
+
+
+def test_empty_vectors_that_are_joined_with_rows() -> None:
+    of = traced(Joined(), batch([0, 0, 1, 1, 1, 2]))
+    for step in simulate(of, 2, 1, strict=True).ranks:
+        assert max(worst(step, eager(of))) <= 1e-12
+
+
+class TorchsOwnMasked(torch.nn.Module):
+    """torch's module, which compares the sizes of its mask with those of its input."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+        mask = torch.full((longest, longest), -torch.inf, dtype=torch.float64).triu(1)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        mask = self.mask[: x.shape[1], : x.shape[1]]
+        return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0] * ids[..., None]
+
+
+def test_a_buffer_that_fixes_the_length_is_said_to() -> None:
+    x, ids = torch.randn(1, 9, 8, dtype=torch.float64), torch.arange(9)[None]
+    of = traced(TorchsOwnMasked(10), {"x": x, "ids": ids})
+    for step in simulate(of, 2, 1).ranks:
+        assert max(worst(step, eager(of))) <= 1e-12
+    with pytest.raises(Exception, match=r"the sequence length stays a constant") as caught:
+        simulate(traced(TorchsOwnMasked(9), {"x": x, "ids": ids}), 2, 1)
+    assert "make buffers that are exactly 9 long longer than the rows" in str(caught.value)
+
+
 def test_other_devices_are_refused() -> None:
     with pytest.raises(Exception, match=r"meta tensors are not supported"):
         torch.compile(lambda x: x * 2, backend="hsap")(torch.ones(4, device="meta"))

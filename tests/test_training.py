@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+from hsap_compile.errors import Refused
 from models import batch, build, difference
 from pool import Pool
 
@@ -220,9 +222,79 @@ def functions_of_autocast() -> float:
     return 0.0
 
 
+def checkpointed_as_a_whole() -> float:
+    """What the compiler traces is not what the checkpoint counts."""
+    model, reference = pair()
+    step, given = compiled(model), packs()[0]
+    for function in (step, reference):
+        torch.utils.checkpoint.checkpoint(lambda f: f(**given)[0], function, use_reentrant=False).backward()
+    return error_of_gradients(model, reference)
+
+
+class Weighted(nn.Module):
+    """A loss with a weight that is a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("nano")
+
+    def forward(self, weight: float, **given: Any) -> Any:
+        loss, logits = self.inner(**given)
+        return loss * weight + weight**2, logits
+
+
+def a_number_that_changes() -> float:
+    """It is no reason to break the graph, nor to compile for every value."""
+    model = Weighted()
+    reference, step = copy.deepcopy(model), compiled(model)
+    counters.clear()
+    errors = [difference(step, model, reference, {"weight": w, **packs()[0]}) for w in (1.0, 0.7, 0.4, 0.2)]
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 3
+    return max(errors)
+
+
+def views_of_one_row() -> float:
+    """Inputs of the same length with other strides, in turns."""
+    model, reference = pair()
+    step, errors = compiled(model), []
+    row = batch("nano", [[6, 1, 9, 4, 8]])
+    views = {name: x[:, :-1] for name, x in row.items()}
+    whole = {name: x.contiguous() for name, x in views.items()}
+    for given in (views, whole, views):
+        errors.append(difference(step, model, reference, given))
+    return max(errors)
+
+
+class Scaled(nn.Module):
+    """Divides by statistics of the past, and then updates them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("nano")
+        self.register_buffer("mean", torch.rand(61, dtype=torch.float64))
+        self.register_buffer("view", self.mean.view(1, -1), persistent=False)
+        self.reads_view = False
+
+    def forward(self, **given: Any) -> Any:
+        loss, logits = self.inner(**given)
+        out = (logits * self.mean.sin().exp() + self.mean.clone()).square().mean()
+        with torch.no_grad():
+            self.mean.mul_(0.5).add_(logits.mean((0, 1)), alpha=0.1)
+        return out + self.view.sum() if self.reads_view else out, logits
+
+
+def buffers_of_the_past() -> float:
+    """The backward reads what a buffer was."""
+    model = Scaled()
+    reference, step = copy.deepcopy(model), torch.compile(model, backend="hsap")
+    errors = [difference(step, model, reference, given) for given in packs()[:1] * 2]
+    return max(*errors, float((model.mean - reference.mean).abs().max()))
+
+
 CASES = [
     accumulation, several_forwards, optimiser, no_gradients, after_evaluation, frozen, untied, embeddings,
-    low_rank, regions_of_autocast, functions_of_autocast,
+    low_rank, regions_of_autocast, functions_of_autocast, checkpointed_as_a_whole, a_number_that_changes,
+    views_of_one_row, buffers_of_the_past,
 ]  # fmt: skip
 
 
@@ -236,7 +308,7 @@ def test_one_process(case: Callable[[], float]) -> None:
     assert case() < 1e-6
 
 
-SLOW = (optimiser, after_evaluation, untied, low_rank)
+SLOW = (optimiser, after_evaluation, untied, low_rank, checkpointed_as_a_whole, buffers_of_the_past)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +316,30 @@ SLOW = (optimiser, after_evaluation, untied, low_rank)
 )
 def test_two_ranks(pool: Pool, case: Callable[[], float]) -> None:
     assert max(pool.run(case, world=2)) < 1e-6
+
+
+# --- memory that inputs share ---------------------------------------------------------------------------
+
+
+def test_a_write_into_memory_that_another_input_lies_in_is_refused() -> None:
+    model = Scaled()
+    model.reads_view = True
+    with pytest.raises(Refused, match="writes into an input that shares memory with another one") as caught:
+        compiled(model)(**packs()[0])
+    assert "got:    mean, which is written into, and view" in str(caught.value)
+    assert "do:     clone one of the two (x.clone())" in str(caught.value)
+
+
+def test_parts_of_one_piece_of_memory_are_told_apart() -> None:
+    def step(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        x.add_(ids)
+        return x.sum() + y.sum()
+
+    rows = torch.zeros(3, 1, 12, dtype=torch.int64)
+    ids, function = torch.arange(12)[None], compiled(step)
+    assert int(function(rows[0], rows[1], ids)) == 66 and torch.equal(rows[0], ids)
+    with pytest.raises(Refused, match="shares memory"):
+        function(rows.view(1, 36)[:, 3:15], rows[1], ids)
 
 
 # --- low precision: no worse than eager's own error, within a factor ----------------------------------
