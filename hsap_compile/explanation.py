@@ -150,7 +150,7 @@ class _Explainer:
             grad_sync=self.options.grad_sync,
             grad=self.grad,
             step=step,
-            whole=self.ranks > 1 and isinstance(program.tokens, int),
+            whole=program.whole,
             break_reason=stopped,
         )
 

@@ -134,7 +134,7 @@ class Explanation:
 # --- text ------------------------------------------------------------------------------------------------
 
 
-_WHOLE = "no input says how long a row is: every rank computes all of the graph"
+_WHOLE = "no value is made of the tokens of a row: every rank computes all of the graph"
 
 
 def _indented(text: str) -> str:

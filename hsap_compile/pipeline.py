@@ -117,9 +117,10 @@ def rewrite(
     inputs = len(placeholders(graph))
     fallbacks: tuple[Fallback, ...] = ()
     local_outputs: Mapping[int, Rows] = {}
+    whole = False
     length: tuple[int, int, int] | int
     if tokens is None and ranks > 1:
-        tokens, length = _without_tokens(graph, attentions, options), LEAST * ranks
+        tokens, length = _without_tokens(attentions), LEAST * ranks
     else:
         length = _static_length(attentions) if tokens is None else _token_input(graph, tokens, inputs)
     symbol = None if tokens is None else symbol_of(tokens)
@@ -127,6 +128,8 @@ def rewrite(
     if ranks > 1:
         assert tokens is not None
         _refuse_cache(graph, attentions)
+        call = next((n for n in graph.graph.nodes if n.op == "call_function"), None)
+        first = "" if call is None else f", from {where(call)} on"
         infer_tokens(graph, tokens)
         columns, order = (
             fake_table(mode, torch.zeros(shape, dtype=torch.int64, device=device), (len(shape) - 1,), LEAST)
@@ -153,6 +156,11 @@ def rewrite(
                 fallback.reason,
                 fallback.at,
             )
+        whole = sharded.whole or isinstance(length, int)
+        if whole:
+            if options.strict:
+                raise _no_tokens()
+            log.warning("no value is made of the tokens of a row: every rank computes all of it%s", first)
         log.info("shard_tokens: %d operators on gathered tokens", len(fallbacks))
         _done("shard_tokens", graph, symbol)
         if options.grad_sync:
@@ -215,6 +223,7 @@ def rewrite(
         signature=zlib.crc32(_signature(graph, mesh, kernel, partitioned.limit, options).encode()),
         check=options.check,
         fallbacks=fallbacks,
+        whole=whole,
         random=any(is_random(n) for n in graph.graph.nodes),
     )
     return Rewritten(graph, program, partitioned.sites, as_written)
@@ -313,14 +322,11 @@ def _token_input(graph: GraphModule, tokens: sympy.Expr, inputs: int) -> tuple[i
     raise _no_tokens()
 
 
-def _without_tokens(graph: GraphModule, attentions: Sequence[Attention], options: Options) -> sympy.Symbol:
+def _without_tokens(attentions: Sequence[Attention]) -> sympy.Symbol:
     """A symbol that no size has: a piece between graph breaks may get no batch, and then every rank computes
     all of it."""
-    if attentions or options.strict:
+    if attentions:
         raise _no_tokens()
-    first = next((n for n in graph.graph.nodes if n.op == "call_function"), None)
-    at = "" if first is None else f", from {where(first)} on"
-    log.warning("no input of a graph says how long a row is: every rank computes all of it%s", at)
     return sympy.Symbol("tokens")
 
 

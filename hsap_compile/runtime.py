@@ -74,9 +74,9 @@ class Program:
     its size S is), or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
     ``writes`` the inputs that the last outputs are written into; ``names`` what the model calls its inputs;
     ``signature`` is the same wherever the graph is, and ``check`` what ranks compare (see ``Options``);
-    ``fallbacks`` are the operators on gathered tokens; ``random``: whether the graph draws random numbers;
-    ``again``: whether rows are received again in the backward; ``limit``: in how many stages, and when;
-    ``bands_only``: no kernel evaluates a formula.
+    ``fallbacks`` are the operators on gathered tokens; ``whole``: every rank computes all; ``random``:
+    whether the graph draws random numbers; ``again``: whether rows are received again in the backward;
+    ``limit``: in how many stages, and when; ``bands_only``: no kernel evaluates a formula.
     """
 
     function: Callable[..., Any]
@@ -96,6 +96,7 @@ class Program:
     signature: int
     check: str = "batch"
     fallbacks: tuple[Fallback, ...] = ()
+    whole: bool = False
     random: bool = False
     again: bool = False
     limit: ReceiveLimit = ReceiveLimit()

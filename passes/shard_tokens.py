@@ -62,11 +62,12 @@ class Fallback:
 @dataclass(frozen=True)
 class Sharded:
     """What the pass made: the new graph's module, what it could not keep local, and the outputs that are this
-    rank's rows."""
+    rank's rows; ``whole``: it has operators, and none is for one rank's rows."""
 
     module: GraphModule
     fallbacks: tuple[Fallback, ...]
     local_outputs: Mapping[int, Rows]
+    whole: bool
 
 
 class Rows(NamedTuple):
@@ -478,7 +479,8 @@ def shard_tokens(
         if not placeholder.users:  # nothing is gathered, or a rule gave up
             new.graph.erase_node(placeholder)
     new.recompile()
-    return Sharded(new, tuple(sharder.fallbacks), stay)
+    whole = not sharder.home and any(n.op == "call_function" for n in sharder.heavy)
+    return Sharded(new, tuple(sharder.fallbacks), stay, whole)
 
 
 def _rows(sharder: Sharder, node: Node) -> Rows | None:

@@ -156,6 +156,32 @@ def test_an_attention_over_rows_whose_number_depends_on_data() -> None:
         assert max(worst(step, eager(of))) <= 1e-12
 
 
+class Unused(torch.nn.Module):
+    """Takes tokens, and computes with something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
+
+    def forward(self, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.weight).square().sum() + ids.shape[1]
+
+
+def test_a_graph_that_every_rank_computes_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    of = traced(Unused(), {"ids": batch([0] * 9)["ids"], "x": torch.randn(3, 5, dtype=torch.float64)})
+    with caplog.at_level(logging.WARNING, "hsap_compile"):
+        result = simulate(of, 2, 1)
+    assert (
+        result.program.whole
+        and "no value is made of the tokens of a row: every rank computes all" in caplog.text
+    )
+    assert f"{__file__}:" in caplog.text
+    for step in result.ranks:
+        assert max(worst(step, eager(of))) <= 1e-12
+    with pytest.raises(Refused, match="no input has the tokens as a dimension"):
+        simulate(of, 2, 1, strict=True)
+
+
 class Ratios(Tiny):
     """Compares with what it said before of all tokens but the first; its words are one more than S."""
 

@@ -76,6 +76,6 @@ def test_pieces_without_a_batch(pool: Pool, sync: bool) -> None:
     assert len({drawn for _, drawn, _ in steps}) == 1  # what the first rank drew
     for said, _, error in steps:
         assert error < 2e-5
-        texts = [s for s in said if "no input of a graph says how long a row is" in s]
+        texts = [s for s in said if "no value is made of the tokens of a row" in s]
         assert len(texts) >= 2 and all("every rank computes all of it, from" in s for s in texts)
         assert all("test_breaks.py:" in s for s in texts)

@@ -203,7 +203,7 @@ def test_a_piece_without_a_batch_is_said_to_be_computed_by_all() -> None:
     result = explain(Pieces().double(), **starts(), hsap_ranks=2)
     first, second = result.graphs
     assert (first.whole, second.whole, result.failure) == (False, True, "")
-    said = "no input says how long a row is: every rank computes all of the graph"
+    said = "no value is made of the tokens of a row: every rank computes all of the graph"
     assert said not in str(first) and said in str(second) and "plan of this batch" not in str(second)
 
 
