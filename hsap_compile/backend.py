@@ -222,7 +222,7 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
         marked = [mark_symbolic(x, dim, unknown=cut) for x, dims in inputs for dim in dims[which]]
         if any(marked) and length > 1:
             raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
-    as_long = any(hint_of(size) == length for _, value in given for size in value.shape[-2:])
+    as_long = any(equal_now(size, length) for _, value in given for size in value.shape[-2:])
     if as_long and length > 1:
         raise constant_length(length, [n.meta["example_value"] for n in placeholders(module)])
     return None
