@@ -88,19 +88,6 @@ def keeping(share: float | None) -> AbstractContextManager[Any]:
 without_autocast = torch._C._DisableAutocast
 
 
-@contextmanager
-def reading_numbers(inputs: Sequence[Any]) -> Iterator[None]:
-    """What is compiled may read a number from a tensor: dynamo passes a Python float that changes as one, and
-    remembers which only in its own inputs.  (With fullgraph=True torch allows it by itself.)"""
-    mode = fake_mode_of(inputs)
-    before = mode.allow_scalar_outputs
-    mode.allow_scalar_outputs = True
-    try:
-        yield
-    finally:
-        mode.allow_scalar_outputs = before
-
-
 class RetraceWithSymbols(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):
     """Ask dynamo to trace the frame again, now that dimensions were marked dynamic.
 

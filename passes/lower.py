@@ -11,7 +11,6 @@ from hsap_compile._torch import (
     compile_with_aot_eager,
     compile_with_inductor,
     keeping,
-    reading_numbers,
     without_autocast,
 )
 from hsap_compile.graph import placeholders
@@ -27,7 +26,7 @@ def lower(
     unless they say otherwise.  ``budget``: see ``Options.memory_budget``.  Autocast was made explicit by
     ``capture``, so that it must not be applied a second time."""
     inputs = [n.meta["val"] for n in placeholders(module)]
-    with without_autocast(), keeping(budget), reading_numbers(inputs):
+    with without_autocast(), keeping(budget):
         if how == "eager":
             return module
         if how == "aot_eager":
