@@ -120,9 +120,12 @@ class Turned(torch.nn.Module):
         x = self.words[ids]
         z = torch.view_as_complex(x.unflatten(-1, (4, 2))) * self.turns[: ids.shape[1]]
         y = torch.view_as_real(z * self.turns[ids] * self.turn * phases[..., None].conj()).flatten(2)[:, None]
+        keys = y.new_empty(y.shape)  # a part that is turned behind one that is not
+        keys[..., :4].copy_(x[:, None, :, :4])
+        keys[..., 4:].copy_(y[..., 4:])
         same = (ids[:, None] == 0).cumsum(2)
         y = torch.nn.functional.scaled_dot_product_attention(
-            y, y, x[:, None], same[..., None] == same[:, :, None]
+            y, keys, x[:, None], same[..., None] == same[:, :, None]
         )
         return (y * z.abs().sum()).square().mean(), z.conj(), z.sum(1)
 

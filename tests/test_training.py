@@ -243,7 +243,7 @@ def views_of_one_row() -> float:
 
 
 class Scaled(nn.Module):
-    """Divides by statistics of the past, and then updates them."""
+    """Scales by statistics of the past, and then updates them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,8 +270,8 @@ def buffers_of_the_past() -> float:
 
 CASES = [
     accumulation, several_forwards, optimiser, no_gradients, after_evaluation, frozen, untied, embeddings,
-    low_rank, regions_of_autocast, functions_of_autocast, checkpointed_as_a_whole,
-    views_of_one_row, buffers_of_the_past,
+    low_rank, regions_of_autocast, functions_of_autocast, checkpointed_as_a_whole, views_of_one_row,
+    buffers_of_the_past,
 ]  # fmt: skip
 
 
