@@ -88,6 +88,22 @@ def keeping(share: float | None) -> AbstractContextManager[Any]:
 without_autocast = torch._C._DisableAutocast
 
 
+def as_backend_sees(inputs: Sequence[Any]) -> list[Any]:
+    """``inputs`` of a graph, for what compiles behind dynamo and makes them anew in a fake mode of its own:
+    which of them are Python floats that change (dynamo passes these as tensors) stays known."""
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+
+    def seen(x: Any) -> Any:
+        if mode is None or not isinstance(x, FakeTensor) or x.item_memo is None or x.fake_mode is mode:
+            return x
+        made = mode.from_tensor(x)
+        made.item_memo = x.item_memo
+        return made
+
+    return [seen(x) for x in inputs]
+
+
 class RetraceWithSymbols(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):
     """Ask dynamo to trace the frame again, now that dimensions were marked dynamic.
 
@@ -234,9 +250,9 @@ def described(values: Any) -> Described:
             sizes = tuple(map(key, (*value.shape, *value.stride(), value.storage_offset())))
             kind = (value.dim(), value.dtype, value.device, value.layout, value.requires_grad)
             return sizes, kind, value.is_conj(), value.is_neg(), value.constant
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):  # to hash one is to fix it
             symbols.update(value.node.expr.free_symbols)
-            return value.node.expr
+            return type(value), value.node.expr
         if isinstance(value, list | tuple):
             return tuple(map(key, value))
         if isinstance(value, dict):

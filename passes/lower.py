@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from hsap_compile._torch import (
+    as_backend_sees,
     compile_with_aot_eager,
     compile_with_inductor,
     keeping,
@@ -25,7 +26,7 @@ def lower(
     """``how``: "inductor", "aot_eager" or "eager".  ``patches``: of Inductor's configuration; overlap is one
     unless they say otherwise.  ``budget``: see ``Options.memory_budget``.  Autocast was made explicit by
     ``capture``, so that it must not be applied a second time."""
-    inputs = [n.meta["val"] for n in placeholders(module)]
+    inputs = as_backend_sees([n.meta["val"] for n in placeholders(module)])
     with without_autocast(), keeping(budget):
         if how == "eager":
             return module

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from hsap_compile.errors import Refused
 from models import batch, build, difference
@@ -230,6 +231,28 @@ def checkpointed_as_a_whole() -> float:
     return error_of_gradients(model, reference)
 
 
+class Weighted(nn.Module):
+    """A loss with a weight that is a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("nano")
+
+    def forward(self, weight: float, **given: Any) -> Any:
+        loss, logits = self.inner(**given)
+        return loss * weight + weight**2, logits * weight
+
+
+def a_number_that_changes() -> float:
+    """It is no reason to break the graph, nor to compile for every value."""
+    model = Weighted()
+    reference, step = copy.deepcopy(model), compiled(model)
+    counters.clear()
+    errors = [difference(step, model, reference, {"weight": w, **packs()[0]}) for w in (1.0, 0.7, 0.4, 0.2)]
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
+    return max(errors)
+
+
 def views_of_one_row() -> float:
     """Inputs of the same length with other strides, in turns."""
     model, reference = pair()
@@ -270,8 +293,8 @@ def buffers_of_the_past() -> float:
 
 CASES = [
     accumulation, several_forwards, optimiser, no_gradients, after_evaluation, frozen, untied, embeddings,
-    low_rank, regions_of_autocast, functions_of_autocast, checkpointed_as_a_whole, views_of_one_row,
-    buffers_of_the_past,
+    low_rank, regions_of_autocast, functions_of_autocast, checkpointed_as_a_whole,
+    a_number_that_changes, views_of_one_row, buffers_of_the_past,
 ]  # fmt: skip
 
 
