@@ -169,7 +169,7 @@ def _fix_rows(module: GraphModule) -> None:
     """Other numbers of rows compile again: they are numbers in the graph, unless they depend on data."""
     for _, rows in _attended(module):
         for size in rows:
-            if not isinstance(size, torch.SymInt) or size.node.hint is not None:
+            if equal_now(size, size):  # it was known
                 int(size)
 
 

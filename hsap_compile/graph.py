@@ -52,7 +52,7 @@ class Builder:
         key = (target, given.key)
         if key not in self.inferred:
             value = run_fake(self.mode, target, operands, options)
-            if not described(value).symbols <= given.symbols:  # of sizes that are new with every call
+            if not _is_shape_alone(value) or not described(value).symbols <= given.symbols:
                 return value
             self.inferred[key] = value
         return self.inferred[key]
@@ -65,6 +65,13 @@ class Builder:
     def sizes(self, tensor: Node) -> list[Any]:
         """All of them."""
         return [self.size(tensor, dim) for dim in range(tensor.meta["val"].dim())]
+
+
+def _is_shape_alone(value: Any) -> bool:
+    """Whether nothing but shapes can follow from a value.  Of masks and numbers torch remembers, on the fake
+    tensor, the sizes that depend on them: those of two nodes differ."""
+    parts = value if isinstance(value, list | tuple) else (value,)
+    return all(not isinstance(x, torch.Tensor) or (x.is_floating_point() and x.dim() > 0) for x in parts)
 
 
 def positional(node: Node) -> tuple[Any, ...]:

@@ -272,18 +272,19 @@ def _written_apart(args: Sequence[Any], program: Program) -> list[Any]:
 
     Raises ``Refused`` where another one lies in the same memory: the graph knows each by itself.
     """
-    tensors = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.numel()]
-    places = np.array([_memory(args[i]) for i in tensors])
-    for i in program.writes:
-        first, last = _memory(args[i])
-        for j in np.flatnonzero((places[:, 0] < last) & (places[:, 1] > first)):
-            if tensors[j] != i and args[i].numel():
-                raise Refused(
-                    "the model writes into an input that shares memory with another one",
-                    got=f"{program.names[i]}, which is written into, and {program.names[tensors[j]]}",
-                    wanted="what is written into in memory of its own",
-                    do="clone one of the two (x.clone()) before the call, or in the model's constructor",
-                )
+    memory = {i: _memory(x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.numel()}
+    numbers, places = list(memory), np.array(list(memory.values()))
+    for i in memory.keys() & set(program.writes):
+        first, last = memory[i]
+        shared = np.flatnonzero((places[:, 0] < last) & (places[:, 1] > first))
+        if len(shared) > 1:
+            other = next(numbers[at] for at in shared if numbers[at] != i)
+            raise Refused(
+                "the model writes into an input that shares memory with another one",
+                got=f"{program.names[i]}, which is written into, and {program.names[other]}",
+                wanted="what is written into in memory of its own",
+                do="clone one of the two (x.clone()) before the call, or in the model's constructor",
+            )
     with torch.no_grad():
         return [x.clone() if i in program.writes else x for i, x in enumerate(args)]
 

@@ -57,13 +57,13 @@ UNLIKE = {
     "type": (aten.neg.default, [torch.zeros(3)], [torch.zeros(3, dtype=torch.float64)]),
     "constant": (
         aten.add.Tensor,
-        [torch.zeros(3, dtype=torch.int64), 1],
         [torch.zeros(3, dtype=torch.int64), 1.0],
+        [torch.zeros(3, dtype=torch.int64), 1],
     ),
-    "truth": (aten.sum.dim_IntList, [torch.zeros(3), [0], True], [torch.zeros(3), [0], False]),
+    "truth": (aten.sum.dim_IntList, [torch.zeros(3, 4), [0], True], [torch.zeros(3, 4), [0], False]),
     "list": (aten.permute.default, [torch.zeros(2, 3, 4), [0, 2, 1]], [torch.zeros(2, 3, 4), [1, 0, 2]]),
     "conjugate": (
-        aten.resolve_conj.default,
+        aten.imag.default,
         [torch.zeros(3, dtype=torch.complex64)],
         [torch.zeros(3, dtype=torch.complex64).conj()],
     ),
@@ -74,16 +74,16 @@ UNLIKE = {
 def test_operands_unlike_are_inferred_anew(name: str) -> None:
     target, *calls = UNLIKE[name]
     build = builder({})
+    made = []
     for given in calls:
         operands = [placeholder(build, x) if isinstance(x, torch.Tensor) else x for x in given]
-        made, wanted = build(target, *operands).meta["val"], target(*given)
-        assert looks(made) == looks(wanted)
-    first, second = build.inferred.values()
-    assert first is not second
+        made.append(looks(build(target, *operands).meta["val"]))
+    wanted = [looks(target(*given)) for given in calls]
+    assert made == wanted and wanted[0] != wanted[1] and build.inferred
 
 
 def looks(value: torch.Tensor) -> Any:
-    return value.shape, value.stride(), value.storage_offset(), value.dtype, value.is_conj()
+    return value.shape, value.stride(), value.storage_offset(), value.dtype, value.is_conj(), value.is_neg()
 
 
 def test_sizes_that_depend_on_data_are_new_with_every_call() -> None:
@@ -91,3 +91,12 @@ def test_sizes_that_depend_on_data_are_new_with_every_call() -> None:
     given = [placeholder(build, torch.zeros(3, 4)) for _ in range(2)]
     sizes = [build(aten.nonzero.default, x).meta["val"].shape[0].node.expr for x in given]
     assert sizes[0] != sizes[1]
+
+
+def test_what_sizes_may_depend_on_is_of_each_node_alone() -> None:
+    """torch remembers on a fake tensor how many of its numbers are true: two masks are two."""
+    build = builder({})
+    masks = [build(aten.gt.Scalar, placeholder(build, torch.zeros(3, 4)), 0.0) for _ in range(2)]
+    sizes = [build(aten.nonzero.default, mask).meta["val"].shape[0].node.expr for mask in masks]
+    assert sizes[0] != sizes[1]
+    assert sizes[0] == build(aten.nonzero.default, masks[0]).meta["val"].shape[0].node.expr
