@@ -40,6 +40,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
+from torch.utils._sympy.functions import FloorDiv as FloorDiv
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hsap_compile.errors import Refused

@@ -84,6 +84,15 @@ def target(node: Node) -> Any:
     return node.target
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operator by their schema's names, defaults filled in."""
+    schema = target(node)._schema
+    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    values.update(zip((a.name for a in schema.arguments), positional(node), strict=False))
+    values.update(node.kwargs)
+    return values
+
+
 def placeholders(module: GraphModule) -> list[Node]:
     return [n for n in module.graph.nodes if n.op == "placeholder"]
 

@@ -27,6 +27,7 @@ from hsap_compile.passes._tables import ON_HOST
 from hsap_compile.passes.partition_attention import PlannedMask, Traffic
 from hsap_compile.passes.shard_tokens import Fallback, Rows
 from hsap_compile.plan import Attended, MeshShape, Plan, ReceiveLimit, make
+from hsap_compile.plan.chunks import Chunk, Joined, chunk_tables
 from hsap_compile.plan.shifts import Shift, shift_tables
 
 _PLANS_KEPT = 16
@@ -329,8 +330,8 @@ def _nothing(tokens: int) -> Attended:
 
 
 def _tensors(plan: Plan, rank: int, keys: Sequence[Any] | None = None) -> dict[Any, torch.Tensor]:
-    """This rank's tables on the host, by the keys of ``Program.tables``; those of flex attention and of
-    shifts only where ``keys`` has them."""
+    """This rank's tables on the host, by the keys of ``Program.tables``; those of flex attention, shifts and
+    chunks only where ``keys`` has them."""
     tables, mesh = plan.tables(rank), plan.placement.mesh
     result: dict[Any, Any] = {
         "columns": tables.columns,
@@ -350,9 +351,12 @@ def _tensors(plan: Plan, rank: int, keys: Sequence[Any] | None = None) -> dict[A
     for index in sorted(flex):
         made = rank_tables(tables, index, plan.masks[index].structure.mask.batch)
         result.update({(index, name): table for name, table in made.items()})
-    for shift in {key[0]: None for key in keys or () if isinstance(key, tuple) and isinstance(key[0], Shift)}:
+    of = dict.fromkeys(key[0] for key in keys or () if isinstance(key, tuple))
+    for shift in [key for key in of if isinstance(key, Shift)]:
         of_shift = shift_tables(plan.placement, shift, rank)
         result.update({(shift, name): table for name, table in vars(of_shift).items()})
+    chunks = [key for key in of if isinstance(key, Chunk | Joined)]
+    result.update(chunk_tables(chunks, tables.columns, plan.placement.tokens))
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in result.items()}
 
 

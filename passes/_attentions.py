@@ -31,14 +31,14 @@ def attention(sharder: Sharder, node: Node) -> Any:
         made = sharder.emit(dense.OP, *rows, _whole(sharder, leaves), logits, scale)
         made.meta.update(mask=node.meta["mask"], reads=node.meta["reads"])
         return Local(made, start)
+    if sharder.frame.chunk is not None:
+        raise NotLocal("an attention within a chunk of the tokens")
     if any(not isinstance(a, TokenAxis) or (a.dim, a.outer, a.inner) != (2, 1, 1) for a in axes):
         raise NotLocal("an attention whose queries and keys are not the tokens of a row")
     alike = axes[0].length == axes[1].length
     start = sharder.start_of(q, k, v) if alike else sharder.start_of(q)
     of_keys = start if alike else sharder.start_of(k, v)
-    ranges = [
-        (at, int(sharder.length - a.length) - at) for at, a in zip((start, of_keys), axes, strict=False)
-    ]
+    ranges = [(at, sharder.slack(a) - at) for at, a in zip((start, of_keys), axes, strict=False)]
     mask: Mask = placed(node.meta["mask"], *ranges)
     operands = [sharder.local(x, at) for x, at in zip((q, k, v), (start, of_keys, of_keys), strict=True)]
     text = logits if mask is node.meta["mask"] else formula.dumps(mask.logits)

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, run_fake, without_autocast
 from hsap_compile.graph import placeholders, positional, remove_dead
 from hsap_compile.kernels import exchange
-from hsap_compile.passes._forms import Local, NotLocal
+from hsap_compile.passes._forms import Frame, Local, NoTables, NotLocal
 from hsap_compile.passes._reindex import where
 from hsap_compile.passes.capture import capture_body
 from hsap_compile.passes.infer_tokens import TokenAxis, infer_tokens
@@ -71,13 +71,6 @@ def _operand(sharder: Sharder, node: Node, start: int) -> Any:
     return where(sharder, valid, value, sharder.emit(aten.detach.default, value))
 
 
-class _Tables(dict[str, Any]):
-    """A body has no tables: what needs one is not token-wise."""
-
-    def __missing__(self, name: str) -> Any:
-        raise NotLocal("a custom function that mixes tokens")
-
-
 class _Body:
     """A body, rewritten for local operands with its own graph."""
 
@@ -91,14 +84,14 @@ class _Body:
             self.module = capture_body(body, values, grad=False)
         inputs = placeholders(self.module)
         infer_tokens(self.module, outer.length, dict(zip(inputs, axes, strict=True)))
-        self.inner = inner = Sharder(self.module, outer.mode, outer.length, outer.group, strict=False)
-        inner.tables, inner.rows = _Tables(), outer.rows
+        frame = Frame(outer.length, NoTables("a custom function that mixes tokens"), outer.frame.rows)
+        self.inner = inner = Sharder(self.module, outer.mode, frame, outer.group, strict=False)
         for placeholder, axis in zip(inputs, axes, strict=True):
             new = inner.graph.placeholder(placeholder.name)
             new.meta["val"] = placeholder.meta["val"]
             if isinstance(axis, TokenAxis):
                 new.meta["val"] = self._local_value(placeholder.meta["val"], axis, outer)
-                inner.home[placeholder] = Local(new, start)
+                inner.home[placeholder] = Local(new, start, frame=frame)
             else:
                 inner.wholes[placeholder] = new
                 if isinstance(placeholder.meta["val"], torch.SymInt):
@@ -111,7 +104,7 @@ class _Body:
 
     def _local_value(self, value: Any, axis: TokenAxis, outer: Sharder) -> Any:
         shape = list(value.shape)
-        shape[axis.dim] = outer.rows * (axis.outer * axis.inner)
+        shape[axis.dim] = outer.frame.rows * (axis.outer * axis.inner)
         return run_fake(outer.mode, value.new_empty, (shape,), {})
 
     def _count_rows(self) -> None:

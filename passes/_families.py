@@ -20,6 +20,7 @@ from hsap_compile._torch import (
     operator_name,
 )
 from hsap_compile.errors import Refused, where
+from hsap_compile.graph import arguments
 from hsap_compile.kernels import dense
 from hsap_compile.passes._attentions import attention
 from hsap_compile.passes._custom_functions import custom_function
@@ -45,10 +46,9 @@ from hsap_compile.passes._operands import (
 )
 from hsap_compile.passes._random import drawn
 from hsap_compile.passes._routing import is_sorted, row_counts, row_sort
-from hsap_compile.passes._shifts import ALONG_TOKENS, concatenation, convolution, pad, table_rows
+from hsap_compile.passes._shifts import ALONG_TOKENS, concatenation, convolution, pad, table_rows, token_part
 from hsap_compile.passes._totals import LOSSES, TOTALS, contraction, cross_entropy, loss
-from hsap_compile.passes.find_attention import arguments
-from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis, rows_in_front
+from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis, parts_of_tokens, rows_in_front
 
 if TYPE_CHECKING:
     from hsap_compile.passes.shard_tokens import Sharder
@@ -105,6 +105,8 @@ def rule_for(node: Node) -> Any:
 
 def _getitem(sharder: Sharder, node: Node) -> Any:
     source = args_of(node)[0]
+    if parts_of_tokens(source):
+        return token_part(sharder, node)
     if source not in sharder.home:
         raise NotLocal("a part of several values that are not local")
     home = sharder.home[source]

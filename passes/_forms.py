@@ -11,10 +11,13 @@ Both may only be used where the result does not depend on who else is in the bag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 from torch.fx import Node
+
+from hsap_compile.plan.chunks import Chunk
 
 
 class NotLocal(Exception):
@@ -45,6 +48,36 @@ class Points:
     once: bool = False
 
 
+@dataclass(eq=False)
+class Frame:
+    """A row of ``length`` tokens of which this rank has some: the batch's, or a chunk of it.
+
+    ``tables``: nodes of the new graph, by name: columns (n,), which of the tokens this rank has, -1 for a row
+    that is made up; n; S, the length as a size; of the batch alone, ranks and order; of a chunk alone, places
+    (n,), which of the rows of ``outer`` it has.  ``rows``: n as a symbol.  ``locals``: the local forms of
+    values that have no home, by node and start.
+    """
+
+    length: sympy.Expr
+    tables: dict[str, Any] = field(default_factory=dict)
+    rows: Any = 0
+    usual_start: int = 0
+    locals: dict[tuple[Node, int], Node] = field(default_factory=dict)
+    chunk: Chunk | None = None
+    outer: Frame | None = None
+
+
+class NoTables(dict[str, Any]):
+    """A frame without all tables: what needs one that is missing is not local; ``why``."""
+
+    def __init__(self, why: str, **tables: Any) -> None:
+        super().__init__(tables)
+        self.why = why
+
+    def __missing__(self, name: str) -> Any:
+        raise NotLocal(self.why)
+
+
 @dataclass(frozen=True)
 class Local:
     """The local form of a value.  ``order`` None: row i of its token dimension is column ``columns[i]`` of
@@ -52,12 +85,14 @@ class Local:
 
     ``start``: the column of the value's first token; rows outside [start, start + length) are not part
     of the value (they hold other tokens' numbers) and are ignored by whatever sums or gathers.
+    ``frame``: of which row these are columns; None until the sharder knows.
     """
 
     node: Node
     start: int = 0
     order: Bag | Counts | None = None
     points: Points | None = None
+    frame: Frame | None = None
 
     @property
     def routed(self) -> bool:

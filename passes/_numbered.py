@@ -22,11 +22,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import hint_of, operator_name
+from hsap_compile.graph import arguments
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._operands import args_of, as_is, output_axis, schema_of, source_of, value_of
 from hsap_compile.passes._reindex import where
-from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _read(
 def own_rows_at(sharder: Sharder, source: Node, numbers: Node) -> Node:
     """Which of this rank's rows of ``source`` the tokens ``numbers`` (whole) are; -1: another rank's."""
     home = sharder.home.get(source)
-    if home is not None and home.routed:
+    if (home is not None and home.routed) or sharder.frame.chunk is not None:
         raise NotLocal("some tokens of a value that are not its rows in order")
     rows = _own_rows(sharder, sharder.axis(source), sharder.start_of(source))
     return sharder.emit(aten.index.Tensor, rows, [numbers])
@@ -280,7 +280,7 @@ def _in_order(
     home, dim, start = sharder.home.get(target), axis.dim, sharder.start_of(target)
     if home is not None and home.routed:
         raise NotLocal("rows in the order of a sort")
-    if axis.length != sharder.length:
+    if axis.length != sharder.length or sharder.frame.chunk is not None:
         last = emit(operator.sub, sharder.size(axis.length), 1)
         columns = emit(aten.clamp.default, emit(aten.sub.Tensor, columns, start), 0, last)
     if axis.folded:

@@ -11,6 +11,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import operator_name
+from hsap_compile.graph import arguments
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes.infer_tokens import TokenAxis
 
@@ -69,6 +70,18 @@ def only_source(node: Node) -> tuple[Node, TokenAxis]:
     if not isinstance(axis, TokenAxis):
         raise NotLocal("a value without a single token dimension")
     return source, axis
+
+
+def constant_of(value: Any) -> float | None:
+    """The number that ``value``, or every element of it, is; None: not known."""
+    if not isinstance(value, Node):
+        return value if isinstance(value, int | float) else None
+    name = operator_name(value.target).removeprefix("aten::").removeprefix("new_").removesuffix("_like")
+    number = {"zeros": 0.0, "ones": 1.0}.get(name)
+    if name == "full":
+        filled = arguments(value)["fill_value"]
+        number = float(filled) if isinstance(filled, int | float) else None
+    return number
 
 
 def einsum_letters(node: Node) -> tuple[list[str], str] | None:

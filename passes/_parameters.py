@@ -45,7 +45,8 @@ def _varying(sharder: Sharder) -> set[Node]:
     """
     found: set[Node] = set()
     same = {exchange.GATHER, exchange.SUM_RANKS, exchange.EXTREME}
-    seeds = {sharder.tables["columns"], sharder.tables["n"]}
+    inputs = [n for n in sharder.graph.nodes if n.op == "placeholder"]
+    seeds = {n for n in inputs if n.meta.get("table", "order") != "order"} | {sharder.tables["n"]}
     for node in sharder.graph.nodes:
         read = node.all_input_nodes
         if read and operator_name(node.target).startswith(

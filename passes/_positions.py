@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from hsap_compile._torch import expr_of, free_symbols, hint_of
-from hsap_compile.graph import positional
+from hsap_compile.graph import arguments, positional
 from hsap_compile.passes._elements import (
     NotLiftable,
     as_boolean,
@@ -23,7 +23,7 @@ from hsap_compile.passes._elements import (
     cases_of,
     of_choices,
 )
-from hsap_compile.passes.find_attention import arguments, token_dims
+from hsap_compile.passes.find_attention import token_dims
 
 if TYPE_CHECKING:
     from hsap_compile.passes.lift_mask import _Lifter

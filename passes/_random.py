@@ -14,10 +14,10 @@ from torch.fx.node import map_arg
 
 from hsap_compile._torch import is_operator, operator_name
 from hsap_compile.errors import Refused, where
+from hsap_compile.graph import arguments
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Local
 from hsap_compile.passes._operands import output_axis, schema_of
-from hsap_compile.passes.find_attention import arguments
 
 if TYPE_CHECKING:
     from hsap_compile.passes.shard_tokens import Sharder

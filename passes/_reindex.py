@@ -127,7 +127,7 @@ def _read(sharder: Sharder, pool: Any, dim: int, index: Node, offsets: int) -> N
     made = sharder.emit(aten.index_select.default, pool, dim, flat)
     if offsets == 1:
         return made
-    return sharder.emit(aten.reshape.default, made, _sizes(sharder, pool, dim, [n, offsets]))
+    return sharder.emit(aten.reshape.default, made, sizes_with(sharder, pool, dim, [n, offsets]))
 
 
 def _picked(sharder: Sharder, value: Any, dim: int, shift: Shift, fill: float) -> Node:
@@ -170,7 +170,7 @@ def within(sharder: Sharder, of: Range) -> Node | None:
     """(n,) bool: which rows are columns in ``of``; None: all."""
     columns, (first, behind) = sharder.tables["columns"], of
     inside: Node | None = None
-    if first > 0:
+    if first > 0 or sharder.frame.chunk is not None:  # of which some rows are made up
         inside = sharder.emit(aten.ge.Scalar, columns, first)
     if behind > 0:
         before = sharder.emit(aten.lt.Scalar, columns, sharder.size(sharder.length - behind))
@@ -185,7 +185,7 @@ def along(sharder: Sharder, rows: Any, value: Node, dim: int) -> Node:
     return sharder.emit(aten.reshape.default, rows, shape)
 
 
-def _sizes(sharder: Sharder, value: Node, dim: int, instead: list[Any]) -> list[Any]:
+def sizes_with(sharder: Sharder, value: Node, dim: int, instead: list[Any]) -> list[Any]:
     """The sizes of ``value`` with others in the place of dimension ``dim``."""
     sizes = [
         size if isinstance(size, int) else sharder.emit(aten.sym_size.int, value, d) if d != dim else None
@@ -202,7 +202,7 @@ def slack_of(sharder: Sharder, node: Node) -> int:
     axis = sharder.axis(node)
     if axis.folded:
         raise NotLocal("tokens that share a dimension with others")
-    return int(sharder.length - axis.length)
+    return sharder.slack(axis)
 
 
 def view_of(sharder: Sharder, source: Node) -> View:
@@ -244,10 +244,9 @@ def viewed(sharder: Sharder, node: Node, view: View) -> Local | Longer:
 
 def aligned(sharder: Sharder, node: Node, start: int) -> Node:
     """The rows of ``node`` where a value that starts at column ``start`` has them."""
-    home, length = sharder.home[node], sharder.axis(node).length
+    home, slack = sharder.home[node], sharder.slack(sharder.axis(node))
     if home.routed:
         raise NotLocal("rows in the order of a sort")
-    slack = int(sharder.length - length)
     view = View(node, home.start, (home.start, slack - home.start))
     return taken(sharder, view, (-start,), (start, slack - start))
 
@@ -280,8 +279,8 @@ def common_start(sharder: Sharder, nodes: Sequence[Node]) -> int:
     starts = sorted({sharder.home[n].start for n in homes})
     if not starts:
         axes = [n.meta["tokens"] for n in nodes if isinstance(n.meta.get("tokens"), TokenAxis)]
-        slacks = [max(0, int(sharder.length - axis.length)) for axis in axes]
-        return min(sharder.usual_start, *slacks) if slacks else 0
+        slacks = [max(0, sharder.slack(axis)) for axis in axes]
+        return min(sharder.frame.usual_start, *slacks) if slacks else 0
     if len(starts) < 2:
         return starts[0]
     if len({sharder.axis(n).length for n in homes}) > 1:

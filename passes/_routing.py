@@ -22,10 +22,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import expr_of, is_operator, operator_name
+from hsap_compile.graph import arguments
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Bag, Counts, Local, NotLocal, Points
 from hsap_compile.passes._reindex import where
-from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import VIEWS, TokenAxis
 
 if TYPE_CHECKING:

@@ -14,9 +14,12 @@ import sympy
 import torch
 from torch.fx import Node
 
-from hsap_compile._torch import expr_of, operator_name
+from hsap_compile._torch import expr_of, hint_of
+from hsap_compile.graph import arguments
 from hsap_compile.kernels import exchange
+from hsap_compile.passes._chunks import chunk_of, chunk_written, joined
 from hsap_compile.passes._forms import Local, NotLocal
+from hsap_compile.passes._operands import constant_of
 from hsap_compile.passes._reindex import (
     Longer,
     View,
@@ -31,7 +34,6 @@ from hsap_compile.passes._reindex import (
     windows_of,
     within,
 )
-from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis
 from hsap_compile.plan.shifts import Range
 
@@ -44,14 +46,36 @@ aten = torch.ops.aten
 def token_slice(sharder: Sharder, node: Node) -> Any:
     """x[:, a:b]: a part of the tokens is the same rows, of which others are no longer part of the value."""
     given = arguments(node)
-    source, axis, out = given["self"], given["self"].meta["tokens"], node.meta["tokens"]
+    source, axis = given["self"], given["self"].meta["tokens"]
     if expr_of(source.meta["val"].shape[axis.dim]) == expr_of(node.meta["val"].shape[axis.dim]):
         if source in sharder.longer:
             return sharder.longer[source]
         return sharder.home[source] if source in sharder.home else Local(sharder.local(source))
-    if given["step"] != 1 or axis.folded or out is MANY:
+    if given["step"] != 1:
         raise NotLocal("a slice along the tokens that is not a plain range")
     begin = _position(sharder, axis, 0 if given["start"] is None else given["start"])
+    return _range(sharder, node, source, begin)
+
+
+def token_part(sharder: Sharder, node: Node) -> Any:
+    """One of split(x), chunk(x): it begins where those in front of it end."""
+    parts, which = node.args
+    assert isinstance(parts, Node) and isinstance(which, int)
+    source = arguments(parts)["self"]
+    if node.meta["tokens"] is None:
+        raise NotLocal("a fixed number of tokens of a row")
+    dim = sharder.axis(source).dim
+    begin = sum((expr_of(part.shape[dim]) for part in parts.meta["val"][:which]), sympy.Integer(0))
+    return _range(sharder, node, source, sympy.expand(begin))
+
+
+def _range(sharder: Sharder, node: Node, source: Node, begin: sympy.Expr) -> Any:
+    """``node`` is the tokens of ``source`` from ``begin`` on."""
+    axis, out = sharder.axis(source), node.meta["tokens"]
+    if isinstance(out, TokenAxis) and not (sharder.length - out.length).is_Integer:
+        return chunk_of(sharder, node, source, begin)
+    if axis.folded or out is MANY:
+        raise NotLocal("a slice along the tokens that is not a plain range")
     if out is None:
         return _few(sharder, source, begin, int(node.meta["val"].shape[axis.dim]))
     if not begin.is_Integer:
@@ -88,9 +112,11 @@ def token_select(sharder: Sharder, node: Node) -> Any:
 
 def _position(sharder: Sharder, axis: TokenAxis, index: Any) -> sympy.Expr:
     """The token that ``index`` names, which may count from the end."""
-    token = expr_of(index.meta["val"] if isinstance(index, Node) else index)
-    behind = token < 0 if token.is_Integer else token.coeff(sharder.symbol) < 0
-    return sympy.expand(token + axis.length) if behind else token
+    number = index.meta["val"] if isinstance(index, Node) else index
+    token = expr_of(number)
+    if hint_of(number) >= 0:  # for all lengths of a graph: torch guards on where a slice begins
+        return token
+    return sympy.expand(token + axis.outer * axis.length * axis.inner)
 
 
 def _few(sharder: Sharder, source: Node, token: sympy.Expr, count: int) -> Node:
@@ -138,6 +164,8 @@ def _padded(sharder: Sharder, node: Node, source: Node, left: int, fill: float) 
 def concatenation(sharder: Sharder, node: Node) -> Any:
     """cat([a, x, b]) along the tokens of x: token t is token t - len(a) of x, then a and b are put there."""
     parts = arguments(node)["tensors"]
+    if (row := joined(sharder, node)) is not None:
+        return row
     runs = [i for i, part in enumerate(parts) if part.meta["tokens"] is not None]
     if len(runs) != 1 or any(p.meta["val"].dtype != node.meta["val"].dtype for p in parts):
         raise NotLocal("it joins tokens with others")
@@ -149,7 +177,7 @@ def concatenation(sharder: Sharder, node: Node) -> Any:
         for i, part in enumerate(parts)
         if i != runs[0] and sizes[i] != 0
     ]
-    numbers = {_number(part) for part, _, _ in pieces}
+    numbers = {constant_of(part) for part, _, _ in pieces}
     if len(numbers) == 1 and (number := numbers.pop()) is not None:
         return _padded(sharder, node, main, left, number)
     view = moved(view_of(sharder, main), -left, slack_of(sharder, node))
@@ -174,16 +202,6 @@ def _put(sharder: Sharder, rows: Node, few: Node, dim: int, column: Any, count: 
     )
 
 
-def _number(node: Node) -> float | None:
-    """What every element of a constant is."""
-    name = operator_name(node.target).removeprefix("aten::").removeprefix("new_").removesuffix("_like")
-    number = {"zeros": 0.0, "ones": 1.0}.get(name)
-    if name == "full":
-        value = arguments(node)["fill_value"]
-        number = float(value) if isinstance(value, int | float) else None
-    return number
-
-
 def token_write(sharder: Sharder, node: Node) -> Any:
     """slice_scatter(x, y): x[:, a:b] = y.  select_scatter(x, y): x[:, a] = y."""
     given = arguments(node)
@@ -195,6 +213,8 @@ def token_write(sharder: Sharder, node: Node) -> Any:
         raise NotLocal("it writes to tokens that are not a plain range")
     index = given["index"] if "index" in given else given["start"] or 0
     begin = _position(sharder, axis, index)
+    if source in sharder.home and sharder.frame_of(source) is not sharder.frame:
+        return chunk_written(sharder, target, source, begin)
     rows = sharder.local(target, start)
     if source.meta["tokens"] is None:
         few = sharder.spread(source)

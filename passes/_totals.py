@@ -15,12 +15,12 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import expr_of, operator_name
+from hsap_compile.graph import arguments
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes._numbered import own_rows_at
-from hsap_compile.passes._operands import schema_of, source_of, tensor_inputs, value_of
+from hsap_compile.passes._operands import args_of, constant_of, schema_of, source_of, tensor_inputs, value_of
 from hsap_compile.passes._reindex import along, where
-from hsap_compile.passes.find_attention import arguments
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis
 
 if TYPE_CHECKING:
@@ -287,6 +287,29 @@ def _rank_sum(
         value = sharder.emit(aten.where.ScalarOther, valid, value, 0)
     part = sharder.emit(aten.sum.dim_IntList, value, dims, keep, dtype=dtype)
     return sharder.emit(exchange.SUM_RANKS, part, sharder.group)
+
+
+def sum_of_sums(sharder: Sharder, node: Node) -> Node | None:
+    """add(sum_ranks(a), sum_ranks(b)) = sum_ranks(a + b), of numbers: a loss that is added up chunk by chunk
+    is one sum over ranks, and no rank waits for another between chunks.  None: it is something else."""
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return None
+    operands = [x for x in args_of(node) if constant_of(x) != 0]
+    parts = [part for x in operands if (part := _part(sharder, x)) is not None]
+    if node.meta["val"].dim() or len(parts) < len(operands) or len({p.meta["val"].dtype for p in parts}) != 1:
+        return None
+    total = functools.reduce(lambda a, b: sharder.emit(aten.add.Tensor, a, b), parts)
+    return _typed(sharder, sharder.emit(exchange.SUM_RANKS, total, sharder.group), node)
+
+
+def _part(sharder: Sharder, value: Any) -> Node | None:
+    """What a number is the sum over ranks of."""
+    made = sharder.wholes.get(value) if isinstance(value, Node) else None
+    if not isinstance(made, Node) or made.meta["val"].dim() or not made.meta["val"].is_floating_point():
+        return None
+    if made.target is aten.to.dtype:
+        made = args_of(made)[0]
+    return args_of(made)[0] if made.target is exchange.SUM_RANKS else None
 
 
 def loss(sharder: Sharder, node: Node) -> Any:

@@ -18,8 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import is_operator
-from hsap_compile.graph import Builder, positional, remove_dead, target
-from hsap_compile.passes.find_attention import arguments
+from hsap_compile.graph import Builder, arguments, positional, remove_dead, target
 
 aten = torch.ops.aten
 

@@ -37,11 +37,10 @@ from hsap_compile._torch import (
     without_autocast,
 )
 from hsap_compile.errors import Refused, where
-from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
+from hsap_compile.graph import Builder, arguments, placeholders, positional, remove_dead, target
 from hsap_compile.passes._operands import reads_no_numbers
 from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside
 from hsap_compile.passes._varlen import write_varlen_as_masked
-from hsap_compile.passes.find_attention import arguments
 
 aten = torch.ops.aten
 

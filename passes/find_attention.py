@@ -29,7 +29,7 @@ from hsap_compile._torch import (
 )
 from hsap_compile.errors import Refused, where
 from hsap_compile.formula import b, h, k, q
-from hsap_compile.graph import positional, target
+from hsap_compile.graph import arguments, positional
 from hsap_compile.passes._products import (
     PRODUCTS,
     Operand,
@@ -106,15 +106,6 @@ def find_attention(module: GraphModule) -> tuple[Attention, ...]:
         if attention is not None:
             found.append(attention)
     return tuple(found)
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an operator by their schema's names, defaults filled in."""
-    schema = target(node)._schema
-    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    values.update(zip((a.name for a in schema.arguments), positional(node), strict=False))
-    values.update(node.kwargs)
-    return values
 
 
 def token_dims(node: Node) -> tuple[int, ...]:

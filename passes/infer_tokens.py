@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import expr_of, hint_of, operator_name
+from hsap_compile.graph import arguments
 
 
 class Tokens(Enum):
@@ -119,14 +120,17 @@ def infer_tokens(
     module: GraphModule, length: sympy.Expr, known: Mapping[Node, TokenAxis | Tokens | None] | None = None
 ) -> None:
     """Annotate every node of ``module``; ``length`` is S.  ``known``: of inputs, where sizes do not tell."""
-    symbol = symbol_of(length)
+    lengths = [symbol_of(length)]
+    if length.free_symbols and not (length - lengths[0]).is_Integer:
+        lengths.append(length)
     for node in module.graph.nodes:
         _settle_constants(node)
-        node.meta["tokens"] = known[node] if known and node in known else _tokens(node, symbol)
+        node.meta["tokens"] = known[node] if known and node in known else _tokens(node, lengths)
 
 
-def _tokens(node: Node, symbol: sympy.Basic) -> TokenAxis | Tokens | None:
-    value = node.meta.get("val")
+def _tokens(node: Node, lengths: list[sympy.Expr]) -> TokenAxis | Tokens | None:
+    """``lengths``: that of rows, and those of their chunks so far."""
+    value, symbol = node.meta.get("val"), lengths[0]
     if not isinstance(value, torch.Tensor):
         return None
     dims = [d for d, size in enumerate(value.shape) if symbol in expr_of(size).free_symbols]
@@ -135,13 +139,48 @@ def _tokens(node: Node, symbol: sympy.Basic) -> TokenAxis | Tokens | None:
     if len(dims) > 1:
         return MANY
     size = expr_of(value.shape[dims[0]])
-    factor = size.coeff(symbol, 1)
-    length = sympy.expand(size / factor) if factor.is_Integer and factor > 0 else None
-    if length is None or not (length - symbol).is_Integer:
-        return MANY
-    if factor == 1:
-        return TokenAxis(dims[0], 1, length)
-    return _folded(node, dims[0], int(factor), length) or MANY
+    found = [times for length in lengths if (times := multiple(size, length)) is not None]
+    if not found and _is_chunk(node, dims[0]):
+        lengths.append(size)
+        return TokenAxis(dims[0], 1, size)
+    for factor, length in found[:1]:
+        return (
+            TokenAxis(dims[0], 1, length) if factor == 1 else _folded(node, dims[0], factor, length) or MANY
+        )
+    return MANY
+
+
+def multiple(size: sympy.Expr, length: sympy.Expr) -> tuple[int, sympy.Expr] | None:
+    """k and l, where ``size`` is k * l, and l is ``length`` and a constant."""
+    term, factor = next(t for t in length.as_coefficients_dict().items() if t[0] != 1)
+    k = size.coeff(term) / factor
+    if not (k.is_Integer and k > 0):
+        return None
+    rest = sympy.expand(size - k * length) / k
+    return (int(k), length + rest) if rest.is_Integer else None
+
+
+_SPLITS = frozenset(f"aten::{name}" for name in ("chunk", "split", "split_with_sizes", "tensor_split"))
+
+
+def parts_of_tokens(node: Node) -> bool:
+    """Whether ``node`` is several values, parts of a row of tokens, one after the other."""
+    if operator_name(node.target) not in _SPLITS:
+        return False
+    given = arguments(node)
+    axis = given["self"].meta.get("tokens")
+    return isinstance(axis, TokenAxis) and given["dim"] % given["self"].meta["val"].dim() == axis.dim
+
+
+def _is_chunk(node: Node, dim: int) -> bool:
+    """Whether ``node`` is a part of a row of tokens, in dimension ``dim``."""
+    if node.target is operator.getitem:
+        return parts_of_tokens(node.all_input_nodes[0])
+    if operator_name(node.target) != "aten::slice":
+        return False
+    given = arguments(node)
+    axis = given["self"].meta.get("tokens")
+    return isinstance(axis, TokenAxis) and given["step"] == 1 and axis.dim == dim
 
 
 _CONSTANTS = frozenset(

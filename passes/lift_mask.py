@@ -28,7 +28,7 @@ from hsap_compile import formula
 from hsap_compile._torch import expr_of, operator_name
 from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
-from hsap_compile.graph import Builder, ancestors, placeholders, positional, remove_dead
+from hsap_compile.graph import Builder, ancestors, arguments, placeholders, positional, remove_dead
 from hsap_compile.kernels import dense
 from hsap_compile.masks import normalise
 from hsap_compile.passes._elements import (
@@ -45,7 +45,7 @@ from hsap_compile.passes._elements import (
 from hsap_compile.passes._positions import NARROW_INTEGERS, RULES, Index, is_one
 from hsap_compile.passes._products import WIDTH, permuted, with_rows
 from hsap_compile.passes.capture import capture_body
-from hsap_compile.passes.find_attention import Attention, Body, arguments, token_dims, without_gradient
+from hsap_compile.passes.find_attention import Attention, Body, token_dims, without_gradient
 
 aten = torch.ops.aten
 

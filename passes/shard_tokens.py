@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -32,19 +33,22 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, operator_name
+from hsap_compile._torch import SET_GRAD_ENABLED, FloorDiv, expr_of, operator_name
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
+from hsap_compile.passes._chunks import frame_of, gathered, operands_of
 from hsap_compile.passes._families import rule_for
-from hsap_compile.passes._forms import Counts, Local, NotLocal
+from hsap_compile.passes._forms import Counts, Frame, Local, NotLocal
 from hsap_compile.passes._inputs import write_inputs
 from hsap_compile.passes._operands import args_of, reads_no_numbers
 from hsap_compile.passes._parameters import settle_parameters
 from hsap_compile.passes._random import agreed, disagreed, is_random
 from hsap_compile.passes._reindex import Longer, aligned, common_start, usual_start, within
 from hsap_compile.passes._routing import is_count, routed, whole_counts
-from hsap_compile.passes.infer_tokens import MANY, TokenAxis, symbol_of
+from hsap_compile.passes._totals import sum_of_sums
+from hsap_compile.passes.infer_tokens import MANY, TokenAxis, multiple, parts_of_tokens, symbol_of
+from hsap_compile.plan.chunks import Chunk
 
 aten = torch.ops.aten
 
@@ -85,12 +89,11 @@ class Sharder:
 
     old: GraphModule
     mode: Any
-    length: sympy.Expr
+    batch: Frame
     group: str
     strict: bool
     graph: Graph = field(default_factory=Graph)
     wholes: dict[Node, Any] = field(default_factory=dict)
-    locals: dict[tuple[Node, int], Node] = field(default_factory=dict)
     home: dict[Node, Local] = field(default_factory=dict)
     longer: dict[Node, Longer] = field(default_factory=dict)
     heavy: set[Node] = field(default_factory=set)
@@ -98,17 +101,47 @@ class Sharder:
     no_grad: set[Node] = field(default_factory=set)
     fallbacks: list[Fallback] = field(default_factory=list)
     inferred: dict[Hashable, Any] = field(default_factory=dict)
-    tables: dict[str, Any] = field(default_factory=dict)
     symbols: dict[sympy.Expr, Node] = field(default_factory=dict)
     locally_used: set[Node] = field(default_factory=set)
     origin: Node | None = None
-    usual_start: int = 0
-    rows: Any = 0  # how many of a value this rank has, as a symbol
+    frames: dict[Chunk, Frame] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.frame = self.batch
+
+    @property
+    def length(self) -> sympy.Expr:
+        """How many tokens a row has in the frame of the operator that is rewritten: of the batch, S."""
+        return self.frame.length
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        return self.frame.tables
 
     @property
     def symbol(self) -> sympy.Basic:
-        """The size of inputs: ``length``, S, is that and a constant."""
+        """The size of inputs: S is that and a constant."""
         return symbol_of(self.length)
+
+    @contextmanager
+    def within(self, frame: Frame) -> Iterator[None]:
+        """Rewrite as if ``frame`` was the row."""
+        was, self.frame = self.frame, frame
+        try:
+            yield
+        finally:
+            self.frame = was
+
+    def frame_of(self, node: Node) -> Frame:
+        """Of which row the local form of ``node`` is."""
+        return self.home[node].frame or self.batch
+
+    def slack(self, axis: TokenAxis) -> int:
+        """How many tokens fewer than the frame's a value has."""
+        slack = self.length - axis.length
+        if not slack.is_Integer:
+            raise NotLocal("tokens of chunks meet others")
+        return int(slack)
 
     # --- emitting ---------------------------------------------------------------------------------
 
@@ -123,6 +156,8 @@ class Sharder:
             return int(expr)
         if expr in self.symbols:
             return self.symbols[expr]
+        if isinstance(expr, FloorDiv):
+            return self.emit(operator.floordiv, *(self.size(part) for part in expr.args))
         if not (expr.is_Add or expr.is_Mul):
             raise NotLocal(f"a size of {expr}")
         parts = [self.size(part) for part in reversed(expr.args)]  # numbers stand first in sympy
@@ -184,20 +219,21 @@ class Sharder:
         return agreed(self, node, made) if is_random(node) else made
 
     def _gathered(self, node: Node) -> Node:
-        axis, home = self.axis(node), self.home[node]
-        value, dim = home.node, axis.dim
-        if axis.folded:
-            shape = self.local_shape(node)
-            value, dim = self.unfolded(value, shape, axis, self.tables["n"])
-        columns, order = self.tables["columns"], self.tables["order"]
-        value = self.emit(exchange.GATHER, value, columns, order, self.tables["S"], dim, self.group)
-        if axis.length != self.length:
-            stop = self.size(axis.length + home.start)
-            value = self.emit(aten.slice.Tensor, value, dim, home.start, stop)
-        if axis.folded:
-            shape = [self.size(s) for s in node.meta["val"].shape]
-            value = self.emit(aten.reshape.default, value, shape)
-        return value
+        home = self.home[node]
+        with self.within(self.frame_of(node)):
+            axis = self.axis(node)
+            value, dim = home.node, axis.dim
+            if axis.folded:
+                shape = self.local_shape(node)
+                value, dim = self.unfolded(value, shape, axis, self.tables["n"])
+            value = gathered(self, value, dim)
+            if axis.length != self.length:
+                stop = self.size(axis.length + home.start)
+                value = self.emit(aten.slice.Tensor, value, dim, home.start, stop)
+            if axis.folded:
+                shape = [self.size(s) for s in node.meta["val"].shape]
+                value = self.emit(aten.reshape.default, value, shape)
+            return value
 
     def unfolded(self, value: Node, shape: list[Any], axis: TokenAxis, rows: Any) -> tuple[Node, int]:
         """``value`` of ``shape`` with the tokens in a dimension of their own, and which that is."""
@@ -207,17 +243,20 @@ class Sharder:
 
     def local(self, node: Node, start: int = 0) -> Node:
         """The form of ``node`` that holds this rank's rows; row i belongs to column ``columns[i]``."""
-        if node in self.home and self.home[node].start == start:
-            return self.home[node].node
-        if not 0 <= start <= int(self.length - self.axis(node).length):
+        home = self.home.get(node)
+        if home is not None and home.frame is not self.frame:
+            raise NotLocal("tokens of chunks meet others")
+        if home is not None and home.start == start:
+            return home.node
+        if not 0 <= start <= self.slack(self.axis(node)):
             raise NotLocal("a value of more tokens than the batch has")
-        key = (node, start)
-        if key not in self.locals and node in self.home:
-            self.locals[key] = aligned(self, node, start)
-        elif key not in self.locals:
+        key, locals_ = (node, start), self.frame.locals
+        if key not in locals_ and home is not None:
+            locals_[key] = aligned(self, node, start)
+        elif key not in locals_:
             made = self._local_from_cheap(node, start) if node not in self.heavy else None
-            self.locals[key] = made if made is not None else self._local_from_whole(node, start)
-        return self.locals[key]
+            locals_[key] = made if made is not None else self._local_from_whole(node, start)
+        return locals_[key]
 
     def _local_from_cheap(self, node: Node, start: int) -> Node | None:
         """Computed on local rows, when the operator can be; None otherwise."""
@@ -233,8 +272,8 @@ class Sharder:
 
     def _local_from_whole(self, node: Node, start: int) -> Node:
         axis = self.axis(node)
-        slack = int(self.length - axis.length)
-        value, dim, rows, order = self.whole(node), axis.dim, self.tables["columns"], self.tables["order"]
+        slack = self.slack(axis)
+        value, dim, rows = self.whole(node), axis.dim, self.tables["columns"]
         if axis.folded:
             shape = [self.size(s) for s in node.meta["val"].shape]
             value, dim = self.unfolded(value, shape, axis, self.size(axis.length))
@@ -242,9 +281,9 @@ class Sharder:
             if slack:  # the nearest token where there is none: zeros may divide
                 every = self.emit(aten.arange.default, self.tables["S"], device=value.meta["val"].device)
                 value = self.emit(aten.index_select.default, value, dim, self.tokens_at(every, axis, start))
-            value = self.emit(exchange.SHARD, value, rows, order, dim, self.group)
+            value = self.emit(exchange.SHARD, value, rows, self.tables["order"], dim, self.group)
         else:
-            if slack or start:
+            if slack or start or self.frame.chunk is not None:
                 rows = self.tokens_at(rows, axis, start)
             value = self.emit(aten.index_select.default, value, dim, rows)
         if axis.folded:
@@ -277,9 +316,9 @@ class Sharder:
         value, key = self.whole(node), (node, -1)
         if node not in self.differentiable:
             return value
-        if key not in self.locals:
-            self.locals[key] = self.emit(exchange.BROADCAST, value, self.group)
-        return self.locals[key]
+        if key not in self.batch.locals:
+            self.batch.locals[key] = self.emit(exchange.BROADCAST, value, self.group)
+        return self.batch.locals[key]
 
     def start_of(self, *nodes: Node) -> int:
         """Where the local operands among ``nodes`` start, or are made to."""
@@ -287,9 +326,10 @@ class Sharder:
 
     def valid_rows(self, axis: TokenAxis, start: int, rank: int) -> Node | None:
         """(.., outer * n, ..) bool of ``rank`` dimensions: which rows are part of the value; None: all."""
-        if axis.length == self.length:
+        slack = self.slack(axis)
+        valid: Any = within(self, (start, slack - start)) if slack or self.frame.chunk is not None else None
+        if valid is None:
             return None
-        valid: Any = within(self, (start, int(self.length - axis.length) - start))
         if axis.folded:
             rows = self.emit(aten.unsqueeze.default, valid, 1)
             valid = self.emit(aten.repeat.default, rows, [axis.outer, axis.inner])
@@ -309,13 +349,16 @@ class Sharder:
         if isinstance(node.meta["val"], torch.SymInt | int):
             return  # so is a size, whatever it is the size of
         self.heavy.add(node)
+        if parts_of_tokens(node):
+            return  # each of them is a slice
         if self._is_whole(node):
-            self.wholes[node] = self._detached(node, self._recomputed(node))
+            made = sum_of_sums(self, node)
+            self.wholes[node] = self._detached(node, self._recomputed(node) if made is None else made)
             return
         try:
             result = self._by_rule(node)
         except NotLocal as reason:
-            if any(self._is_rows(n) for n in node.all_input_nodes) or self._is_first(node):
+            if any(self._is_rows(n) for n in operands_of(node)) or self._is_first(node):
                 self._report(node, str(reason))
             self.wholes[node] = self._detached(node, self._recomputed(node))
             return
@@ -342,13 +385,17 @@ class Sharder:
         if not isinstance(node.meta["val"], torch.Tensor | tuple | list):
             return True
         if node.target is operator.getitem:
-            return node.args[0] not in self.home
+            return node.args[0] not in self.home and not parts_of_tokens(args_of(node)[0])
         if any(n in self.home and isinstance(self.home[n].order, Counts) for n in node.all_input_nodes):
             return False
         return node.meta["tokens"] is None and not _has_tokens(node)
 
     def _by_rule(self, node: Node) -> Any:
         """The local form of ``node``, or a whole value.  Raises ``NotLocal``."""
+        with self.within(frame_of(self, node)):
+            return self._by_rule_of_frame(node)
+
+    def _by_rule_of_frame(self, node: Node) -> Any:
         rule = rule_for(node)
         sorted_rows = any(n in self.home and self.home[n].routed for n in node.all_input_nodes)
         if rule is None and not sorted_rows:
@@ -360,15 +407,20 @@ class Sharder:
         except RuntimeError as error:  # shapes that do not fit, once rows of one rank meet whole tokens
             raise NotLocal(f"its local operands do not fit: {str(error).splitlines()[0]}") from error
         if isinstance(result, Longer):
+            if self.frame.chunk is not None:
+                raise NotLocal("a chunk of the tokens that becomes longer")
             return result
-        axis = node.meta.get("tokens")
-        if isinstance(result, Local) and isinstance(axis, TokenAxis):
-            if not 0 <= result.start <= int(self.length - axis.length):
-                raise NotLocal("a value of more tokens than the batch has")
-        made = result.node if isinstance(result, Local) else result
-        rows = isinstance(result, Local) and not isinstance(result.order, Counts)
-        if not self._fits(node.meta["val"], map_arg(made, lambda n: n.meta["val"]), rows):
-            raise NotLocal("its local result does not have one row for each token")
+        if isinstance(result, Local) and result.frame is None:
+            result = replace(result, frame=self.frame)
+        with self.within((isinstance(result, Local) and result.frame) or self.frame):
+            axis = node.meta.get("tokens")
+            if isinstance(result, Local) and isinstance(axis, TokenAxis):
+                if not 0 <= result.start <= self.slack(axis):
+                    raise NotLocal("a value of more tokens than the batch has")
+            made = result.node if isinstance(result, Local) else result
+            rows = isinstance(result, Local) and not isinstance(result.order, Counts)
+            if not self._fits(node.meta["val"], map_arg(made, lambda n: n.meta["val"]), rows):
+                raise NotLocal("its local result does not have one row for each token")
         return result
 
     def _fits(self, old: Any, new: Any, local: bool) -> bool:
@@ -379,13 +431,15 @@ class Sharder:
             )
         if not isinstance(old, torch.Tensor):
             return True
-        rows = expr_of(self.rows)
         was = [expr_of(size) for size in old.shape]
         dims = [d for d, size in enumerate(was) if self.symbol in size.free_symbols]
         if local and len(dims) != 1:
             return False
         if local:
-            was[dims[0]] = was[dims[0]].coeff(self.symbol, 1) * rows
+            times = multiple(was[dims[0]], self.length)
+            if times is None:
+                return False
+            was[dims[0]] = times[0] * expr_of(self.frame.rows)
         return was == [expr_of(size) for size in new.shape] and old.dtype == new.dtype
 
     def _attribute(self, node: Node) -> Node:
@@ -443,9 +497,8 @@ def shard_tokens(
 ) -> Sharded:
     """``columns`` (n,) and ``order`` (2, K) are the fake tables that the new graph gets as inputs.  The last
     ``whole_outputs`` outputs are whole whatever ``outputs`` says."""
-    sharder = Sharder(module, mode, length, group, strict)
-    sharder.usual_start, sharder.rows = usual_start(module, length), columns.shape[0]
-    sharder.tables["ranks"] = ranks
+    batch = Frame(length, {"ranks": ranks}, columns.shape[0], usual_start(module, length))
+    sharder = Sharder(module, mode, batch, group, strict)
     write_inputs(sharder, columns, order)
     grad = True
     for node in module.graph.nodes:
@@ -488,4 +541,6 @@ def _rows(sharder: Sharder, node: Node) -> Rows | None:
     axis, home = node.meta.get("tokens"), sharder.home.get(node)
     if home is None or home.routed or not isinstance(axis, TokenAxis) or axis.folded:
         return None
-    return Rows(axis.dim, home.start, int(sharder.length - axis.length) - home.start)
+    if home.frame is not sharder.batch:
+        return None
+    return Rows(axis.dim, home.start, sharder.slack(axis) - home.start)

@@ -376,7 +376,7 @@ def _first_rows(sharder: sharding.Sharder, node: object, start: int) -> object:
     try:
         return _LOCAL_FROM_WHOLE(sharder, node, start)  # type: ignore[arg-type]
     finally:
-        sharder.tables = tables
+        sharder.frame.tables = tables
 
 
 _LOCAL_FROM_WHOLE = sharding.Sharder._local_from_whole

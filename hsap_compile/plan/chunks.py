@@ -1,0 +1,99 @@
+"""Which rows of a rank lie in a chunk: a part of a row of tokens whose ends depend on the length.
+
+A loss or a layer that is computed chunk by chunk (``x.chunk(8, 1)``) is computed by every rank for the rows
+that it has of each chunk.  Shapes: n columns of a rank, r of its rows in a chunk, S tokens a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import sympy
+
+from hsap_compile.plan.attended import Ints
+
+TOKENS = sympy.Symbol("tokens", integer=True, positive=True)
+
+LEAST = 2  # rows of a rank in any chunk; what it has not is made up: sizes 0 and 1 are special to operators
+NOTHING = -1  # the element that a made-up row is
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The elements [first, stop) of a dimension of ``outer * length * inner``, whose element
+    ``(o * length + t) * inner + i`` belongs to column ``start + t``: of the batch, or of the chunk ``of``.
+
+    ``length``, ``first`` and ``stop`` are formulas of TOKENS, the columns of the batch.
+    """
+
+    outer: int
+    length: sympy.Expr
+    inner: int
+    start: int
+    first: sympy.Expr
+    stop: sympy.Expr
+    of: Chunk | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is, in letters, digits and underscores."""
+        return re.sub(r"\W+", "_", f"chunk_{self.first}_to_{self.stop}")
+
+    def rows(self, columns: Ints, tokens: int) -> tuple[Ints, Ints]:
+        """(r,) rows of a rank that has ``columns`` (n,) of ``tokens``, counted in its outer * n * inner, and
+        (r,) which element of the chunk each of them is; NOTHING: a row that is made up."""
+        held = columns if self.of is None else self.of.rows(columns, tokens)[1]
+        length, first, stop = (_number(x, tokens) for x in (self.length, self.first, self.stop))
+        token = held - self.start
+        inside = (held >= 0) & (0 <= token) & (token < length)
+        outer, inner = np.arange(self.outer)[:, None, None], np.arange(self.inner)
+        element = (outer * length + token[:, None]) * self.inner + inner
+        kept = inside[:, None] & (first <= element) & (element < stop)
+        rows = np.flatnonzero(kept)
+        elements = element.reshape(-1)[rows] - first
+        missing = (0, max(LEAST - len(rows), 0))
+        return np.pad(rows, missing), np.pad(elements, missing, constant_values=NOTHING)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Chunks that are a dimension's elements one after the other, put together again."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def name(self) -> str:
+        return f"joined_{self.chunks[0].name}"
+
+    def places(self, columns: Ints, tokens: int) -> Ints:
+        """(outer * n * inner,) where each row stands among those of all chunks; 0 for one that is in none."""
+        first = self.chunks[0]
+        held = len(columns) if first.of is None else len(first.of.rows(columns, tokens)[1])
+        places = np.zeros(first.outer * held * first.inner, np.int64)
+        before = 0
+        for chunk in self.chunks:
+            rows, elements = chunk.rows(columns, tokens)
+            real = np.flatnonzero(elements != NOTHING)
+            places[rows[real]] = before + real
+            before += len(rows)
+        return places
+
+
+def chunk_tables(
+    keys: Sequence[Chunk | Joined], columns: Ints, tokens: int
+) -> dict[tuple[object, str], Ints]:
+    """The tables of ``keys`` for a rank that has ``columns`` of ``tokens``."""
+    result: dict[tuple[object, str], Ints] = {}
+    for key in keys:
+        if isinstance(key, Joined):
+            result[key, "places"] = key.places(columns, tokens)
+        else:
+            result[key, "rows"], result[key, "elements"] = key.rows(columns, tokens)
+    return result
+
+
+def _number(formula: sympy.Expr, tokens: int) -> int:
+    return int(formula.xreplace({TOKENS: sympy.Integer(tokens)}))
