@@ -147,7 +147,7 @@ def _put(sharder: Sharder, rows: Node, chunk: Node, dim: int, frame: Frame) -> N
     return emit(aten.narrow.default, emit(aten.index_copy.default, more, dim, at, chunk), dim, 1, count)
 
 
-def gathered(sharder: Sharder, value: Node, dim: int) -> Node:
+def rows_of_all(sharder: Sharder, value: Node, dim: int) -> Node:
     """All ranks' rows, in the frame's order, of ``value``, whose dimension ``dim`` is this rank's."""
     frame, emit, tables = sharder.frame, sharder.emit, sharder.tables
     chunk, outer = frame.chunk, frame.outer
@@ -167,7 +167,7 @@ def gathered(sharder: Sharder, value: Node, dim: int) -> Node:
         if axis.folded:
             parts = [axis.outer, outer.tables["n"], axis.inner]
             held, at = emit(aten.reshape.default, held, sizes_with(sharder, held, dim, parts)), dim + 1
-        made = gathered(sharder, held, at)
+        made = rows_of_all(sharder, held, at)
         if length != outer.length:
             made = emit(aten.slice.Tensor, made, at, chunk.start, sharder.size(length + chunk.start))
         if axis.folded:

@@ -37,7 +37,7 @@ from hsap_compile._torch import SET_GRAD_ENABLED, FloorDiv, expr_of, operator_na
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
-from hsap_compile.passes._chunks import frame_of, gathered, operands_of
+from hsap_compile.passes._chunks import frame_of, operands_of
 from hsap_compile.passes._families import rule_for
 from hsap_compile.passes._forms import Counts, Frame, Local, NotLocal
 from hsap_compile.passes._inputs import write_inputs
@@ -47,7 +47,8 @@ from hsap_compile.passes._random import agreed, disagreed, is_random
 from hsap_compile.passes._reindex import Longer, aligned, common_start, usual_start, within
 from hsap_compile.passes._routing import is_count, routed, whole_counts
 from hsap_compile.passes._totals import sum_of_sums
-from hsap_compile.passes.infer_tokens import MANY, TokenAxis, multiple, parts_of_tokens, symbol_of
+from hsap_compile.passes._two_forms import fits, gathered, rows_of_whole
+from hsap_compile.passes.infer_tokens import MANY, TokenAxis, parts_of_tokens, symbol_of
 from hsap_compile.plan.chunks import Chunk
 
 aten = torch.ops.aten
@@ -191,7 +192,7 @@ class Sharder:
         if node in self.wholes:
             return self.wholes[node]
         if node in self.home and not self.home[node].routed:
-            self.wholes[node] = self._gathered(node)
+            self.wholes[node] = gathered(self, node)
         elif node in self.home and is_count(node):
             self.wholes[node] = whole_counts(self, node)
         elif node in self.home or node in self.longer:  # its rows have no place in the caller's order
@@ -218,23 +219,6 @@ class Sharder:
             made.meta.update(partition=False, mask=node.meta["mask"], reads=node.meta["reads"])
         return agreed(self, node, made) if is_random(node) else made
 
-    def _gathered(self, node: Node) -> Node:
-        home = self.home[node]
-        with self.within(self.frame_of(node)):
-            axis = self.axis(node)
-            value, dim = home.node, axis.dim
-            if axis.folded:
-                shape = self.local_shape(node)
-                value, dim = self.unfolded(value, shape, axis, self.tables["n"])
-            value = gathered(self, value, dim)
-            if axis.length != self.length:
-                stop = self.size(axis.length + home.start)
-                value = self.emit(aten.slice.Tensor, value, dim, home.start, stop)
-            if axis.folded:
-                shape = [self.size(s) for s in node.meta["val"].shape]
-                value = self.emit(aten.reshape.default, value, shape)
-            return value
-
     def unfolded(self, value: Node, shape: list[Any], axis: TokenAxis, rows: Any) -> tuple[Node, int]:
         """``value`` of ``shape`` with the tokens in a dimension of their own, and which that is."""
         parts = [axis.outer, rows, axis.inner]
@@ -255,7 +239,7 @@ class Sharder:
             locals_[key] = aligned(self, node, start)
         elif key not in locals_:
             made = self._local_from_cheap(node, start) if node not in self.heavy else None
-            locals_[key] = made if made is not None else self._local_from_whole(node, start)
+            locals_[key] = made if made is not None else rows_of_whole(self, node, start)
         return locals_[key]
 
     def _local_from_cheap(self, node: Node, start: int) -> Node | None:
@@ -269,26 +253,6 @@ class Sharder:
             return None
         plain = isinstance(result, Local) and result.start == 0 and not result.routed
         return result.node if plain else None
-
-    def _local_from_whole(self, node: Node, start: int) -> Node:
-        axis = self.axis(node)
-        slack = self.slack(axis)
-        value, dim, rows = self.whole(node), axis.dim, self.tables["columns"]
-        if axis.folded:
-            shape = [self.size(s) for s in node.meta["val"].shape]
-            value, dim = self.unfolded(value, shape, axis, self.size(axis.length))
-        if node in self.differentiable:
-            if slack:  # the nearest token where there is none: zeros may divide
-                every = self.emit(aten.arange.default, self.tables["S"], device=value.meta["val"].device)
-                value = self.emit(aten.index_select.default, value, dim, self.tokens_at(every, axis, start))
-            value = self.emit(exchange.SHARD, value, rows, self.tables["order"], dim, self.group)
-        else:
-            if slack or start or self.frame.chunk is not None:
-                rows = self.tokens_at(rows, axis, start)
-            value = self.emit(aten.index_select.default, value, dim, rows)
-        if axis.folded:
-            value = self.emit(aten.reshape.default, value, self.local_shape(node))
-        return value
 
     def tokens_at(self, columns: Node, axis: TokenAxis, start: int) -> Node:
         """The token that stands at each of ``columns``, or is nearest to it."""
@@ -419,28 +383,9 @@ class Sharder:
                     raise NotLocal("a value of more tokens than the batch has")
             made = result.node if isinstance(result, Local) else result
             rows = isinstance(result, Local) and not isinstance(result.order, Counts)
-            if not self._fits(node.meta["val"], map_arg(made, lambda n: n.meta["val"]), rows):
+            if not fits(self, node.meta["val"], map_arg(made, lambda n: n.meta["val"]), rows):
                 raise NotLocal("its local result does not have one row for each token")
         return result
-
-    def _fits(self, old: Any, new: Any, local: bool) -> bool:
-        """Whether ``new`` has the shape that this rank's rows of ``old`` have, or (not local) its shape."""
-        if isinstance(old, tuple | list):
-            return len(old) <= len(new) and all(
-                self._fits(a, b, local) for a, b in zip(old, new, strict=False)
-            )
-        if not isinstance(old, torch.Tensor):
-            return True
-        was = [expr_of(size) for size in old.shape]
-        dims = [d for d, size in enumerate(was) if self.symbol in size.free_symbols]
-        if local and len(dims) != 1:
-            return False
-        if local:
-            times = multiple(was[dims[0]], self.length)
-            if times is None:
-                return False
-            was[dims[0]] = times[0] * expr_of(self.frame.rows)
-        return was == [expr_of(size) for size in new.shape] and old.dtype == new.dtype
 
     def _attribute(self, node: Node) -> Node:
         new = self.graph.get_attr(str(node.target))

@@ -379,7 +379,7 @@ def _first_rows(sharder: sharding.Sharder, node: object, start: int) -> object:
         sharder.frame.tables = tables
 
 
-_LOCAL_FROM_WHOLE = sharding.Sharder._local_from_whole
+_LOCAL_FROM_WHOLE = sharding.rows_of_whole
 
 
 def _own_largest(x: Tensor, dims: list[int], least: bool, group: str) -> Tensor:
@@ -396,7 +396,7 @@ MUTATIONS = {
     "no broadcast": (exchange, "BROADCAST", _unsummed, LOCAL["turned weight"]),
     "no share": (exchange, "SHARE", _unsummed, LOCAL["regularised"]),
     "gradients not summed": (sharding, "settle_parameters", lambda sharder: None, LOCAL["linear"]),
-    "local positions": (sharding.Sharder, "_local_from_whole", _first_rows, LOCAL["positions"]),
+    "local positions": (sharding, "rows_of_whole", _first_rows, LOCAL["positions"]),
     "wrong start": (_operands, "Local", lambda node, start=0: sharding.Local(node), LOCAL["head labels"]),
     "rows outside counted": (sharding.Sharder, "valid_rows", lambda *_: None, LOCAL["tail mean"]),
     "rows in front ignored": (_families, "rows_in_front", lambda *_: 1, GATHERED["token axis first"][0]),
