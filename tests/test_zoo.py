@@ -26,6 +26,7 @@ FAST = [
     ("T5", "sdpa", (2, 2)),
     ("Whisper", "sdpa", (3, 1)),
     ("torchtitan Llama", "flex", (2, 2)),
+    ("torchtitan Llama, tiled", "sdpa", (3, 1)),
     ("nanoGPT, checkpointed", "sdpa", (2, 2)),
     ("diffusion transformer, two rows", "sdpa", (3, 1)),
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import models
 from models import HEADS, KV_HEADS, LONGEST, VOCABULARY, WIDTH, WINDOW
 from simulate import Simulated, Step, eager, simulate, traced, widened, worst
-from zoo_models import Adapted, Checkpointed, EncoderDecoder, Joint, Prompted, Titan
+from zoo_models import Adapted, Checkpointed, EncoderDecoder, Joint, Prompted, Tiled, Titan
 
 DOCUMENTS = [5, 1, 9, 14, 3, 2]
 S = sum(DOCUMENTS)
@@ -275,6 +275,14 @@ HUGGING_FACE: dict[str, Entry] = {
         _old(hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS, alibi=True),
         without=("position_ids",),
     ),
+    "DeepSeek-V2": _causal(
+        "DeepseekV2Config",
+        _text(
+            num_key_value_heads=4, moe_intermediate_size=32, n_routed_experts=4, n_shared_experts=1,
+            num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, num_hidden_layers=2,
+            **_LATENT,
+        ),
+    ),
     "DeepSeek-V3": _causal(
         "DeepseekV3Config",
         _text(
@@ -349,6 +357,7 @@ OWN: dict[str, Entry] = {
     "nanoGPT, inputs cut inside": _own(lambda how: models.OWN["next token"](), "sdpa"),
     "Llama, soft prompt": Entry(_prompted, HUGGING_FACE["Llama"].batch),
     "torchtitan Llama": _own(Titan, "sdpa", "eager", "flex"),
+    "torchtitan Llama, tiled": _own(Tiled, "sdpa"),
     "nn.TransformerEncoderLayer": _own(lambda how: models.OWN["encoder"](), "sdpa", kind="encoder"),
     "nn.MultiheadAttention": _own(lambda how: models.OWN["multihead"](), "sdpa", kind="encoder"),
     "nn.Transformer": _own(lambda how: EncoderDecoder(), "sdpa", kind="encoder-decoder"),

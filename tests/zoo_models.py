@@ -42,11 +42,15 @@ class Titan(nn.Module):
         k, v = (t[:, :, :, None, :].expand(*t.shape[:3], HEADS // KV_HEADS, 8).flatten(2, 3) for t in (k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y = self.attend(q, k, v, documents).transpose(1, 2).reshape(x.shape)
-        x = x + self.wo(y)
-        h = self.norm2(x)
-        x = x + self.w2(F.silu(self.w1(h)) * self.w3(h))
-        logits = self.head(x)
+        return self.rest(x + self.wo(y), labels)
+
+    def rest(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(self.fed_forward(x))
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    def fed_forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(x)
+        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
         if self.attention == "flex":
@@ -61,6 +65,19 @@ class Titan(nn.Module):
         if self.attention == "sdpa":
             return F.scaled_dot_product_attention(q, k, v, mask)
         return (q @ k.mT / math.sqrt(8)).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+class Tiled(Titan):
+    """What is token-wise is computed tile by tile, as for very long rows: layers are computed again in the
+    backward, and nobody holds the logits of more than one tile."""
+
+    def rest(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([checkpoint(self.fed_forward, part, use_reentrant=False) for part in x.chunk(3, 1)], 1)
+        total, parts = x.new_zeros(()), zip(x[:, :-1].chunk(4, 1), labels[:, 1:].chunk(4, 1), strict=True)
+        for rows, wanted in parts:
+            logits = self.head(rows).flatten(0, 1)
+            total = total + F.cross_entropy(logits, wanted.flatten(), reduction="sum")
+        return total / (labels[:, 1:] != -100).sum(), x
 
 
 def _capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
