@@ -341,8 +341,8 @@ def constant_length(length: int, inputs: Sequence[Any]) -> Refused:
         "the sequence length stays a constant",
         got=f"a graph for exactly {length} tokens",
         wanted="a symbolic length: documents and lengths change without compiling again",
-        do="drop dynamic=False, and code that needs the length as a Python number; make buffers that are "
-        f"exactly {length} long longer than the rows",
+        do="drop dynamic=False, and code that needs the length as a Python number (in place of a loop over "
+        f"positions: x.chunk(8, 1)); make buffers that are exactly {length} long longer than the rows",
         at=innermost(fixed_at(inputs)),
     )
 

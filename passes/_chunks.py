@@ -63,7 +63,7 @@ def chunk_of(sharder: Sharder, node: Node, source: Node, first: sympy.Expr) -> L
     frame = sharder.frames[chunk]
     rows = sharder.emit(aten.index_select.default, home.node, axis.dim, frame.tables["places"])
     if rows.meta["val"].is_floating_point() or rows.meta["val"].is_complex():
-        with sharder.within(frame):  # another token's number may have no logarithm
+        with sharder.in_frame(frame):  # another token's number may have no logarithm
             rows = where(sharder, along(sharder, within(sharder, (0, 0)), rows, axis.dim), rows, 1)
     return Local(rows, frame=frame)
 
@@ -154,7 +154,7 @@ def rows_of_all(sharder: Sharder, value: Node, dim: int) -> Node:
     if chunk is None or outer is None:
         S, group = tables["S"], sharder.group
         return emit(exchange.GATHER, value, tables["columns"], tables["order"], S, dim, group)
-    with sharder.within(outer):
+    with sharder.in_frame(outer):
         length, first, stop = (
             x.xreplace({TOKENS: sharder.batch.length}) for x in (chunk.length, chunk.first, chunk.stop)
         )

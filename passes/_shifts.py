@@ -63,7 +63,7 @@ def token_part(sharder: Sharder, node: Node) -> Any:
     assert isinstance(parts, Node) and isinstance(which, int)
     source = arguments(parts)["self"]
     if node.meta["tokens"] is None:
-        raise NotLocal("a fixed number of tokens of a row")
+        raise NotLocal("parts of a fixed number of tokens; a fixed number of parts, as of chunk, would stay")
     dim = sharder.axis(source).dim
     begin = sum((expr_of(part.shape[dim]) for part in parts.meta["val"][:which]), sympy.Integer(0))
     return _range(sharder, node, source, sympy.expand(begin))

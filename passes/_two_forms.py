@@ -21,7 +21,7 @@ aten = torch.ops.aten
 def gathered(sharder: Sharder, node: Node) -> Node:
     """The whole form of ``node`` from its local one."""
     emit, home = sharder.emit, sharder.home[node]
-    with sharder.within(sharder.frame_of(node)):
+    with sharder.in_frame(sharder.frame_of(node)):
         axis = sharder.axis(node)
         value, dim = home.node, axis.dim
         if axis.folded:

@@ -125,7 +125,7 @@ class Sharder:
         return symbol_of(self.length)
 
     @contextmanager
-    def within(self, frame: Frame) -> Iterator[None]:
+    def in_frame(self, frame: Frame) -> Iterator[None]:
         """Rewrite as if ``frame`` was the row."""
         was, self.frame = self.frame, frame
         try:
@@ -356,7 +356,7 @@ class Sharder:
 
     def _by_rule(self, node: Node) -> Any:
         """The local form of ``node``, or a whole value.  Raises ``NotLocal``."""
-        with self.within(frame_of(self, node)):
+        with self.in_frame(frame_of(self, node)):
             return self._by_rule_of_frame(node)
 
     def _by_rule_of_frame(self, node: Node) -> Any:
@@ -376,7 +376,7 @@ class Sharder:
             return result
         if isinstance(result, Local) and result.frame is None:
             result = replace(result, frame=self.frame)
-        with self.within((isinstance(result, Local) and result.frame) or self.frame):
+        with self.in_frame((isinstance(result, Local) and result.frame) or self.frame):
             axis = node.meta.get("tokens")
             if isinstance(result, Local) and isinstance(axis, TokenAxis):
                 if not 0 <= result.start <= self.slack(axis):

@@ -134,7 +134,7 @@ GATHERED: dict[str, tuple[Pattern, str]] = {
     ),
     "order in a chunk": (lambda p, x, i: _each(x, lambda y: y.cumsum(1), 2), "it works along the tokens"),
     "a fixed number": (
-        lambda p, x, i: torch.cat([y @ p.square for y in x.split(5, 1)], 1), "a fixed number of tokens"
+        lambda p, x, i: torch.cat([y @ p.square for y in x.split(5, 1)], 1), "a fixed number of parts"
     ),
     "shifted in a chunk": (
         lambda p, x, i: _each(x, lambda y: F.pad(y[:, 1:] - y[:, :-1], (0, 0, 0, 1))),
@@ -173,7 +173,9 @@ def test_other_batches_and_lengths_have_chunks_of_their_own() -> None:
 def _sent(pattern: Pattern, rows: int = 1) -> list[tuple[Any, tuple[Any, ...]]]:
     program = Program((LOCAL["linear"], pattern), ends="loss")
     of = trace(program, rows=rows, tokens=TOKENS_OF_ROWS, grad=False)
-    graph: Any = simulate(of, 3, 1).program.function
+    found = simulate(of, 3, 1)
+    assert max(max(worst(step, eager(of))) for step in found.ranks) <= TIGHT
+    graph: Any = found.program.function
     crossing = (
         exchange.SUM_RANKS, exchange.EXTREME, exchange.GATHER, exchange.SHARD, exchange.ALL_TO_ALL
     )  # fmt: skip
@@ -181,8 +183,9 @@ def _sent(pattern: Pattern, rows: int = 1) -> list[tuple[Any, tuple[Any, ...]]]:
     return [(n.target, tuple(n.meta["val"].shape)) for n in nodes]
 
 
+@pytest.mark.parametrize("over", ["nothing", "a number", "a count"])
 @pytest.mark.parametrize("first", ["0", "0.0", "x.new_zeros(())", "torch.tensor(0.0)", "x.sum()"])
-def test_a_loss_of_chunks_is_one_sum_over_ranks(first: str) -> None:
+def test_a_loss_of_chunks_is_one_sum_over_ranks(first: str, over: str) -> None:
     """Ranks that have no token of a chunk do not wait for those that have."""
 
     def pattern(p: Program, x: Tensor, i: Tensor) -> Tensor:
@@ -193,7 +196,8 @@ def test_a_loss_of_chunks_is_one_sum_over_ranks(first: str) -> None:
         total = starts[first]
         for rows, wanted in zip(x.chunk(4, 1), i.chunk(4, 1), strict=True):
             logits = (rows @ p.square).flatten(0, 1)
-            total = total + F.cross_entropy(logits, wanted.flatten() % WIDTH, reduction="sum")
+            loss = F.cross_entropy(logits, wanted.flatten() % WIDTH, reduction="sum")
+            total = total + loss / {"nothing": 1, "a number": i.shape[1], "a count": (i > 3).sum()}[over]
         return x * total
 
     sums = 4 if first == "x.sum()" else 1

@@ -47,6 +47,7 @@ class Chunk:
         (r,) which element of the chunk each of them is; NOTHING: a row that is made up."""
         held = columns if self.of is None else self.of.rows(columns, tokens)[1]
         length, first, stop = (_number(x, tokens) for x in (self.length, self.first, self.stop))
+        assert 0 <= first <= stop <= self.outer * length * self.inner, (self, tokens)
         token = held - self.start
         inside = (held >= 0) & (0 <= token) & (token < length)
         outer, inner = np.arange(self.outer)[:, None, None], np.arange(self.inner)
