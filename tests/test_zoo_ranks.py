@@ -32,7 +32,7 @@ def compare(name: str, attention: str, lower: str) -> float:
         pytest.param("Mixtral", "sdpa", "inductor", marks=pytest.mark.slow),
         pytest.param("Mixtral, checkpointed", "sdpa", "inductor", marks=pytest.mark.slow),
         ("Mixtral, router loss", "sdpa", "aot_eager"),
-        ("torchtitan Llama, tiled", "sdpa", "inductor"),
+        pytest.param("torchtitan Llama, tiled", "sdpa", "inductor", marks=pytest.mark.slow),
         pytest.param("Llama4", "sdpa", "aot_eager", marks=pytest.mark.slow),
         pytest.param("GPT-OSS", "eager", "inductor", marks=pytest.mark.slow),
         pytest.param("Bloom", "eager", "inductor", marks=pytest.mark.slow),
