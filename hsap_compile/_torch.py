@@ -190,7 +190,7 @@ def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> t
             pre_dispatch=True,
             tracing_mode="real",
             _allow_non_fake_inputs=True,
-        )(*inputs)
+        )(*_distinct(inputs))
 
 
 #: Other names for, and products and joins made of, operators that passes know; none of which autocast knows.
@@ -210,10 +210,19 @@ def _composed() -> dict[Any, Callable[..., Any]]:
     return {overload: overload.decompose for overload in overloads}
 
 
+def _distinct(values: Sequence[Any]) -> Iterator[Any]:
+    """``values``, no tensor among them twice: which input is read is told by the object."""
+    seen = set[int]()
+    for value in values:
+        again = isinstance(value, torch.Tensor) and id(value) in seen
+        seen.add(id(value))
+        yield value.detach().requires_grad_(value.requires_grad) if again else value
+
+
 def trace_below_autograd(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
     """``module`` as a graph of ATen operators after autograd and batching, which it must not leave open."""
     with _tracing(fake_mode_of(inputs)), warnings.catch_warnings():
-        return make_fx(module, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+        return make_fx(module, tracing_mode="real", _allow_non_fake_inputs=True)(*_distinct(inputs))
 
 
 def run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -434,15 +443,6 @@ def trace_aten(mode: FakeTensorMode, function: Callable[..., Any], inputs: Seque
     """The ATen operators that ``function`` runs on ``inputs`` (fake tensors of ``mode``, sizes)."""
     with _tracing(mode), torch._C._DisableAutocast():
         return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*_distinct(inputs)).graph
-
-
-def _distinct(values: Sequence[Any]) -> Iterator[Any]:
-    """``values``, no tensor among them twice: which input is read is told by the object."""
-    seen = set[int]()
-    for value in values:
-        again = isinstance(value, torch.Tensor) and id(value) in seen
-        seen.add(id(value))
-        yield value.detach().requires_grad_(value.requires_grad) if again else value
 
 
 def flex_block_mask(lengths: tuple[Any, Any], tables: Sequence[Any], block: int, mask_mod: Any) -> Any:

@@ -38,8 +38,11 @@ def frame_of(sharder: Sharder, node: Node) -> Frame:
     found = list(dict.fromkeys(sharder.frame_of(n) for n in operands_of(node) if n in sharder.home))
     if not found:
         return sharder.frame
+    axes = [n.meta.get("tokens") for n in operands_of(node) if n not in sharder.home]
+    lengths = [axis.length for axis in axes if isinstance(axis, TokenAxis)]
     for frame in (found[0], found[0].outer):
-        if frame is not None and all(frame in (other, other.outer) for other in found):
+        rows = frame is not None and all(frame in (other, other.outer) for other in found)
+        if frame is not None and rows and all((frame.length - x).is_Integer for x in lengths):
             return frame
     raise NotLocal("tokens of chunks meet others")
 
@@ -53,19 +56,27 @@ def operands_of(node: Node) -> list[Node]:
 def chunk_of(sharder: Sharder, node: Node, source: Node, first: sympy.Expr) -> Local:
     """``node`` is the elements of the tokens' dimension of ``source`` from ``first`` on."""
     home, axis = sharder.home.get(source), sharder.axis(source)
-    if home is None or home.routed:
-        raise NotLocal("a chunk of tokens that are whole" if home is None else "rows in the order of a sort")
+    if home is not None and home.routed:
+        raise NotLocal("rows in the order of a sort")
+    start = sharder.start_of(source)
     size = expr_of(node.meta["val"].shape[axis.dim])
     length, begin, end = (_formula(sharder, x) for x in (axis.length, first, first + size))
-    chunk = Chunk(axis.outer, length, axis.inner, home.start, begin, end, sharder.frame.chunk)
+    if (begin.free_symbols | end.free_symbols) - {TOKENS}:
+        raise NotLocal("a chunk that does not follow from the length alone")
+    sharder.size(first)  # which whoever gathers asks for
+    chunk = Chunk(axis.outer, length, axis.inner, start, begin, end, sharder.frame.chunk)
     if chunk not in sharder.frames:
         sharder.frames[chunk] = _frame(sharder, chunk, size)
     frame = sharder.frames[chunk]
-    rows = sharder.emit(aten.index_select.default, home.node, axis.dim, frame.tables["places"])
-    if rows.meta["val"].is_floating_point() or rows.meta["val"].is_complex():
-        with sharder.in_frame(frame):  # another token's number may have no logarithm
+    rows = sharder.local(source, start)
+    rows = sharder.emit(aten.index_select.default, rows, axis.dim, frame.tables["places"])
+    if rows.meta["val"].dtype in _NUMBERS:  # those of another chunk may name no row of a table
+        with sharder.in_frame(frame):
             rows = where(sharder, along(sharder, within(sharder, (0, 0)), rows, axis.dim), rows, 1)
     return Local(rows, frame=frame)
+
+
+_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _formula(sharder: Sharder, size: sympy.Expr) -> sympy.Expr:

@@ -84,7 +84,8 @@ class _Body:
             self.module = capture_body(body, values, grad=False)
         inputs = placeholders(self.module)
         infer_tokens(self.module, outer.length, dict(zip(inputs, axes, strict=True)))
-        frame = Frame(outer.length, NoTables("a custom function that mixes tokens"), outer.frame.rows)
+        tables = NoTables("a custom function that mixes tokens")
+        frame = Frame(outer.length, tables, outer.frame.rows, chunk=outer.frame.chunk)
         self.inner = inner = Sharder(self.module, outer.mode, frame, outer.group, strict=False)
         for placeholder, axis in zip(inputs, axes, strict=True):
             new = inner.graph.placeholder(placeholder.name)

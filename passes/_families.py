@@ -68,7 +68,7 @@ _ELEMENTWISE = _names(
     " silu gelu celu selu mish prelu log_sigmoid"
     " __and__ __or__ __xor__ masked_fill where one_hot square float expand_as"
     " _assert_tensor_metadata relu6 hardswish rsub logical_not logical_and logical_or floor_divide fill"
-    " broadcast_tensors"
+    " broadcast_tensors zero"
 )
 #: Token by token, though dimensions behind the tokens come and go.
 _PAIRS = _names("view_as_complex view_as_real real imag resolve_conj resolve_neg complex polar")
@@ -366,7 +366,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
                 raise NotLocal("token dimensions of the operands differ")
         return as_is(sharder, node)
     if name in TOTALS:
-        if is_sorted(sharder, source) and axis.length != sharder.length:
+        some_are_none = axis.length != sharder.length or sharder.frame.chunk is not None
+        if is_sorted(sharder, source) and some_are_none:
             raise NotLocal("sorted rows of which some are no tokens")
         return TOTALS[name](sharder, node, source, axis, dims)
     if name in ("aten::index_select", "aten::gather"):

@@ -85,9 +85,8 @@ def taken(sharder: Sharder, view: View, offsets: Sequence[int], into: Range, wra
 
 def _ordinary(sharder: Sharder, rows: Node, dim: int, into: Range) -> Node:
     """``rows`` with the numbers of one that is asked for in those that are not: a function may have no
-    derivative at a token that it was never meant for (the logarithm of a row of zeros)."""
-    number = rows.meta["val"].is_floating_point() or rows.meta["val"].is_complex()
-    inside = within(sharder, into) if number else None
+    derivative at a token that it was never meant for (the logarithm of a row of zeros), a table no row."""
+    inside = within(sharder, into) if rows.meta["val"].dtype != torch.bool else None
     if inside is None:
         return rows
     first = sharder.emit(aten.argmax.default, sharder.emit(aten.to.dtype, inside, torch.int64), 0, True)

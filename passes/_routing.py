@@ -86,8 +86,9 @@ def whole_counts(sharder: Sharder, node: Node) -> Node:
     emit, home, source = sharder.emit, sharder.home[node], _first(node)
     assert isinstance(home.order, Counts)
     key, made = home.order.key, home.node
-    rows = sharder.local(key, home.start)
-    valid = sharder.valid_rows(sharder.axis(key), home.start, rows.meta["val"].dim())
+    with sharder.in_frame(sharder.frame_of(node)):
+        rows = sharder.local(key, home.start)
+        valid = sharder.valid_rows(sharder.axis(key), home.start, rows.meta["val"].dim())
     if valid is not None:  # what is less than its least is not counted
         ids = where(sharder, valid, emit(aten.to.dtype, rows, source.meta["val"].dtype), -1)
         made = _call(sharder, node, {source: ids})

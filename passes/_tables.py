@@ -37,9 +37,12 @@ class Tables:
         if found is not None:
             return found
         parts = key if isinstance(key, tuple) else (key,)
-        name = "_".join(str(getattr(part, "name", part)) for part in parts)
-        with self.graph.inserting_after([n for n in self.graph.nodes if n.op == "placeholder"][-1]):
-            node = self.graph.placeholder(f"table_{name}")
+        name = "_".join(("table", *(str(getattr(part, "name", part)) for part in parts)))
+        others = [n for n in self.graph.nodes if n.op == "placeholder"]
+        while any(n.target == name for n in others):  # a name may say less than the key
+            name += "_"
+        with self.graph.inserting_after(others[-1]):
+            node = self.graph.placeholder(name)
         node.meta.update(val=value, table=key, parameter=False)
         return node
 

@@ -303,17 +303,24 @@ def sum_of_sums(sharder: Sharder, node: Node) -> Node | None:
 
 
 def _part(sharder: Sharder, value: Any) -> Node | None:
-    """What a number is the sum over ranks of; a sum times a number, or over one, is such a sum too."""
+    """What a number is the sum over ranks of; such a sum over a count is one too."""
     made = sharder.wholes.get(value) if isinstance(value, Node) else None
     if not isinstance(made, Node) or made.meta["val"].dim() or not made.meta["val"].is_floating_point():
         return None
-    if value.target in (aten.mul.Tensor, aten.div.Tensor) and made.target is value.target:
-        left, right = args_of(value)
-        part = None if right in sharder.differentiable else _part(sharder, left)
-        return None if part is None else sharder.emit(value.target, part, map_arg(right, sharder.whole))
+    if value.target is aten.div.Tensor and made.target is value.target:
+        total, count = args_of(value)
+        part = _part(sharder, total) if _is_count(count) else None
+        return None if part is None else sharder.emit(value.target, part, map_arg(count, sharder.whole))
     if made.target is aten.to.dtype:
         made = args_of(made)[0]
     return args_of(made)[0] if made.target is exchange.SUM_RANKS else None
+
+
+def _is_count(value: Any) -> bool:
+    number = value.meta["val"] if isinstance(value, Node) else value
+    if isinstance(number, torch.Tensor):
+        return not (number.is_floating_point() or number.is_complex())
+    return isinstance(number, int | torch.SymInt)
 
 
 def loss(sharder: Sharder, node: Node) -> Any:

@@ -40,18 +40,20 @@ def gathered(sharder: Sharder, node: Node) -> Node:
 def rows_of_whole(sharder: Sharder, node: Node, start: int) -> Node:
     """The local form of ``node``, whose tokens start at column ``start``, from its whole one."""
     emit, axis = sharder.emit, sharder.axis(node)
-    slack = sharder.slack(axis)
-    value, dim, rows = sharder.whole(node), axis.dim, sharder.tables["columns"]
+    slack, learned = sharder.slack(axis), node in sharder.differentiable
+    of_chunk = sharder.frame.chunk is not None
+    value = sharder.spread(node) if learned and of_chunk else sharder.whole(node)
+    dim, rows = axis.dim, sharder.tables["columns"]
     if axis.folded:
         shape = [sharder.size(s) for s in node.meta["val"].shape]
         value, dim = sharder.unfolded(value, shape, axis, sharder.size(axis.length))
-    if node in sharder.differentiable:
+    if learned and not of_chunk:
         if slack:  # the nearest token where there is none: zeros may divide
             every = emit(aten.arange.default, sharder.tables["S"], device=value.meta["val"].device)
             value = emit(aten.index_select.default, value, dim, sharder.tokens_at(every, axis, start))
         value = emit(exchange.SHARD, value, rows, sharder.tables["order"], dim, sharder.group)
     else:
-        if slack or start or sharder.frame.chunk is not None:
+        if slack or start or of_chunk:
             rows = sharder.tokens_at(rows, axis, start)
         value = emit(aten.index_select.default, value, dim, rows)
     if axis.folded:

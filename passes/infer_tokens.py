@@ -140,7 +140,7 @@ def _tokens(node: Node, lengths: list[sympy.Expr]) -> TokenAxis | Tokens | None:
         return MANY
     size = expr_of(value.shape[dims[0]])
     found = [times for length in lengths if (times := multiple(size, length)) is not None]
-    if not found and _is_chunk(node, dims[0]):
+    if not found and size.free_symbols == {symbol} and _is_chunk(node, dims[0]):
         lengths.append(size)
         return TokenAxis(dims[0], 1, size)
     for factor, length in found[:1]:

@@ -452,7 +452,8 @@ def shard_tokens(
         if node.target is SET_GRAD_ENABLED:
             grad = bool(node.args[0])
             continue
-        learned = any(n in sharder.differentiable for n in node.all_input_nodes)
+        number = isinstance(node.meta.get("val"), torch.SymInt | int)
+        learned = not number and any(n in sharder.differentiable for n in node.all_input_nodes)
         if learned and node.target is not aten.detach.default and not reads_no_numbers(node):
             sharder.differentiable.add(node)
         if not grad:

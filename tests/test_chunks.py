@@ -20,6 +20,9 @@ from hsap_compile.plan.chunks import TOKENS, Chunk, Joined
 from simulate import eager, rebatched, simulate, simulate_all, traced, worst
 from test_shard_tokens import LOCAL, ON_MESHES, TIGHT, WIDTH, Pattern, Program, batch, check, trace
 
+#: dynamo makes an instance of autograd.Function (torch 2.13)
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
 
 def _loss(p: Program, x: Tensor, labels: Tensor, n: int = 4, how: str = "sum") -> Tensor:
     """As trainers write it: the logits of a chunk are thrown away before those of the next are made."""
@@ -84,6 +87,57 @@ def len_of(x: Tensor, parts: int) -> int:
     return x.shape[1] // parts
 
 
+def _written_into_zeros(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    y, size = torch.zeros(x.shape, dtype=x.dtype), x.shape[1] // 2
+    y[:, :size] = x[:, :size] @ p.square
+    y[:, size:] = x[:, size:].sin()
+    z = x * p.vector
+    z[:, :size].zero_()
+    return y + z
+
+
+def _counted(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """How many tokens of a chunk an expert gets."""
+    experts = (x.chunk(2, 1)[0].flatten(0, 1) @ p.square).argmax(-1)
+    return x + torch.histc(experts.double(), WIDTH, 0, WIDTH - 1).sin()
+
+
+class _Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y)
+
+
+class _Decayed(torch.autograd.Function):
+    """Whose weight has a gradient where the result has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad * weight, ((grad + 0.1 * x) * x).sum((0, 1))
+
+
+def _sorted(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    loss = x.new_zeros(())
+    for y in x.chunk(4, 1):
+        rows = y.flatten(0, 1)
+        order = torch.sort((rows @ p.square)[:, :4].argmax(-1), stable=True).indices
+        loss = loss + (rows[order] * p.vector).pow(2).mean()
+    return x * loss
+
+
 CHUNKED: dict[str, Pattern] = {
     "loss": lambda p, x, i: x * _loss(p, x, i) / x.shape[1],
     "loss of shifted labels": _shifted,
@@ -98,6 +152,27 @@ CHUNKED: dict[str, Pattern] = {
     "unlike parts": lambda p, x, i: torch.cat(
         [x[:, : len_of(x, 4)].sin(), x[:, len_of(x, 4) : -len_of(x, 3)], x[:, -len_of(x, 3) :]], 1
     ),
+    "written into zeros": _written_into_zeros,
+    "counted": _counted,
+    "a function of one's own": lambda p, x, i: _each(x, lambda y: _Tanh.apply(y) * p.vector),
+    "standardised": lambda p, x, i: _each(
+        x, lambda y: (y - y.mean(-1, True)) / y.std(-1, keepdim=True) * p.vector
+    ),
+    "odds": lambda p, x, i: x + sum(
+        ((1 - y.exp()).log() * p.scalar).mean() for y in x.log_softmax(-1).chunk(3, 1)
+    ),
+    "chunks of unlike chunks": lambda p, x, i: _each(x, lambda y: _each(y, lambda z: z.sin(), 2), 3),
+    "equal ends of two starts": lambda p, x, i: (
+        x + x[:, : len_of(x, 2)].mul(p.vector).mean(1, True) + x[:, 1:][:, : len_of(x, 2)].mean(1, True)
+    ),
+    "zeros": lambda p, x, i: _each(x, lambda y: y + torch.zeros(y.shape, dtype=y.dtype)),
+    "split evenly": lambda p, x, i: x + sum((y * p.vector).mean() for y in x.tensor_split(4, 1)),
+    "words of a chunk": lambda p, x, i: x + F.embedding(
+        torch.where(torch.arange(i.shape[1]) < len_of(x, 2), x.argmax(-1), 99)[:, : len_of(x, 2)], p.words
+    ).mean(1, True),
+    "words of a slice": lambda p, x, i: x + F.embedding(
+        torch.where(torch.arange(i.shape[1]) < i.shape[1] - 1, x.argmax(-1), 99)[:, :-1], p.words
+    ).mean(1, True),
     "the first half": lambda p, x, i: x + x[:, : x.shape[1] // 2].mul(p.vector).mean(1, keepdim=True),
     "the last tokens of a half": lambda p, x, i: x + x[:, : x.shape[1] // 2][:, 1:].sum((0, 1)),
     "chunks of chunks": lambda p, x, i: _each(x, lambda y: _each(y, lambda z: z @ p.square, 2), 2),
@@ -128,6 +203,13 @@ GATHERED: dict[str, tuple[Pattern, str]] = {
     "folded and joined": (
         lambda p, x, i: torch.cat([y @ p.square for y in x.flatten(0, 1).chunk(5)]).view(x.shape),
         "the result has no single token dimension",
+    ),
+    "sums of sorted rows": (_sorted, "sorted rows of which some are no tokens"),
+    "a weight's own gradient": (
+        lambda p, x, i: _each(x, lambda y: _Decayed.apply(y, p.vector)), "a custom function that mixes tokens"
+    ),
+    "begins anywhere": (
+        lambda p, x, i: x + x[:, x.shape[1] % 4 :][:, : len_of(x, 2)].cumsum(1).mean(1, True), "a size of Mod"
     ),
     "turned chunks": (
         lambda p, x, i: torch.cat(x.chunk(2, 1)[::-1], 1) * p.vector, "it joins tokens with others"
@@ -243,8 +325,10 @@ def test_rows_of_a_chunk() -> None:
 
 def test_rows_that_are_made_up() -> None:
     chunk = Chunk(1, TOKENS, 1, 0, sympy.Integer(0), TOKENS // 2)
-    assert [x.tolist() for x in chunk.rows(np.array([5, 1]), 6)] == [[1, 0], [1, -1]]
+    assert [x.tolist() for x in chunk.rows(np.array([5, 1]), 6)] == [[1, 1], [1, -1]]
     assert [x.tolist() for x in chunk.rows(np.array([5, 4]), 6)] == [[0, 0], [-1, -1]]
+    tail = Chunk(1, TOKENS - 1, 1, 1, sympy.Integer(0), TOKENS // 2)
+    assert [x.tolist() for x in tail.rows(np.array([0, 5]), 6)] == [[1, 1], [-1, -1]]
     inside = Chunk(1, TOKENS // 2, 1, 0, sympy.Integer(0), sympy.Integer(2), of=chunk)
     assert [x.tolist() for x in inside.rows(np.array([5, 1]), 6)] == [[0, 0], [1, -1]]
 

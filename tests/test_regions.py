@@ -122,6 +122,27 @@ class Auxiliary(torch.autograd.Function):
         return grad, torch.ones_like(loss), 0.1 * weight
 
 
+class Kept(torch.autograd.Function):
+    """Saves what it returns, and one operand twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        out, other = x.tanh(), x * y
+        ctx.save_for_backward(out, y, other, y)
+        return out, other
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_other: Tensor) -> tuple[Tensor, Tensor]:
+        out, y, other, again = ctx.saved_tensors
+        return 2 * grad * (1 - out * out) + grad_other * again, grad_other * other + grad * y
+
+
+def kept(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    a, b = Kept.apply(x, x.cos())
+    c, d = Kept.apply(x * p.vector, x.sin())
+    return a * 2 + b.sin() + c - d * d
+
+
 def auxiliary(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return Auxiliary.apply(x, (x * p.vector).softmax(-1).mean((0, 1)).square().sum(), p.vector)
 
@@ -136,7 +157,7 @@ def folded(p: Program, x: Tensor, i: Tensor) -> Tensor:
 
 
 @ON_MESHES
-@pytest.mark.parametrize("function", [scaled, folded, auxiliary])
+@pytest.mark.parametrize("function", [scaled, folded, auxiliary, kept])
 def test_custom_functions_stay_local(function: Callable[..., Tensor], mesh: tuple[int, int]) -> None:
     of = trace(Program((LOCAL["linear"], function, LOCAL["linear"])), rows=2)
     assert check(of, *mesh) == []

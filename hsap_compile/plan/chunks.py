@@ -44,7 +44,8 @@ class Chunk:
 
     def rows(self, columns: Ints, tokens: int) -> tuple[Ints, Ints]:
         """(r,) rows of a rank that has ``columns`` (n,) of ``tokens``, counted in its outer * n * inner, and
-        (r,) which element of the chunk each of them is; NOTHING: a row that is made up."""
+        (r,) which element of the chunk each of them is; NOTHING: a row that is made up, of a token that is
+        in the chunk if the rank has one, or else in what it is a chunk of."""
         held = columns if self.of is None else self.of.rows(columns, tokens)[1]
         length, first, stop = (_number(x, tokens) for x in (self.length, self.first, self.stop))
         assert 0 <= first <= stop <= self.outer * length * self.inner, (self, tokens)
@@ -56,7 +57,12 @@ class Chunk:
         rows = np.flatnonzero(kept)
         elements = element.reshape(-1)[rows] - first
         missing = (0, max(LEAST - len(rows), 0))
-        return np.pad(rows, missing), np.pad(elements, missing, constant_values=NOTHING)
+        some = rows if len(rows) else np.flatnonzero(np.broadcast_to(inside[:, None], kept.shape))
+        instead = some[0] if len(some) else 0
+        return (
+            np.pad(rows, missing, constant_values=instead),
+            np.pad(elements, missing, constant_values=NOTHING),
+        )
 
 
 @dataclass(frozen=True)
