@@ -1,6 +1,6 @@
 """Every private or unstable torch name that the project uses, in one place.
 
-Seen working on torch 2.13.0 and 2.14.1 (CPU); written for torch >= 2.11.
+Seen working on torch 2.11.0, 2.13.0 and 2.14.1 (CPU); written for torch >= 2.11.
 """
 
 from __future__ import annotations

@@ -174,6 +174,8 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         )
         stack.enter_context(worker)
         stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
+        # what a torch built for CUDA does on the device for its first fake tensor
+        stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", constant(None)))
         for name in ("set_driver_to_gpu", "set_driver_to_cpu"):
             stack.enter_context(mock.patch.object(helpers, name, constant(None)))
         for function in vars(availability).values():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import sympy
 import torch
 from torch.fx.node import map_aggregate
@@ -23,6 +24,13 @@ from hsap_compile.options import parse
 from hsap_compile.pipeline import compile_graph
 from hsap_compile.runtime import Program, Runner
 from threads import run_threads
+
+
+def since(*version: int) -> pytest.MarkDecorator:
+    """For a test of what earlier versions of torch cannot do."""
+    return pytest.mark.skipif(
+        torch.__version__ < version, reason=f"needs torch >= {'.'.join(map(str, version))}"
+    )
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def test_queries_with_received_keys_alone() -> None:
     check(make_case([[0, 4, 5, 8, FULL, 0, 0]], 5, 3), torch.float64)
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.11
 @pytest.mark.parametrize(
     ("kind", "rows", "elements"),
     # a mask, int64 while it is built, or the blocks of 256 x 512 logits that the kernel works on

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from hsap_compile import outputs
 from hsap_compile.errors import Refused
 from pool import Pool
-from simulate import eager, relative, simulate, traced, worst
+from simulate import eager, relative, simulate, since, traced, worst
 
 EAGER = {"lower": "eager"}
 
@@ -145,11 +145,7 @@ class Triangle(Tiny):
         return (scores.softmax(-1) @ qkv[2]).transpose(1, 2).flatten(2)
 
 
-#: Before, dynamo cuts no buffer to a length of which it is told that it cannot know it.
-CUTS_BUFFERS = pytest.mark.skipif(torch.__version__ < (2, 12), reason="needs torch >= 2.12")
-
-
-@CUTS_BUFFERS
+@since(2, 12)  # before, dynamo cuts no buffer to a length that it cannot know
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_rows_as_long_as_the_models_buffers(fullgraph: bool) -> None:
     """The buffer's size is the batch's: dynamo takes the one for the other, until it is told that it cannot
@@ -170,7 +166,7 @@ def test_rows_as_long_as_the_models_buffers(fullgraph: bool) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@CUTS_BUFFERS
+@since(2, 12)  # before, dynamo cuts no buffer to a length that it cannot know
 def test_rows_as_long_as_the_models_buffers_on_many_ranks() -> None:
     trace = traced(Triangle(17), batch([0] * 5 + [1] * 12))
     wanted = eager(trace)

@@ -26,6 +26,7 @@ from simulate import (
     relative,
     simulate,
     simulate_all,
+    since,
     traced,
     worst,
 )
@@ -207,7 +208,10 @@ def labelled(kind: str, rows: int, tokens: int) -> dict[str, Tensor]:
     return {"ids": ids, "labels": labels}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+_NEEDS = {n: since(2, 12) for n in ("probabilities", "probabilities weights")}  # one_hot of any length
+
+
+@pytest.mark.parametrize("loss", [pytest.param(n, marks=_NEEDS.get(n, ())) for n in LOSSES])
 def test_losses(loss: str) -> None:
     first = labelled("some", 2, 13)
     of = traced(Head(loss), first)

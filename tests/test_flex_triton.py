@@ -12,6 +12,7 @@ import torch
 import offline_gpu
 from flex_cases import Case, Sizes, attention, by_ranks, errors, reference
 from hsap_compile import formula as f
+from simulate import since
 
 CAUSAL = f.k <= f.q
 DOCUMENT = sympy.Eq(f.leaf(0, f.b, f.q), f.leaf(0, f.b, f.k))
@@ -115,6 +116,7 @@ def interpreted(name: str, tokens: int, ranks: int) -> list[float]:
     return errors(by_ranks(run, drawn, ranks), reference(drawn.to(torch.float64)))
 
 
+@since(2, 12)  # the interpreter of triton 3.6 does not know numpy 2.4
 def test_runs_in_the_interpreter() -> None:
     # 60 rows a rank: one partial block of own keys, one of received keys
     found = offline_gpu.in_a_process(interpreted, "documents", 120, 2, TRITON_INTERPRET="1")

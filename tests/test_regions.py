@@ -19,7 +19,7 @@ from hsap_compile.kernels import exchange
 from hsap_compile.passes import _custom_functions
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.choose_saved import choose_saved
-from simulate import eager, simulate, traced, worst
+from simulate import eager, simulate, since, traced, worst
 from strategies import dynamic
 from test_shard_tokens import LOCAL, ON_MESHES, Program, check, trace
 
@@ -224,12 +224,20 @@ def _derived(p: Program, x: Tensor, i: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("function", "text"),
-    [(_hooked, "the model registers a hook on a gradient"), (_derived, "takes a derivative in its forward")],
+    [
+        pytest.param(_hooked, "the model registers a hook on a gradient", marks=since(2, 13)),
+        (_derived, "takes a derivative in its forward"),
+    ],
 )
 def test_what_tracing_would_lose_is_refused(function: Any, text: str) -> None:
     with pytest.raises(Refused, match=text) as refused:
         capture(trace(Program((function,))).module)
     assert "\n  do: " in str(refused.value)
+
+
+@pytest.mark.skipif(torch.__version__ >= (2, 13), reason="refused: dynamo makes no function of it")
+def test_a_hook_is_a_custom_function() -> None:
+    assert check(trace(Program((LOCAL["linear"], _hooked, LOCAL["affine"])), rows=2), 3, 1) == []
 
 
 def test_data_is_a_value_without_a_gradient() -> None:
@@ -419,6 +427,7 @@ class Varlen(nn.Module):
         return (x + y.flatten(1)).square().mean()
 
 
+@since(2, 12)  # that varlen_attn knows of grouped heads
 @pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (3, 0), (2, 1)], ids=str)
 def test_varlen_attention(window: tuple[int, int], unrun: None) -> None:
     ends = torch.tensor([0, 5, 6, 15, 29, 32, 34], dtype=torch.int32)

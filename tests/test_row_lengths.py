@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hsap_compile.passes._attentions as attentions
 from mask_cases import causal, columns
-from simulate import Traced, eager, rebatched, simulate, simulate_all, traced, worst
+from simulate import Traced, eager, rebatched, simulate, simulate_all, since, traced, worst
 from strategies import dynamic
 from test_collectives import in_graph
 from test_shard_tokens import fallbacks
@@ -405,6 +405,7 @@ def test_the_largest_of_an_input_behind_a_prompt() -> None:
     assert found == [] and all(max(worst(step, eager(of))) <= TIGHT for step in steps)
 
 
+@since(2, 12)
 def test_a_row_that_is_cut_to_a_buffers_length() -> None:
     """Torch takes the one size for the other, until it is told that it cannot know."""
 
