@@ -142,12 +142,13 @@ def _tokens(node: Node, lengths: list[sympy.Expr]) -> TokenAxis | Tokens | None:
     found = [times for length in lengths if (times := multiple(size, length)) is not None]
     if not found and size.free_symbols == {symbol} and _is_chunk(node, dims[0]):
         lengths.append(size)
-        return TokenAxis(dims[0], 1, size)
-    for factor, length in found[:1]:
-        return (
-            TokenAxis(dims[0], 1, length) if factor == 1 else _folded(node, dims[0], factor, length) or MANY
-        )
-    return MANY
+        found = [(1, size)]
+    if not found:
+        return MANY
+    factor, length = found[0]
+    if factor == 1:
+        return TokenAxis(dims[0], 1, length)
+    return _folded(node, dims[0], factor, length) or MANY
 
 
 def multiple(size: sympy.Expr, length: sympy.Expr) -> tuple[int, sympy.Expr] | None:

@@ -234,13 +234,13 @@ class Sharder:
             return home.node
         if not 0 <= start <= self.slack(self.axis(node)):
             raise NotLocal("a value of more tokens than the batch has")
-        key, locals_ = (node, start), self.frame.locals
-        if key not in locals_ and home is not None:
-            locals_[key] = aligned(self, node, start)
-        elif key not in locals_:
+        key, known = (node, start), self.frame.locals
+        if key not in known and home is not None:
+            known[key] = aligned(self, node, start)
+        elif key not in known:
             made = self._local_from_cheap(node, start) if node not in self.heavy else None
-            locals_[key] = made if made is not None else rows_of_whole(self, node, start)
-        return locals_[key]
+            known[key] = made if made is not None else rows_of_whole(self, node, start)
+        return known[key]
 
     def _local_from_cheap(self, node: Node, start: int) -> Node | None:
         """Computed on local rows, when the operator can be; None otherwise."""
