@@ -303,6 +303,13 @@ def size_now(mode: FakeTensorMode, symbol: sympy.Basic) -> sympy.Expr:
     return symbol if mode.shape_env is None else mode.shape_env.replace(symbol)
 
 
+def control_flow_of(target: Any) -> str | None:
+    """Which branch or loop inside of a graph ``target`` is; None: it is none."""
+    known = ("cond", "while_loop", "scan", "map_impl", "associative_scan")
+    name = target.name() if isinstance(target, torch._ops.HigherOrderOperator) else ""
+    return name if name in known else None
+
+
 def is_pointwise(target: Any) -> bool:
     """Whether torch tags the operator as pointwise."""
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags

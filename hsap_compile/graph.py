@@ -33,11 +33,11 @@ class Builder:
         self.graph, self.mode, self.origin = graph, mode, origin
         self.inferred = inferred
 
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+    def __call__(self, target: Any, /, *args: Any, **kwargs: Any) -> Node:
         operands, options = map_arg((args, kwargs), lambda n: n.meta["val"])
         return self.returning(self._inferred(target, operands, options), target, *args, **kwargs)
 
-    def returning(self, value: Any, target: Any, *args: Any, **kwargs: Any) -> Node:
+    def returning(self, value: Any, target: Any, /, *args: Any, **kwargs: Any) -> Node:
         """A call that is known to return what looks like ``value``."""
         node = self.graph.call_function(target, args, kwargs)
         if self.origin is not None:

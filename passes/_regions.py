@@ -28,6 +28,7 @@ from hsap_compile._torch import (
     VMAP_BORDERS,
     VMAP_PREAMBLE,
     checkpoint_tags,
+    control_flow_of,
     trace_below_autograd,
 )
 from hsap_compile.errors import Refused, where
@@ -105,6 +106,15 @@ def _refuse(node: Node) -> None:
             wanted="gradients that autograd computes on its own",
             do="write a torch.autograd.Function with that backward, or register the hook outside of the "
             "compiled model",
+            at=where(node),
+        )
+    if (kind := control_flow_of(node.target)) is not None:
+        raise Refused(
+            "the model has a branch or a loop inside of its graph",
+            got=f"torch.ops.higher_order.{kind}",
+            wanted="operators on values",
+            do="write it with torch.where, or as a Python loop of a fixed number of steps, or call it outside "
+            "of the compiled model",
             at=where(node),
         )
     if node.target in DERIVATIVES:

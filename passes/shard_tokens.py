@@ -146,7 +146,7 @@ class Sharder:
 
     # --- emitting ---------------------------------------------------------------------------------
 
-    def emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+    def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> Node:
         """A new call of ``target``, its value inferred; where it comes from is kept."""
         return Builder(self.graph, self.mode, self.origin, self.inferred)(target, *args, **kwargs)
 

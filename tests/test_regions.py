@@ -11,6 +11,7 @@ import torch.nn.attention.flex_attention as flex
 import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.utils.checkpoint import checkpoint
 
 from hsap_compile._torch import CUSTOM_FUNCTION, SAVED
@@ -222,11 +223,21 @@ def _derived(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return x + torch.func.grad(lambda y: y.tanh().sum())(x)
 
 
+def _branched(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,))
+
+
+def _looped(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    return scan(lambda carry, y: (carry + y, carry * y), x[:, 0] * 1, x.transpose(0, 1))[1]
+
+
 @pytest.mark.parametrize(
     ("function", "text"),
     [
         pytest.param(_hooked, "the model registers a hook on a gradient", marks=since(2, 13)),
         (_derived, "takes a derivative in its forward"),
+        (_branched, "a branch or a loop inside of its graph"),
+        (_looped, "a branch or a loop inside of its graph"),
     ],
 )
 def test_what_tracing_would_lose_is_refused(function: Any, text: str) -> None:

@@ -107,6 +107,9 @@ LOCAL: dict[str, Pattern] = {
     "vector": lambda p, x, i: x + (x @ p.vector)[..., None],
     "einsum": lambda p, x, i: torch.einsum("bsf,fg->bsg", x, p.square),
     "einsum of more": lambda p, x, i: torch.einsum("...f, fg -> ...g", x, p.square),
+    "by arguments' names": lambda p, x, i: torch.addcmul(x, x, p.vector, value=2) + torch.addcdiv(
+        input=x, tensor1=p.vector, tensor2=x.exp(), value=0.5
+    ),
     "affine": lambda p, x, i: x * p.vector + p.scalar,
     "layer norm": lambda p, x, i: x + F.layer_norm(x, (WIDTH,), p.vector, p.vector),
     "rms norm": lambda p, x, i: x + F.rms_norm(x, (WIDTH,), p.vector),
