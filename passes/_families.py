@@ -303,6 +303,14 @@ def _norm(sharder: Sharder, node: Node) -> Any:
     return as_is(sharder, node)
 
 
+def _batch_norm(sharder: Sharder, node: Node) -> Any:
+    """In evaluation, (B, C, S): numbers of each channel that are no tokens'."""
+    source, axis = source_of(node)
+    if arguments(node)["training"] or source is not args_of(node)[0] or axis.dim == 1:
+        raise NotLocal("a normalisation over tokens")
+    return as_is(sharder, node)
+
+
 def _group_norm(sharder: Sharder, node: Node) -> Any:
     source, axis = source_of(node)
     if source is not args_of(node)[0] or axis.dim != 0:
@@ -405,6 +413,7 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("linear"), _linear),
     **dict.fromkeys(_names("matmul mm bmm addmm baddbmm"), _matmul),
     **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(_names("batch_norm"), _batch_norm),
     **dict.fromkeys(_names("group_norm"), _group_norm),
     **dict.fromkeys(_names("embedding"), _embedding),
     **dict.fromkeys(_names("index"), indexed),

@@ -113,8 +113,8 @@ def _refuse(node: Node) -> None:
             "the model has a branch or a loop inside of its graph",
             got=f"torch.ops.higher_order.{kind}",
             wanted="operators on values",
-            do="write it with torch.where, or as a Python loop of a fixed number of steps, or call it outside "
-            "of the compiled model",
+            do="write it with torch.where, or as a Python loop of a fixed number of steps, or call it outside"
+            " of the compiled model",
             at=where(node),
         )
     if node.target in DERIVATIVES:

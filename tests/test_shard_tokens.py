@@ -114,6 +114,9 @@ LOCAL: dict[str, Pattern] = {
     "layer norm": lambda p, x, i: x + F.layer_norm(x, (WIDTH,), p.vector, p.vector),
     "rms norm": lambda p, x, i: x + F.rms_norm(x, (WIDTH,), p.vector),
     "unit length": lambda p, x, i: x + F.normalize(x, dim=-1),
+    "batch norm": lambda p, x, i: F.batch_norm(
+        x.mT, p.vector.detach(), p.vector.detach().exp(), p.vector, p.square[0]
+    ).mT,
     "gelu": lambda p, x, i: F.gelu(x) + F.silu(x),
     "softmax": lambda p, x, i: torch.softmax(x, -1) + x.log_softmax(-1),
     "folded": lambda p, x, i: (x.reshape(-1, WIDTH) @ p.square).view(x.shape),
@@ -244,6 +247,7 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     "numbers of rows and columns": (
         lambda p, x, i: x + p.square[i.flatten() % WIDTH, i.T.flatten() % 5].view(i.shape)[..., None], 1
     ),
+    "batch norm": (lambda p, x, i: F.batch_norm(x.mT, None, None, p.vector, training=True).mT, 1),
     "rows mixed": (lambda p, x, i: x + F.layer_norm(x.mT, x.shape[1:2]).mT, 1),
 }  # fmt: skip
 
