@@ -144,7 +144,8 @@ def normalise(logits: sympy.Expr) -> tuple[Mask, float]:
         logits = formula.sink(logits, extra)
     mask = Mask(logits, residual=not plain, soft=soft, unread=not plain and _may_mask(base))
     together = sympy.to_nnf(sympy.And(*conditions), simplify=False)
-    for condition in sympy.And.make_args(together):
+    # a set, which every process has in another order; ranks number documents by the order of labels
+    for condition in sorted(sympy.And.make_args(together), key=sympy.default_sort_key):
         mask = _add(mask, condition)
     return mask, float(scale) if plain else 1.0
 

@@ -164,3 +164,21 @@ def test_the_check_sees_a_wrong_reading(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(masks, "_band", broken)
     with pytest.raises(AssertionError):
         check(logits_of(q >= k, "where", score))
+
+
+def test_structure_has_one_order_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks number documents by it.  sympy's parts of a condition are a set, which hashes put in order."""
+    labels = [leaf(0, b, x) for x in (q, k)], [floordiv(leaf(1, b, x), 4) for x in (q, k)]
+    condition = sympy.And(*[sympy.Eq(*sides) for sides in labels], k <= q, q - k <= 5)
+    logits = sympy.Piecewise((score, condition), (-sympy.oo, True))
+    wanted, _ = normalise(logits)
+    assert len(wanted.labels) == len(wanted.bands) == 2
+    right = sympy.And.make_args
+    for turn in range(4):
+
+        def turned(e: sympy.Basic, turn: int = turn) -> list[sympy.Basic]:
+            parts = sorted(right(e), key=str)
+            return [*parts[turn:], *parts[:turn]]
+
+        monkeypatch.setattr(sympy.And, "make_args", turned)
+        assert normalise(logits)[0] == wanted
