@@ -29,7 +29,8 @@ from hsap_compile.graph import placeholders, positional
 from hsap_compile.mesh import world
 from hsap_compile.options import parse
 from hsap_compile.passes._varlen import cumulative_lengths
-from hsap_compile.pipeline import LEAST, compile_graph, constant_length
+from hsap_compile.pipeline import compile_graph, constant_length
+from hsap_compile.plan.placement import LEAST
 from hsap_compile.runtime import Runner
 
 log = logging.getLogger("hsap_compile")

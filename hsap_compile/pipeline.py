@@ -44,12 +44,11 @@ from hsap_compile.passes.partition_attention import Site, partition_attention
 from hsap_compile.passes.shard_tokens import Fallback, Rows, shard_tokens
 from hsap_compile.passes.sum_gradients import sum_gradients
 from hsap_compile.plan import MeshShape, ReceiveLimit
+from hsap_compile.plan.placement import LEAST
 from hsap_compile.runtime import Program
 from hsap_compile.verify import verify
 
 log = logging.getLogger("hsap_compile")
-
-LEAST = 2  # tokens of a rank (the planner sees to it): sizes 0 and 1 are special to many operators
 
 
 @dataclass(frozen=True)

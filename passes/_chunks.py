@@ -11,7 +11,6 @@ tokens; then, and where it has one, rows are made up that are not part of it (``
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING
 
 import sympy
@@ -20,12 +19,12 @@ from torch.fx import Node
 
 from hsap_compile._torch import expr_of
 from hsap_compile.graph import arguments
-from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Frame, Local, NoTables, NotLocal
-from hsap_compile.passes._reindex import along, sizes_with, where, within
+from hsap_compile.passes._reindex import along, where, within
 from hsap_compile.passes._tables import Tables
 from hsap_compile.passes.infer_tokens import TokenAxis, parts_of_tokens
-from hsap_compile.plan.chunks import LEAST, TOKENS, Chunk, Joined
+from hsap_compile.plan.chunks import TOKENS, Chunk, Joined
+from hsap_compile.plan.placement import LEAST
 
 if TYPE_CHECKING:
     from hsap_compile.passes.shard_tokens import Sharder
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def frame_of(sharder: Sharder, node: Node) -> Frame:
+def frame_read(sharder: Sharder, node: Node) -> Frame:
     """Of which row the rows are that ``node`` reads: that of its operands, or of what they are chunks of."""
     found = list(dict.fromkeys(sharder.frame_of(n) for n in operands_of(node) if n in sharder.home))
     if not found:
@@ -144,10 +143,10 @@ def chunk_written(sharder: Sharder, target: Node, source: Node, first: sympy.Exp
     if same != (axis.outer, _formula(sharder, axis.length), axis.inner, _formula(sharder, first)):
         raise NotLocal("it writes to other tokens than it reads")
     rows = sharder.local(target, chunk.start)
-    return Local(_put(sharder, rows, sharder.home[source].node, axis.dim, frame), chunk.start)
+    return Local(put_rows(sharder, rows, sharder.home[source].node, axis.dim, frame), chunk.start)
 
 
-def _put(sharder: Sharder, rows: Node, chunk: Node, dim: int, frame: Frame) -> Node:
+def put_rows(sharder: Sharder, rows: Node, chunk: Node, dim: int, frame: Frame) -> Node:
     """``rows``, of what ``frame`` is a chunk of, with those of ``chunk``; made-up ones go to a row that is
     dropped."""
     emit, count = sharder.emit, sharder.emit(aten.sym_size.int, rows, dim)
@@ -156,31 +155,3 @@ def _put(sharder: Sharder, rows: Node, chunk: Node, dim: int, frame: Frame) -> N
     behind = rows.meta["val"].dim() - 1 - dim
     more = emit(aten.constant_pad_nd.default, rows, [0, 0] * behind + [1, 0])
     return emit(aten.narrow.default, emit(aten.index_copy.default, more, dim, at, chunk), dim, 1, count)
-
-
-def rows_of_all(sharder: Sharder, value: Node, dim: int) -> Node:
-    """All ranks' rows, in the frame's order, of ``value``, whose dimension ``dim`` is this rank's."""
-    frame, emit, tables = sharder.frame, sharder.emit, sharder.tables
-    chunk, outer = frame.chunk, frame.outer
-    if chunk is None or outer is None:
-        S, group = tables["S"], sharder.group
-        return emit(exchange.GATHER, value, tables["columns"], tables["order"], S, dim, group)
-    with sharder.in_frame(outer):
-        length, first, stop = (
-            x.xreplace({TOKENS: sharder.batch.length}) for x in (chunk.length, chunk.first, chunk.stop)
-        )
-        axis = TokenAxis(dim, chunk.outer, length, chunk.inner)
-        rows = outer.tables["n"]
-        if axis.folded:
-            rows = emit(operator.mul, rows, axis.outer * axis.inner)
-        zeros = emit(aten.new_zeros.default, value, sizes_with(sharder, value, dim, [rows]))
-        held, at = _put(sharder, zeros, value, dim, frame), dim
-        if axis.folded:
-            parts = [axis.outer, outer.tables["n"], axis.inner]
-            held, at = emit(aten.reshape.default, held, sizes_with(sharder, held, dim, parts)), dim + 1
-        made = rows_of_all(sharder, held, at)
-        if length != outer.length:
-            made = emit(aten.slice.Tensor, made, at, chunk.start, sharder.size(length + chunk.start))
-        if axis.folded:
-            made = emit(aten.flatten.using_ints, made, dim, dim + 2)
-        return emit(aten.slice.Tensor, made, dim, sharder.size(first), sharder.size(stop))

@@ -294,23 +294,24 @@ def sum_of_sums(sharder: Sharder, node: Node) -> Node | None:
     is one sum over ranks, and no rank waits for another between chunks.  None: it is something else."""
     if node.target is not aten.add.Tensor or node.kwargs:
         return None
-    operands = [x for x in args_of(node) if constant_of(x) != 0]
-    parts = [part for x in operands if (part := _part(sharder, x)) is not None]
+    operands: list[Any] = [sharder.wholes.get(x) for x in args_of(node) if constant_of(x) != 0]
+    parts = [part for made in operands if (part := _part(sharder, made)) is not None]
     if node.meta["val"].dim() or len(parts) < len(operands) or len({p.meta["val"].dtype for p in parts}) != 1:
         return None
+    if len(operands) == 1:
+        return _typed(sharder, operands[0], node)
     total = functools.reduce(lambda a, b: sharder.emit(aten.add.Tensor, a, b), parts)
     return _typed(sharder, sharder.emit(exchange.SUM_RANKS, total, sharder.group), node)
 
 
-def _part(sharder: Sharder, value: Any) -> Node | None:
-    """What a number is the sum over ranks of; such a sum over a count is one too."""
-    made = sharder.wholes.get(value) if isinstance(value, Node) else None
+def _part(sharder: Sharder, made: Any) -> Node | None:
+    """What ``made``, a number of the new graph, is the sum over ranks of; so is such a sum over a count."""
     if not isinstance(made, Node) or made.meta["val"].dim() or not made.meta["val"].is_floating_point():
         return None
-    if value.target is aten.div.Tensor and made.target is value.target:
-        total, count = args_of(value)
+    if made.target is aten.div.Tensor:
+        total, count = args_of(made)
         part = _part(sharder, total) if _is_count(count) else None
-        return None if part is None else sharder.emit(value.target, part, map_arg(count, sharder.whole))
+        return None if part is None else sharder.emit(aten.div.Tensor, part, count)
     if made.target is aten.to.dtype:
         made = args_of(made)[0]
     return args_of(made)[0] if made.target is exchange.SUM_RANKS else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,10 @@ from torch.fx import Node
 
 from hsap_compile._torch import expr_of
 from hsap_compile.kernels import exchange
-from hsap_compile.passes._chunks import rows_of_all
-from hsap_compile.passes.infer_tokens import multiple
+from hsap_compile.passes._chunks import put_rows
+from hsap_compile.passes._reindex import sizes_with
+from hsap_compile.passes.infer_tokens import TokenAxis, multiple
+from hsap_compile.plan.chunks import TOKENS
 
 if TYPE_CHECKING:
     from hsap_compile.passes.shard_tokens import Sharder
@@ -20,21 +23,39 @@ aten = torch.ops.aten
 
 def gathered(sharder: Sharder, node: Node) -> Node:
     """The whole form of ``node`` from its local one."""
-    emit, home = sharder.emit, sharder.home[node]
+    home = sharder.home[node]
     with sharder.in_frame(sharder.frame_of(node)):
-        axis = sharder.axis(node)
-        value, dim = home.node, axis.dim
-        if axis.folded:
-            shape = sharder.local_shape(node)
-            value, dim = sharder.unfolded(value, shape, axis, sharder.tables["n"])
-        value = rows_of_all(sharder, value, dim)
-        if axis.length != sharder.length:
-            stop = sharder.size(axis.length + home.start)
-            value = emit(aten.slice.Tensor, value, dim, home.start, stop)
-        if axis.folded:
-            shape = [sharder.size(s) for s in node.meta["val"].shape]
-            value = emit(aten.reshape.default, value, shape)
-        return value
+        return _whole(sharder, home.node, sharder.axis(node), home.start)
+
+
+def _whole(sharder: Sharder, value: Node, axis: TokenAxis, start: int) -> Node:
+    """All ranks' rows, with tokens as ``axis`` says, of ``value``, this rank's, from column ``start`` on."""
+    emit, dim = sharder.emit, axis.dim
+    if axis.folded:
+        parts = [axis.outer, sharder.tables["n"], axis.inner]
+        value, dim = emit(aten.reshape.default, value, sizes_with(sharder, value, dim, parts)), dim + 1
+    value = _columns(sharder, value, dim)
+    if axis.length != sharder.length:
+        value = emit(aten.slice.Tensor, value, dim, start, sharder.size(axis.length + start))
+    return emit(aten.flatten.using_ints, value, dim - 1, dim + 1) if axis.folded else value
+
+
+def _columns(sharder: Sharder, value: Node, dim: int) -> Node:
+    """Every column of the frame of ``value``, which has this rank's in ``dim``."""
+    frame, emit, tables = sharder.frame, sharder.emit, sharder.tables
+    chunk, outer = frame.chunk, frame.outer
+    if chunk is None or outer is None:
+        S, group = tables["S"], sharder.group
+        return emit(exchange.GATHER, value, tables["columns"], tables["order"], S, dim, group)
+    length, first, stop = (
+        x.xreplace({TOKENS: sharder.batch.length}) for x in (chunk.length, chunk.first, chunk.stop)
+    )
+    rows = emit(operator.mul, outer.tables["n"], chunk.outer * chunk.inner)
+    rows = emit(aten.new_zeros.default, value, sizes_with(sharder, value, dim, [rows]))
+    rows = put_rows(sharder, rows, value, dim, frame)
+    with sharder.in_frame(outer):
+        made = _whole(sharder, rows, TokenAxis(dim, chunk.outer, length, chunk.inner), chunk.start)
+    return emit(aten.slice.Tensor, made, dim, sharder.size(first), sharder.size(stop))
 
 
 def rows_of_whole(sharder: Sharder, node: Node, start: int) -> Node:

@@ -121,7 +121,7 @@ def infer_tokens(
 ) -> None:
     """Annotate every node of ``module``; ``length`` is S.  ``known``: of inputs, where sizes do not tell."""
     lengths = [symbol_of(length)]
-    if length.free_symbols and not (length - lengths[0]).is_Integer:
+    if not (length - lengths[0]).is_Integer:  # a chunk's
         lengths.append(length)
     for node in module.graph.nodes:
         _settle_constants(node)
@@ -139,13 +139,13 @@ def _tokens(node: Node, lengths: list[sympy.Expr]) -> TokenAxis | Tokens | None:
     if len(dims) > 1:
         return MANY
     size = expr_of(value.shape[dims[0]])
-    found = [times for length in lengths if (times := multiple(size, length)) is not None]
-    if not found and size.free_symbols == {symbol} and _is_chunk(node, dims[0]):
+    found = next((times for length in lengths if (times := multiple(size, length)) is not None), None)
+    if found is None:
+        if size.free_symbols != {symbol} or not _is_chunk(node, dims[0]):
+            return MANY
         lengths.append(size)
-        found = [(1, size)]
-    if not found:
-        return MANY
-    factor, length = found[0]
+        found = 1, size
+    factor, length = found
     if factor == 1:
         return TokenAxis(dims[0], 1, length)
     return _folded(node, dims[0], factor, length) or MANY

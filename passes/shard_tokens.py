@@ -37,7 +37,7 @@ from hsap_compile._torch import SET_GRAD_ENABLED, FloorDiv, expr_of, operator_na
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
-from hsap_compile.passes._chunks import frame_of, operands_of
+from hsap_compile.passes._chunks import frame_read, operands_of
 from hsap_compile.passes._families import rule_for
 from hsap_compile.passes._forms import Counts, Frame, Local, NotLocal
 from hsap_compile.passes._inputs import write_inputs
@@ -356,7 +356,7 @@ class Sharder:
 
     def _by_rule(self, node: Node) -> Any:
         """The local form of ``node``, or a whole value.  Raises ``NotLocal``."""
-        with self.in_frame(frame_of(self, node)):
+        with self.in_frame(frame_read(self, node)):
             return self._by_rule_of_frame(node)
 
     def _by_rule_of_frame(self, node: Node) -> Any:

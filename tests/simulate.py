@@ -26,11 +26,10 @@ from hsap_compile.runtime import Program, Runner
 from threads import run_threads
 
 
-def since(*version: int) -> pytest.MarkDecorator:
-    """For a test of what earlier versions of torch cannot do."""
-    return pytest.mark.skipif(
-        torch.__version__ < version, reason=f"needs torch >= {'.'.join(map(str, version))}"
-    )
+def since(version: tuple[int, int], before: str) -> pytest.MarkDecorator:
+    """For a test of what earlier versions of torch cannot do; ``before``: what is so in them."""
+    earlier = f"before torch {version[0]}.{version[1]} {before}"
+    return pytest.mark.skipif(torch.__version__ < version, reason=earlier)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class Triangle(Tiny):
         return (scores.softmax(-1) @ qkv[2]).transpose(1, 2).flatten(2)
 
 
-@since(2, 12)  # before, dynamo cuts no buffer to a length that it cannot know
+@since((2, 12), "a buffer that is exactly as long fixes the length")
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_rows_as_long_as_the_models_buffers(fullgraph: bool) -> None:
     """The buffer's size is the batch's: dynamo takes the one for the other, until it is told that it cannot
@@ -166,7 +166,7 @@ def test_rows_as_long_as_the_models_buffers(fullgraph: bool) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@since(2, 12)  # before, dynamo cuts no buffer to a length that it cannot know
+@since((2, 12), "a buffer that is exactly as long fixes the length")
 def test_rows_as_long_as_the_models_buffers_on_many_ranks() -> None:
     trace = traced(Triangle(17), batch([0] * 5 + [1] * 12))
     wanted = eager(trace)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from hsap_compile.kernels import exchange
 from hsap_compile.passes import _shifts
 from hsap_compile.passes import shard_tokens as sharding
-from hsap_compile.plan.chunks import TOKENS, Chunk, Joined
+from hsap_compile.plan.chunks import TOKENS, Chunk, Joined, chunk_tables
 from simulate import eager, rebatched, simulate, simulate_all, traced, worst
 from test_shard_tokens import LOCAL, ON_MESHES, TIGHT, WIDTH, Pattern, Program, batch, check, trace
 
@@ -292,6 +292,14 @@ def test_a_loss_of_chunks_is_one_sum_over_ranks(first: str, over: str) -> None:
     assert _sent(pattern) == [(exchange.SUM_RANKS, ())] * (sums + 1)
 
 
+def test_a_loss_that_is_read_alone_too_is_sent_once() -> None:
+    def pattern(p: Program, x: Tensor, i: Tensor) -> Tensor:
+        loss = F.cross_entropy((x @ p.square).flatten(0, 1), i.flatten() % WIDTH, reduction="sum")
+        return x * loss + (0.0 + loss)
+
+    assert _sent(pattern) == [(exchange.SUM_RANKS, ())] * 2
+
+
 def test_layers_of_chunks_send_nothing() -> None:
     assert _sent(CHUNKED["layers"]) == _sent(CHUNKED["written"]) == [(exchange.SUM_RANKS, ())]  # the loss
 
@@ -320,7 +328,9 @@ def test_rows_of_a_chunk() -> None:
     # the rank's rows are (row, column): (0, 7) is token 6, element 6; (1, 2) is token 1 of row 1, element 10
     assert rows.tolist() == [0, 1, 6, 7] and elements.tolist() == [1, 3, 5, 6]
     half = Chunk(1, 2 * TOKENS - 11, 1, 0, sympy.Integer(5), 2 * TOKENS - 11, of=chunk)
-    assert [x.tolist() for x in half.rows(columns, tokens)] == [[2, 3], [0, 1]]
+    assert [x.tolist() for x in half.rows(elements, tokens)] == [[2, 3], [0, 1]]
+    tables = chunk_tables([half], columns, tokens)
+    assert [tables[half, name].tolist() for name in ("rows", "elements")] == [[2, 3], [0, 1]]
 
 
 def test_rows_that_are_made_up() -> None:
@@ -330,7 +340,7 @@ def test_rows_that_are_made_up() -> None:
     tail = Chunk(1, TOKENS - 1, 1, 1, sympy.Integer(0), TOKENS // 2)
     assert [x.tolist() for x in tail.rows(np.array([0, 5]), 6)] == [[1, 1], [-1, -1]]
     inside = Chunk(1, TOKENS // 2, 1, 0, sympy.Integer(0), sympy.Integer(2), of=chunk)
-    assert [x.tolist() for x in inside.rows(np.array([5, 1]), 6)] == [[0, 0], [1, -1]]
+    assert [x.tolist() for x in inside.rows(np.array([1, -1]), 6)] == [[0, 0], [1, -1]]
 
 
 def test_places_of_joined_chunks() -> None:
@@ -338,7 +348,7 @@ def test_places_of_joined_chunks() -> None:
     chunks = tuple(Chunk(1, TOKENS, 1, 0, a, b) for a, b in zip(ends, ends[1:], strict=False))
     columns = np.array([8, 1, 6, 2])
     held = np.concatenate([chunk.rows(columns, 9)[0] for chunk in chunks])
-    places = Joined(chunks).places(columns, 9)
+    ((_, places),) = chunk_tables([Joined(chunks)], columns, 9).items()
     assert held[places].tolist() == [0, 1, 2, 3]
     assert len(held) == 6  # the second chunk has two rows that are made up
 
@@ -351,7 +361,7 @@ def _made_up_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def _not_in_order(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Joined, "places", lambda self, columns, tokens: np.arange(len(columns)))
+    patch.setattr(Joined, "places", lambda self, found, n: np.arange(n))
 
 
 def _one_late(patch: pytest.MonkeyPatch) -> None:
@@ -366,8 +376,8 @@ def _any_frame(patch: pytest.MonkeyPatch) -> None:
 def _dropped_rows_kept(patch: pytest.MonkeyPatch) -> None:
     right = Chunk.rows
 
-    def rows(chunk: Chunk, columns: Any, tokens: int) -> Any:
-        held, elements = right(chunk, columns, tokens)
+    def rows(chunk: Chunk, held: Any, tokens: int) -> Any:
+        held, elements = right(chunk, held, tokens)
         return held, np.where(elements < 0, 0, elements)
 
     patch.setattr(Chunk, "rows", rows)

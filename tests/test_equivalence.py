@@ -209,7 +209,7 @@ def labelled(kind: str, rows: int, tokens: int) -> dict[str, Tensor]:
     return {"ids": ids, "labels": labels}
 
 
-_NEEDS = {n: since(2, 12) for n in ("probabilities", "probabilities weights")}  # one_hot of any length
+_NEEDS = {n: since((2, 12), "one_hot fixes the length") for n in ("probabilities", "probabilities weights")}
 
 
 @pytest.mark.parametrize("loss", [pytest.param(n, marks=_NEEDS.get(n, ())) for n in LOSSES])

@@ -116,7 +116,7 @@ def interpreted(name: str, tokens: int, ranks: int) -> list[float]:
     return errors(by_ranks(run, drawn, ranks), reference(drawn.to(torch.float64)))
 
 
-@since(2, 12)  # the interpreter of triton 3.6 does not know numpy 2.4
+@since((2, 12), "triton's interpreter does not know numpy 2.4")
 def test_runs_in_the_interpreter() -> None:
     # 60 rows a rank: one partial block of own keys, one of received keys
     found = offline_gpu.in_a_process(interpreted, "documents", 120, 2, TRITON_INTERPRET="1")

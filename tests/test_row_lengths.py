@@ -405,7 +405,7 @@ def test_the_largest_of_an_input_behind_a_prompt() -> None:
     assert found == [] and all(max(worst(step, eager(of))) <= TIGHT for step in steps)
 
 
-@since(2, 12)
+@since((2, 12), "a buffer that is exactly as long fixes the length")
 def test_a_row_that_is_cut_to_a_buffers_length() -> None:
     """Torch takes the one size for the other, until it is told that it cannot know."""
 

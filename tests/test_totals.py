@@ -88,7 +88,7 @@ TOTALS: dict[str, Pattern] = {
 }
 
 
-_NEEDS = {"least and largest": since(2, 12)}  # aminmax has no derivative before
+_NEEDS = {"least and largest": since((2, 12), "aminmax has no derivative")}
 
 
 @ON_MESHES

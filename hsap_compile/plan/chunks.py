@@ -14,10 +14,10 @@ import numpy as np
 import sympy
 
 from hsap_compile.plan.attended import Ints
+from hsap_compile.plan.placement import LEAST
 
 TOKENS = sympy.Symbol("tokens", integer=True, positive=True)
 
-LEAST = 2  # rows of a rank in any chunk; what it has not is made up: sizes 0 and 1 are special to operators
 NOTHING = -1  # the element that a made-up row is
 
 
@@ -42,11 +42,10 @@ class Chunk:
         """What it is, in letters, digits and underscores."""
         return re.sub(r"\W+", "_", f"chunk_{self.first}_to_{self.stop}")
 
-    def rows(self, columns: Ints, tokens: int) -> tuple[Ints, Ints]:
-        """(r,) rows of a rank that has ``columns`` (n,) of ``tokens``, counted in its outer * n * inner, and
-        (r,) which element of the chunk each of them is; NOTHING: a row that is made up, of a token that is
-        in the chunk if the rank has one, or else in what it is a chunk of."""
-        held = columns if self.of is None else self.of.rows(columns, tokens)[1]
+    def rows(self, held: Ints, tokens: int) -> tuple[Ints, Ints]:
+        """(r,) rows of a rank that has the columns ``held`` (n,), counted in its outer * n * inner, and (r,)
+        which element of the chunk each of them is; NOTHING: a row that is made up, of a token that is in the
+        chunk if the rank has one, or else in what it is a chunk of.  At least LEAST.  ``tokens``: TOKENS."""
         length, first, stop = (_number(x, tokens) for x in (self.length, self.first, self.stop))
         assert 0 <= first <= stop <= self.outer * length * self.inner, (self, tokens)
         token = held - self.start
@@ -75,14 +74,13 @@ class Joined:
     def name(self) -> str:
         return f"joined_{self.chunks[0].name}"
 
-    def places(self, columns: Ints, tokens: int) -> Ints:
-        """(outer * n * inner,) where each row stands among those of all chunks; 0 for one that is in none."""
+    def places(self, found: Sequence[tuple[Ints, Ints]], n: int) -> Ints:
+        """(outer * n * inner,) where each row stands among those of all chunks, which are ``found`` (``rows``
+        of each); 0 for one that is in none."""
         first = self.chunks[0]
-        held = len(columns) if first.of is None else len(first.of.rows(columns, tokens)[1])
-        places = np.zeros(first.outer * held * first.inner, np.int64)
+        places = np.zeros(first.outer * n * first.inner, np.int64)
         before = 0
-        for chunk in self.chunks:
-            rows, elements = chunk.rows(columns, tokens)
+        for rows, elements in found:
             real = np.flatnonzero(elements != NOTHING)
             places[rows[real]] = before + real
             before += len(rows)
@@ -93,12 +91,23 @@ def chunk_tables(
     keys: Sequence[Chunk | Joined], columns: Ints, tokens: int
 ) -> dict[tuple[object, str], Ints]:
     """The tables of ``keys`` for a rank that has ``columns`` of ``tokens``."""
+    known: dict[Chunk, tuple[Ints, Ints]] = {}
+
+    def held(of: Chunk | None) -> Ints:
+        return columns if of is None else rows(of)[1]
+
+    def rows(chunk: Chunk) -> tuple[Ints, Ints]:
+        if chunk not in known:
+            known[chunk] = chunk.rows(held(chunk.of), tokens)
+        return known[chunk]
+
     result: dict[tuple[object, str], Ints] = {}
     for key in keys:
         if isinstance(key, Joined):
-            result[key, "places"] = key.places(columns, tokens)
+            found = [rows(chunk) for chunk in key.chunks]
+            result[key, "places"] = key.places(found, len(held(key.chunks[0].of)))
         else:
-            result[key, "rows"], result[key, "elements"] = key.rows(columns, tokens)
+            result[key, "rows"], result[key, "elements"] = rows(key)
     return result
 
 

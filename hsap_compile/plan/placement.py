@@ -37,6 +37,7 @@ from hsap_compile.plan.swap import Reach, Spread
 
 Kind = Literal["balanced", "contiguous"]
 
+LEAST = 2  # tokens of a rank: sizes 0 and 1 are special to many operators
 INSIDE = 1.005  # of its group's mean area: a rank may have it even where the group is at LIMIT
 MAX_ATOMS = 1 << 14  # more, shorter documents than this are placed with their neighbours
 
@@ -229,10 +230,10 @@ def place_structures(
     if kind not in ("balanced", "contiguous"):
         raise ValueError(f"place: got placement {kind!r}; wanted 'balanced' or 'contiguous': choose one")
     tokens, ranks = structures[0].mask.tokens, mesh.size
-    if tokens < 2 * ranks and ranks > 1:
+    if tokens < LEAST * ranks and ranks > 1:
         raise ValueError(
-            f"place: got {tokens} tokens a row on {ranks} ranks; wanted at least {2 * ranks}, two a rank: "
-            "use fewer ranks or a longer batch"
+            f"place: got {tokens} tokens a row on {ranks} ranks; wanted at least {LEAST * ranks}, two a rank:"
+            " use fewer ranks or a longer batch"
         )
     counts = tokens // ranks + (np.arange(ranks) < tokens % ranks)
     shares = counts[mesh.ranks].sum(axis=1)
