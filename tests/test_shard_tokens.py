@@ -127,7 +127,7 @@ LOCAL: dict[str, Pattern] = {
     "stacked": lambda p, x, i: torch.stack([x, x @ p.square]).unbind(0)[1],
     "stacked inside": lambda p, x, i: torch.stack([x, -x], 1).amax(1),
     "glu": lambda p, x, i: F.pad(F.glu(x, -1), (0, 3)),
-    "features": lambda p, x, i: x - x.mean(-1, keepdim=True) / x.std(-1, keepdim=True).add(1),
+    "features": lambda p, x, i: x - x.mean(-1, keepdim=True) / (x + p.vector).std(-1, keepdim=True).add(2),
     "biggest": lambda p, x, i: x + x.topk(2, -1).values.sum(-1, keepdim=True),
     "sorted": lambda p, x, i: x.sort(-1).values + x.cumsum(-1),
     "picked": lambda p, x, i: x.gather(-1, (i[..., None] % WIDTH).expand(-1, -1, WIDTH)),
@@ -339,6 +339,10 @@ ANY = {**LOCAL, **{f"gathered {name}": pattern for name, (pattern, _) in GATHERE
 @example(  # equal tokens, whose deviation is zero but for rounding
     names=["some token", "token deviation"], rows=2, tokens=11, mesh=(3, 1), placement="contiguous",
     ends="values", grad=True, frozen=True, part="all",
+)  # fmt: skip
+@example(  # equal features, less their mean, are nothing but rounding
+    names=["picked", "picked", "features"], rows=2, tokens=13, mesh=(2, 1), placement="balanced",
+    ends="values", grad=False, frozen=True, part="prompted",
 )  # fmt: skip
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=UNSHRUNK)
 @given(
