@@ -24,6 +24,7 @@ from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._functorch import config as functorch_config
 from torch._functorch import predispatch as _vmap
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention
+from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
 from torch._inductor.compile_fx import compile_fx as compile_fx
@@ -58,6 +59,11 @@ CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
 
 FLEX_ATTENTION = torch.ops.higher_order.flex_attention
+
+#: A Triton kernel that the model launches: as dynamo writes it, and in the form that returns, by their names,
+#: the operands that it writes into.
+LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_mutation
+KERNEL = torch.ops.higher_order.triton_kernel_wrapper_functional
 
 #: What a user sets so that DDP's buckets of parameters do not cut the graph.
 WHOLE_UNDER_DDP = "torch._dynamo.config.optimize_ddp = False"
@@ -308,6 +314,23 @@ def control_flow_of(target: Any) -> str | None:
     known = ("cond", "while_loop", "scan", "map_impl", "associative_scan")
     name = target.name() if isinstance(target, torch._ops.HigherOrderOperator) else ""
     return name if name in known else None
+
+
+def written_by(launch: torch.fx.Node, values: Mapping[str, Any]) -> list[str]:
+    """The names of the operands that a ``LAUNCH`` writes into, found in the kernel's own code; all of them
+    where that cannot be read.  ``values``: its operands."""
+    number, constants, tma = (
+        launch.kwargs[key] for key in ("kernel_idx", "constant_args_idx", "tma_descriptor_metadata")
+    )
+    return get_mutated_tensors(number, constants, dict(values), tma)  # type: ignore[arg-type]
+
+
+def kernel_name(node: torch.fx.Node) -> str:
+    """Of the function that a ``KERNEL`` or a ``LAUNCH`` runs."""
+    kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
+    while hasattr(kernel, "fn"):  # under its tuning
+        kernel = kernel.fn
+    return kernel.__name__
 
 
 def is_pointwise(target: Any) -> bool:

@@ -123,8 +123,10 @@ def extract(module: GraphModule, nodes: list[Node], inputs: int) -> GraphModule:
 
 
 def remove_dead(module: GraphModule) -> None:
-    """Erase what nobody reads, random operators included; no_grad regions keep their borders."""
-    module.graph.eliminate_dead_code(
-        lambda n: n.op in ("placeholder", "output") or n.target is SET_GRAD_ENABLED
-    )
+    """Erase what nobody reads, random operators included; no_grad regions keep their borders.  Bodies are
+    left alone: they may write in place, which FX takes for dead."""
+    for node in reversed(list(module.graph.nodes)):
+        kept = node.op in ("placeholder", "output") or node.target is SET_GRAD_ENABLED
+        if not kept and not node.users:
+            module.graph.erase_node(node)
     module.recompile()

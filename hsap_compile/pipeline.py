@@ -34,6 +34,7 @@ from hsap_compile.mesh import group_name, mesh_shape, world
 from hsap_compile.options import Options
 from hsap_compile.outputs import leaving, warn_of_large
 from hsap_compile.passes._random import is_random
+from hsap_compile.passes._regions import drop_idle_layouts
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.choose_saved import choices, choose_saved
 from hsap_compile.passes.find_attention import Attention, find_attention
@@ -166,6 +167,7 @@ def rewrite(
             log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group))
             _done("sum_gradients", graph)
 
+    drop_idle_layouts(graph)
     kernel = _kernel(options, device)
     partitioned = partition_attention(
         graph,

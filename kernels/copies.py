@@ -8,6 +8,7 @@ join_heads   both together again           split_heads
 pool         own, received, constant row   unpool
 pack         rows that others need         unpack
 together     rows of several exchanges     apart
+laid_out     the same in other memory      identity
 ===========  ============================  ==========
 
 They are operators because they copy.  A view of an unknown number of rows, saved for the backward, has
@@ -261,4 +262,22 @@ APART = define(
 )
 TOGETHER = define(
     "together(Tensor[] parts) -> Tensor", _together, _together_fake, _together_backward, _together_setup
+)
+
+
+# --- what is read by address --------------------------------------------------------------------------
+
+
+def _laid_out(x: torch.Tensor, strides: list[int]) -> torch.Tensor:
+    once = x
+    for dim in [d for d, stride in enumerate(strides) if stride == 0]:  # whose elements are one
+        once = once.narrow(dim, 0, 1)
+    return x.new_empty_strided(once.shape, strides).copy_(once).as_strided(x.shape, strides)
+
+
+LAID_OUT = define(
+    "laid_out(Tensor x, SymInt[] strides) -> Tensor",
+    _laid_out,
+    lambda x, strides: x.new_empty_strided(x.shape, strides),
+    lambda ctx, grad: (grad, None),
 )

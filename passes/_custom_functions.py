@@ -19,10 +19,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import SET_GRAD_ENABLED, expr_of, run_fake, without_autocast
+from hsap_compile.errors import Refused, where
 from hsap_compile.graph import placeholders, positional, remove_dead
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Frame, Local, NoTables, NotLocal
-from hsap_compile.passes._reindex import where
+from hsap_compile.passes._reindex import where as chosen
 from hsap_compile.passes.capture import capture_body
 from hsap_compile.passes.infer_tokens import TokenAxis, infer_tokens
 
@@ -33,6 +34,14 @@ aten = torch.ops.aten
 
 
 def custom_function(sharder: Sharder, node: Node) -> Any:
+    if node.meta.get("overwrites"):
+        raise Refused(
+            "a custom function writes into its operand, which is read later",
+            got="an autograd.Function whose forward overwrites what it is given",
+            wanted="a forward that returns new tensors, or overwrites what nobody else reads",
+            do="write into a copy (x = x.clone()) in its forward",
+            at=where(node),
+        )
     forward_node, backward_node, *operands = positional(node)
     forward, backward = forward_node.meta["val"], backward_node.meta["val"]
     values = [n.meta["val"] if isinstance(n, Node) else n for n in operands]
@@ -68,7 +77,7 @@ def _operand(sharder: Sharder, node: Node, start: int) -> Any:
     valid = sharder.valid_rows(axis, start, value.meta["val"].dim())
     if valid is None:
         return value
-    return where(sharder, valid, value, sharder.emit(aten.detach.default, value))
+    return chosen(sharder, valid, value, sharder.emit(aten.detach.default, value))
 
 
 class _Body:

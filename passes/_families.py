@@ -22,6 +22,7 @@ from hsap_compile._torch import (
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import arguments
 from hsap_compile.kernels import dense
+from hsap_compile.kernels.copies import LAID_OUT
 from hsap_compile.passes._attentions import attention
 from hsap_compile.passes._custom_functions import custom_function
 from hsap_compile.passes._forms import Local, NotLocal
@@ -91,6 +92,8 @@ def rule_for(node: Node) -> Any:
         return attention
     if node.target is CUSTOM_FUNCTION:
         return custom_function
+    if node.target is LAID_OUT:
+        return _rows_laid_out
     if not is_operator(node.target):
         return None
     name = operator_name(node.target)
@@ -111,6 +114,13 @@ def _getitem(sharder: Sharder, node: Node) -> Any:
         raise NotLocal("a part of several values that are not local")
     home = sharder.home[source]
     return Local(sharder.emit(operator.getitem, home.node, args_of(node)[1]), home.start)
+
+
+def _rows_laid_out(sharder: Sharder, node: Node) -> Any:
+    """Rows are read by their own strides."""
+    source, _ = only_source(node)
+    start = sharder.start_of(source)
+    return Local(sharder.local(source, start), start)
 
 
 def _elementwise(sharder: Sharder, node: Node) -> Any:

@@ -4,6 +4,8 @@
   recomputes them in the backward (``recompute``, ``ac_graph_id``);
 * a vmap is traced below its batching, on its own;
 * ``x.data`` is a detach; hooks on gradients and derivatives inside of a forward are refused;
+* a Triton kernel that the model launches returns what it writes, which is copied to where it wrote; what it
+  reads keeps its place in memory, which it is told as numbers;
 * an operator that has a gradient or a meaning of its own (a custom ``autograd.Function``, flex attention) is
   set aside: while the rest is traced, its operands are outputs and its results are inputs.
 """
@@ -25,14 +27,19 @@ from hsap_compile._torch import (
     DATA,
     DERIVATIVES,
     FLEX_ATTENTION,
+    KERNEL,
+    LAUNCH,
     VMAP_BORDERS,
     VMAP_PREAMBLE,
     checkpoint_tags,
     control_flow_of,
+    expr_of,
     trace_below_autograd,
+    written_by,
 )
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import positional
+from hsap_compile.kernels.copies import LAID_OUT
 
 SET_ASIDE = (CUSTOM_FUNCTION, FLEX_ATTENTION)
 
@@ -84,6 +91,8 @@ def _copy_into(
         if node.target is DATA:
             copies[node] = new = graph.call_method("detach", (copies[positional(node)[0]],))
             new.meta = {**node.meta, **tags}
+        elif node.target is LAUNCH:
+            _launched(graph, node, copies, tags)
         elif node.target is CHECKPOINT:
             copies[node] = _inlined(graph, module, node, copies, attributes, tags)
         elif node.target is operator.getitem and isinstance(copies[positional(node)[0]], tuple | list):
@@ -93,8 +102,39 @@ def _copy_into(
             new.meta = {**node.meta, **tags}
             if node.op == "get_attr":
                 value = _attribute(module, str(node.target))
+                if isinstance(value, GraphModule) and _launches(value):
+                    value = expanded(value)
                 new.target = attributes.add(str(node.target), value)
     raise AssertionError("a graph without output")
+
+
+def _launched(graph: Graph, node: Node, copies: dict[Node, Any], tags: dict[str, Any]) -> None:
+    """Autograd sees neither the kernel nor its writes."""
+    operands: Any = node.kwargs["kwargs"]
+    written = written_by(node, map_arg(operands, lambda n: n.meta["example_value"]))
+    given = map_arg(node.kwargs, lambda n: copies[n])
+    first = len(graph.nodes)
+    read = {name: _laid_out(graph, copies.get(x, x)) for name, x in operands.items()}
+    made = graph.call_function(KERNEL, kwargs={**given, "kwargs": read, "tensors_to_clone": written})
+    for name in written:
+        place = graph.call_method("detach", (copies[operands[name]],))
+        graph.call_method("copy_", (place, graph.call_function(operator.getitem, (made, name))))
+    for new in list(graph.nodes)[first:]:
+        new.meta = {**node.meta, **tags, **new.meta}
+
+
+def _laid_out(graph: Graph, operand: Any) -> Any:
+    """``operand`` of a kernel, where its elements lie: the kernel was given their strides."""
+    value: Any = operand.meta["example_value"] if isinstance(operand, Node) else None
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+        return operand
+    strides: list[Any] = list(value.stride())
+    for dim, stride in enumerate(strides):
+        if isinstance(stride, torch.SymInt):
+            strides[dim] = graph.call_method("stride", (operand, dim))
+    made = graph.call_function(LAID_OUT, (operand, strides))
+    made.meta["example_value"] = value
+    return made
 
 
 def _refuse(node: Node) -> None:
@@ -202,6 +242,22 @@ def _lower_vmap(module: GraphModule, region: list[Node]) -> None:
                 setattr(module, new.target, _attribute(lowered, str(node.target)))
 
 
+def drop_idle_layouts(module: GraphModule) -> None:
+    """What lies as a kernel was told, whatever became of the graph and of bodies in it, is not copied."""
+    for part in [m for m in module.modules() if isinstance(m, GraphModule)]:
+        for node in [n for n in part.graph.nodes if n.target is LAID_OUT]:
+            source = positional(node)[0]
+            was, wanted = ([expr_of(x) for x in _value(n).stride()] for n in (source, node))
+            if was == wanted:
+                node.replace_all_uses_with(source)
+                part.graph.erase_node(node)
+        part.recompile()
+
+
+def _value(node: Node) -> Any:
+    return node.meta["val"] if "val" in node.meta else node.meta["example_value"]
+
+
 # --- set aside ----------------------------------------------------------------------------------------
 
 
@@ -230,10 +286,11 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
     regions = _regions_of_autocast(graph)
     for call in [n for n in graph.nodes if n.op == "call_function" and n.target in SET_ASIDE]:
         outputs = positional(output)[0]
+        bodies = {n: _attribute(module, str(n.target)) for n in call.all_input_nodes if n.op == "get_attr"}
+        launches = any(_launches(body) for body in bodies.values())
         operands = []
         for operand in [n for n in call.all_input_nodes if n.op != "get_attr"]:
-            operands.append(_as_it_is(graph, call, operand))
-        bodies = {n: _attribute(module, str(n.target)) for n in call.all_input_nodes if n.op == "get_attr"}
+            operands.append(_as_it_is(graph, call, operand, launches))
         inputs: dict[int, int] = {}
         for part in list(call.users):
             assert part.target is operator.getitem, f"{call} returns several values"
@@ -277,13 +334,31 @@ def _regions_of_autocast(graph: Graph) -> dict[Node, tuple[Any, ...]]:
     return found
 
 
-def _as_it_is(graph: Graph, call: Node, operand: Node) -> Node:
+def _calls(body: GraphModule) -> list[Node]:
+    graphs = [m.graph for m in body.modules() if isinstance(m, GraphModule)]
+    return [n for graph in graphs for n in graph.nodes if n.op.startswith("call")]
+
+
+def _launches(body: GraphModule) -> bool:
+    return any(n.target in (LAUNCH, KERNEL) for n in _calls(body))
+
+
+def writes_in_place(body: GraphModule) -> bool:
+    """Whether ``body``, as dynamo wrote it, may write into something: methods and functions say so by their
+    names, and by an argument."""
+    names = (getattr(n.target, "__name__", str(n.target)) for n in _calls(body))
+    written = any(name.endswith("_") and not name.endswith("__") or name == "setitem" for name in names)
+    return written or _launches(body) or any("out" in n.kwargs for n in _calls(body))
+
+
+def _as_it_is(graph: Graph, call: Node, operand: Node, launches: bool) -> Node:
     """``operand`` as ``call`` reads it: what is written into it later is not seen, and the place is kept."""
     value = operand.meta["example_value"]
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
         return operand
     with graph.inserting_before(call):
-        made = graph.call_function(torch.ops.aten.alias.default, (operand,))
+        alias = torch.ops.aten.alias.default
+        made = _laid_out(graph, operand) if launches else graph.call_function(alias, (operand,))
     made.meta.update(operand.meta)
     call.replace_input_with(operand, made)
     return made

@@ -38,8 +38,8 @@ from hsap_compile._torch import (
 )
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, arguments, placeholders, positional, remove_dead, target
-from hsap_compile.passes._operands import reads_no_numbers
-from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside
+from hsap_compile.passes._operands import cuts_gradient
+from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside, writes_in_place
 from hsap_compile.passes._varlen import write_varlen_as_masked
 
 aten = torch.ops.aten
@@ -53,8 +53,8 @@ _SCATTER = {
 _RESHAPES = {
     f"aten::{name}"
     for name in (
-        "view reshape _unsafe_view view_as reshape_as unsqueeze squeeze flatten unflatten alias contiguous "
-        "to expand expand_as"
+        "view reshape _unsafe_view view_as reshape_as unsqueeze squeeze flatten unflatten alias detach "
+        "contiguous to expand expand_as"
     ).split()
 }
 _EXCHANGES = {"aten::transpose", "aten::swapaxes", "aten::swapdims"}
@@ -82,6 +82,7 @@ def capture(module: GraphModule) -> GraphModule:
         if aside.target is CUSTOM_FUNCTION:
             _explicit_in_forward(aside, mode)
     put_back(graph, asides)
+    _mark_overwriting(graph)
     _explicit_types(graph, mode)
     _drop_empty_parts(graph, mode)
     _drop_idle_dropout(graph)
@@ -94,7 +95,8 @@ def capture(module: GraphModule) -> GraphModule:
 
 def capture_body(body: GraphModule, inputs: Sequence[Any], *, grad: bool) -> GraphModule:
     """``body``, a part of one of dynamo's graphs, lowered as ``capture`` does, for inputs like ``inputs``;
-    ``grad``: whether autograd sees what it does."""
+    ``grad``: whether autograd sees what it does.  What it writes into its inputs is not returned;
+    ``meta["writes"]`` says which these are."""
     with torch.set_grad_enabled(grad):
         graph = trace_pre_dispatch(expanded(body), inputs)
     for placeholder, value in zip(placeholders(graph), inputs, strict=True):
@@ -102,8 +104,31 @@ def capture_body(body: GraphModule, inputs: Sequence[Any], *, grad: bool) -> Gra
     _explicit_types(graph, fake_mode_of(inputs))
     _drop_empty_parts(graph, fake_mode_of(inputs))
     _functionalize(graph, fake_mode_of(inputs))
+    if written := len(graph.meta["writes"]):
+        (output,) = (n for n in graph.graph.nodes if n.op == "output")
+        output.args = (tuple(positional(output)[0][:-written]),)
     remove_dead(graph)
     return graph
+
+
+def _mark_overwriting(module: GraphModule) -> None:
+    """``meta["overwrites"]`` of a custom function: its forward writes into an operand that is read later."""
+    order = list(module.graph.nodes)
+    for call in [n for n in order if n.target is CUSTOM_FUNCTION]:
+        forward, _, *operands = positional(call)
+        if not writes_in_place(forward.meta["val"]):
+            continue
+        values = [n.meta["val"] if isinstance(n, Node) else n for n in operands]
+        values = [x.detach() if isinstance(x, torch.Tensor) else x for x in values]
+        with without_autocast():
+            written = capture_body(forward.meta["val"], values, grad=False).meta["writes"]
+        places = {
+            _storage(positional(operands[i])[0]) for i in written
+        }  # it reads a copy of what it is given
+        given = {_storage(n) for n in placeholders(module)}
+        later = {n for reader in order[order.index(call) + 1 :] for n in reader.all_input_nodes}
+        before = set(order[: order.index(call)])
+        call.meta["overwrites"] = not places.isdisjoint(given | {_storage(n) for n in later & before})
 
 
 def _drop_idle_dropout(module: GraphModule) -> None:
@@ -313,8 +338,7 @@ def _tracked(module: GraphModule) -> set[Node]:
                 found.add(node)
         elif (
             enabled
-            and node.target is not aten.detach.default
-            and not reads_no_numbers(node)
+            and not cuts_gradient(node)
             and _differentiable(node.meta.get("val"))
             and any(n in found for n in node.all_input_nodes)
         ):

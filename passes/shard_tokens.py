@@ -33,15 +33,16 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import SET_GRAD_ENABLED, FloorDiv, expr_of, operator_name
+from hsap_compile._torch import KERNEL, SET_GRAD_ENABLED, FloorDiv, expr_of, kernel_name, operator_name
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
+from hsap_compile.kernels.copies import LAID_OUT
 from hsap_compile.passes._chunks import frame_read, operands_of
 from hsap_compile.passes._families import rule_for
 from hsap_compile.passes._forms import Counts, Frame, Local, NotLocal
 from hsap_compile.passes._inputs import write_inputs
-from hsap_compile.passes._operands import args_of, reads_no_numbers
+from hsap_compile.passes._operands import args_of, cuts_gradient
 from hsap_compile.passes._parameters import settle_parameters
 from hsap_compile.passes._random import agreed, disagreed, is_random
 from hsap_compile.passes._reindex import Longer, aligned, common_start, usual_start, within
@@ -191,7 +192,7 @@ class Sharder:
         """The form of ``node`` that is the same on every rank."""
         if node in self.wholes:
             return self.wholes[node]
-        if node in self.home and not self.home[node].routed:
+        if node in self.home and not self.home[node].routed and node.target is not LAID_OUT:
             self.wholes[node] = gathered(self, node)
         elif node in self.home and is_count(node):
             self.wholes[node] = whole_counts(self, node)
@@ -346,7 +347,7 @@ class Sharder:
 
     def _is_whole(self, node: Node) -> bool:
         """Whether ``node`` has only one form: no tokens take part, or it is a size or a part of a tuple."""
-        if not isinstance(node.meta["val"], torch.Tensor | tuple | list):
+        if not isinstance(node.meta["val"], torch.Tensor | tuple | list | dict):
             return True
         if node.target is operator.getitem:
             return node.args[0] not in self.home and not parts_of_tokens(args_of(node)[0])
@@ -408,7 +409,8 @@ class Sharder:
         return new
 
     def _report(self, node: Node, reason: str) -> None:
-        fallback = Fallback(operator_name(node.target), reason, where(node), module_of(node))
+        name = f"kernel {kernel_name(node)}" if node.target is KERNEL else operator_name(node.target)
+        fallback = Fallback(name, reason, where(node), module_of(node))
         if self.strict:
             raise Refused(
                 f"{fallback.operator} cannot be computed on one rank's tokens ({reason})",
@@ -454,7 +456,7 @@ def shard_tokens(
             continue
         number = isinstance(node.meta.get("val"), torch.SymInt | int)
         learned = not number and any(n in sharder.differentiable for n in node.all_input_nodes)
-        if learned and node.target is not aten.detach.default and not reads_no_numbers(node):
+        if learned and not cuts_gradient(node):
             sharder.differentiable.add(node)
         if not grad:
             sharder.no_grad.add(node)

@@ -138,6 +138,47 @@ class Kept(torch.autograd.Function):
         return 2 * grad * (1 - out * out) + grad_other * again, grad_other * other + grad * y
 
 
+class Overwriting(torch.autograd.Function):
+    """Writes into what it made, and into what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        x.mul_(0.5)
+        x[..., :2] = 3.0
+        ctx.save_for_backward(x)
+        y.mul_(2)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        x.mul_(grad)
+        given = grad.clone()
+        given[..., 0] = 1.0
+        return x.add_(given)
+
+
+class Centring(torch.autograd.Function):
+    """In place, and over tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x - x.mean(1, keepdim=True)
+        y.mul_(2)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        given = grad - grad.mean(1, keepdim=True)
+        given.mul_(3)
+        return given
+
+
+def overwriting(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    return Overwriting.apply(x * p.vector) + x
+
+
 def kept(p: Program, x: Tensor, i: Tensor) -> Tensor:
     a, b = Kept.apply(x, x.cos())
     c, d = Kept.apply(x * p.vector, x.sin())
@@ -158,7 +199,7 @@ def folded(p: Program, x: Tensor, i: Tensor) -> Tensor:
 
 
 @ON_MESHES
-@pytest.mark.parametrize("function", [scaled, folded, auxiliary, kept])
+@pytest.mark.parametrize("function", [scaled, folded, auxiliary, kept, overwriting])
 def test_custom_functions_stay_local(function: Callable[..., Tensor], mesh: tuple[int, int]) -> None:
     of = trace(Program((LOCAL["linear"], function, LOCAL["linear"])), rows=2)
     assert check(of, *mesh) == []
@@ -177,7 +218,7 @@ def test_custom_functions_of_a_part_of_the_tokens() -> None:
     assert "(a custom function that mixes tokens)" in found
 
 
-@pytest.mark.parametrize("function", [Centred, Mixed])
+@pytest.mark.parametrize("function", [Centred, Mixed, Centring])
 def test_custom_functions_that_mix_tokens_are_gathered(function: Any) -> None:
     of = trace(Program((LOCAL["linear"], lambda p, x, i: function.apply(x))), rows=2)
     (found,) = check(of, 3, 1)
@@ -196,6 +237,30 @@ def _written_after(p: Program, x: Tensor, i: Tensor) -> Tensor:
 def test_a_custom_function_reads_what_is_there_when_it_is_called() -> None:
     of = trace(Program((LOCAL["linear"], _written_after)), rows=2)
     assert check(of, 1, 1) == [] and check(of, 3, 1) == []
+
+
+def _overwritten(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    z = x * p.vector
+    return Overwriting.apply(z) + z
+
+
+def _overwritten_view(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    z = x * p.vector
+    return Overwriting.apply(z.view(z.shape)) + z
+
+
+@pytest.mark.parametrize("function", [_overwritten, _overwritten_view])
+def test_an_operand_that_a_custom_function_overwrites_is_not_read_later(function: Any) -> None:
+    of = trace(Program((LOCAL["linear"], function)), rows=2)
+    assert check(of, 1, 1) == []
+    with pytest.raises(Refused, match="writes into its operand, which is read later") as caught:
+        simulate(of, 2, 1)
+    assert "do:     write into a copy (x = x.clone()) in its forward" in str(caught.value)
+
+
+def test_what_a_custom_function_writes_in_place_is_not_dead() -> None:
+    of = trace(Program((LOCAL["linear"], overwriting, LOCAL["linear"])), rows=2)
+    assert check(of, 1, 1, lower="aot_eager") == []
 
 
 def test_a_custom_function_is_one_call() -> None:
