@@ -171,14 +171,14 @@ def check(case: Case, dtype: torch.dtype) -> None:
     found = case.run(torch.ops.hsap.attend)
     assert all(x.dtype == dtype for x in (found[0], *found[2:]))
     assert found[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # a slope's gradient is a difference of terms as large as distances are
+    slopes = sum(x.is_floating_point() for x in case.leaves)
+    terms = [1.0] * (len(exact) - slopes) + [float(len(case.k) + 1)] * slopes
     if dtype in HALF:
-        eager = errors(case.run(attend_reference), exact)
-        limits = [2 * max(e, torch.finfo(dtype).eps) for e in eager]  # eager may be exact by luck
+        eager, eps = errors(case.run(attend_reference), exact), torch.finfo(dtype).eps
+        limits = [2 * max(e, eps * size) for e, size in zip(eager, terms, strict=True)]  # exact by luck
     else:
-        limits = [1e-11 if dtype == torch.float64 else 1e-5] * len(exact)
-        if dtype == torch.float32:  # a slope's gradient is a difference of terms as large as distances are
-            slopes = sum(x.is_floating_point() for x in case.leaves)
-            limits[len(limits) - slopes :] = [1e-4] * slopes
+        limits = [(1e-11 if dtype == torch.float64 else 1e-5) * size for size in terms]
     assert [e for e in zip(errors(found, exact), limits, strict=True) if e[0] > e[1]] == []
 
 

@@ -71,6 +71,13 @@ def test_documents_of_hundreds_of_tokens(dtype: torch.dtype) -> None:
     check(LONG, dtype)
 
 
+@example(  # of a slope's gradient
+    {
+        "slices": [[0, 0, 0, 0, 0, 0, 0], [0, 14, 1, 6, MOD, 0, 0]], "own": 14, "remote": 20, "heads": (1, 1),
+        "sizes": (8, 8), "mod": "alibi", "otherwise": -sympy.oo, "sink": False, "strided": False, "seed": 0,
+    },
+    torch.bfloat16,
+)  # fmt: skip
 @settings(max_examples=60, deadline=None)
 @given(drawn(), st.sampled_from(HALF))
 def test_half_precision_is_as_good_as_eager(arguments: dict[str, Any], dtype: torch.dtype) -> None:
