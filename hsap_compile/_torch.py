@@ -23,6 +23,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestar
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._functorch import config as functorch_config
 from torch._functorch import predispatch as _vmap
+from torch._higher_order_ops.auto_functionalize import auto_functionalized, can_auto_functionalize
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention
 from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
 from torch._inductor import config as inductor_config
@@ -64,6 +65,9 @@ FLEX_ATTENTION = torch.ops.higher_order.flex_attention
 #: the operands that it writes into.
 LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_mutation
 KERNEL = torch.ops.higher_order.triton_kernel_wrapper_functional
+
+#: RETURNING(op, **arguments): what an operator of another library returns, and then what it writes.
+RETURNING = auto_functionalized
 
 #: What a user sets so that DDP's buckets of parameters do not cut the graph.
 WHOLE_UNDER_DDP = "torch._dynamo.config.optimize_ddp = False"
@@ -325,12 +329,23 @@ def written_by(launch: torch.fx.Node, values: Mapping[str, Any]) -> list[str]:
     return get_mutated_tensors(number, constants, dict(values), tma)  # type: ignore[arg-type]
 
 
-def kernel_name(node: torch.fx.Node) -> str:
-    """Of the function that a ``KERNEL`` or a ``LAUNCH`` runs."""
+def may_return_writes(target: Any) -> bool:
+    """Whether ``RETURNING`` takes the operator, and what it returns is nothing that it was given."""
+    if not is_operator(target) or not can_auto_functionalize(target):
+        return False
+    return all(x.alias_info is None for x in target._schema.returns)
+
+
+def call_name(node: torch.fx.Node) -> str:
+    """What a node calls, as its writer knows it."""
+    if node.target is RETURNING:
+        return operator_name(node.args[0])
+    if node.target is not KERNEL:
+        return operator_name(node.target)
     kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
     while hasattr(kernel, "fn"):  # under its tuning
         kernel = kernel.fn
-    return kernel.__name__
+    return f"kernel {kernel.__name__}"
 
 
 def is_pointwise(target: Any) -> bool:

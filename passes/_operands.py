@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import KERNEL, operator_name
+from hsap_compile._torch import KERNEL, RETURNING, operator_name
 from hsap_compile.graph import arguments
 from hsap_compile.passes._forms import Local, NotLocal
 from hsap_compile.passes.infer_tokens import TokenAxis
@@ -37,7 +37,7 @@ def reads_no_numbers(node: Node) -> bool:
 
 def cuts_gradient(node: Node) -> bool:
     """Whether what ``node`` returns has no gradient, whatever it reads."""
-    return node.target is torch.ops.aten.detach.default or node.target is KERNEL or reads_no_numbers(node)
+    return node.target in (torch.ops.aten.detach.default, KERNEL, RETURNING) or reads_no_numbers(node)
 
 
 def tensor_inputs(node: Node) -> list[Node]:

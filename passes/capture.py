@@ -8,15 +8,12 @@ after:  ATen overloads; attention, cross entropy and linear are still one operat
    place, custom functions and flex attention as one call (``_regions``);
 2. drop dropout that does nothing, and make types explicit: operands that autocast would have cast are cast,
    and who takes another tensor's type no longer reads that tensor;
-3. replace every in-place operator by its functional form; a write into a view (``x[:, 1:] = y``) becomes
-   a scatter into the base, and views made before the write are made anew after it.  Which values are views
-   of one another is read from the storages that the trace gave them;
+3. replace every in-place operator by its functional form (``_in_place``);
 4. write attention over cumulative lengths with a mask (``_varlen``).
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -27,8 +24,6 @@ from torch.fx import GraphModule, Node
 from hsap_compile._torch import (
     AUTOCAST_BORDERS,
     CUSTOM_FUNCTION,
-    SET_GRAD_ENABLED,
-    expr_of,
     fake_mode_of,
     is_operator,
     operator_name,
@@ -36,29 +31,12 @@ from hsap_compile._torch import (
     trace_pre_dispatch,
     without_autocast,
 )
-from hsap_compile.errors import Refused, where
-from hsap_compile.graph import Builder, arguments, placeholders, positional, remove_dead, target
-from hsap_compile.passes._operands import cuts_gradient
+from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
+from hsap_compile.passes._in_place import functionalize, returned_writes, storage_of
 from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside, writes_in_place
 from hsap_compile.passes._varlen import write_varlen_as_masked
 
 aten = torch.ops.aten
-
-_SCATTER = {
-    "aten::slice": aten.slice_scatter.default,
-    "aten::select": aten.select_scatter.default,
-    "aten::diagonal": aten.diagonal_scatter.default,
-}
-#: Views of the same elements in the same order.
-_RESHAPES = {
-    f"aten::{name}"
-    for name in (
-        "view reshape _unsafe_view view_as reshape_as unsqueeze squeeze flatten unflatten alias detach "
-        "contiguous to expand expand_as"
-    ).split()
-}
-_EXCHANGES = {"aten::transpose", "aten::swapaxes", "aten::swapdims"}
-_LAST_TWO = {"aten::t", "aten::mT"}
 
 
 def capture(module: GraphModule) -> GraphModule:
@@ -87,7 +65,8 @@ def capture(module: GraphModule) -> GraphModule:
     _drop_empty_parts(graph, mode)
     _drop_idle_dropout(graph)
     _explicit_autocast(graph, mode)
-    _functionalize(graph, mode)
+    returned_writes(graph, mode)
+    functionalize(graph, mode)
     _drop_idle_dropout(graph)
     write_varlen_as_masked(graph, mode)
     return graph
@@ -103,7 +82,8 @@ def capture_body(body: GraphModule, inputs: Sequence[Any], *, grad: bool) -> Gra
         placeholder.meta.update(val=value, parameter=False)
     _explicit_types(graph, fake_mode_of(inputs))
     _drop_empty_parts(graph, fake_mode_of(inputs))
-    _functionalize(graph, fake_mode_of(inputs))
+    returned_writes(graph, fake_mode_of(inputs))
+    functionalize(graph, fake_mode_of(inputs))
     if written := len(graph.meta["writes"]):
         (output,) = (n for n in graph.graph.nodes if n.op == "output")
         output.args = (tuple(positional(output)[0][:-written]),)
@@ -123,12 +103,12 @@ def _mark_overwriting(module: GraphModule) -> None:
         with without_autocast():
             written = capture_body(forward.meta["val"], values, grad=False).meta["writes"]
         places = {
-            _storage(positional(operands[i])[0]) for i in written
+            storage_of(positional(operands[i])[0]) for i in written
         }  # it reads a copy of what it is given
-        given = {_storage(n) for n in placeholders(module)}
+        given = {storage_of(n) for n in placeholders(module)}
         later = {n for reader in order[order.index(call) + 1 :] for n in reader.all_input_nodes}
         before = set(order[: order.index(call)])
-        call.meta["overwrites"] = not places.isdisjoint(given | {_storage(n) for n in later & before})
+        call.meta["overwrites"] = not places.isdisjoint(given | {storage_of(n) for n in later & before})
 
 
 def _drop_idle_dropout(module: GraphModule) -> None:
@@ -222,11 +202,6 @@ def _floating(value: Any) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) and value.is_floating_point() else None
 
 
-def _differentiable(value: Any) -> bool:
-    value = _first(value)
-    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-
-
 def _was_cast(mode: Any, node: Node, operands: list[Node], wanted: torch.dtype) -> bool:
     """Whether only autocast explains the type of the result.  Operators promote: none returns a narrower
     type than a tensor operand of its own accord (a scalar tensor does not count in promotion)."""
@@ -248,219 +223,3 @@ def _result_dtype(mode: Any, node: Node) -> torch.dtype | None:
             return _floating(run_fake(mode, target(node), args, kwargs))
     except RuntimeError:
         return None
-
-
-def _functionalize(module: GraphModule, mode: Any) -> None:
-    graph, views, tracked = module.graph, _views(module), _tracked(module)
-    writes: list[Node] = []
-    for node in list(graph.nodes):
-        if not is_operator(node.target) or not target(node)._schema.is_mutable:
-            continue
-        mutated = _mutated_argument(node)
-        chain = [mutated]  # from the written view up to its base
-        while chain[-1] in views:
-            chain.append(positional(chain[-1])[0])
-        changes_shape = torch.Tag.inplace_view in target(node).tags
-        base = chain[-1]
-        known = base.op == "call_function" or (base.op == "placeholder" and base not in tracked)
-        if not known and not changes_shape:
-            raise Refused(
-                f"the model writes into one of its inputs in place ({operator_name(node.target)})",
-                got=f"an in-place write to {base.meta.get('source', base.name)}, which has a gradient",
-                wanted="a forward that leaves parameters and inputs with a gradient as they are",
-                do="write into a copy (x = x.clone()) instead",
-                at=where(node),
-            )
-        if not changes_shape and node not in tracked and base in tracked:
-            raise Refused(
-                "the model writes in place, unseen by autograd, into a value with a gradient "
-                f"({operator_name(node.target)})",
-                got="a write that autograd does not see",
-                wanted="writes that autograd sees, or into values without a gradient",
-                do="write into a copy (x = x.detach().clone()) instead",
-                at=where(node),
-            )
-        if base.op == "placeholder" and not changes_shape:
-            writes.append(base)
-            (output,) = (n for n in graph.nodes if n.op == "output")
-            output.args = ([*positional(output)[0], base],)  # the write replaces it, as all later uses
-        with graph.inserting_before(node):
-            emit = Builder(graph, mode, node)
-            value = _value_after(emit, node)
-            dtype = mutated.meta["val"].dtype
-            if value.meta["val"].dtype != dtype:  # a write keeps the type of what is written to
-                value = emit(aten.to.dtype, value, dtype)
-            if changes_shape:  # of this one view: neither its base nor other views see it
-                replaced = {mutated: value}
-                views.add(value)
-            else:
-                replaced = _write_back(emit, node, chain, value, views)
-        if node in tracked:
-            tracked.update(replaced.values())
-        later = set(_after(node))
-        for old, new in replaced.items():
-            old.replace_all_uses_with(new, delete_user_cb=later.__contains__)
-        node.replace_all_uses_with(replaced[mutated])
-        graph.erase_node(node)
-    inputs = placeholders(module)
-    module.meta["writes"] = tuple(inputs.index(n) for n in writes)
-
-
-def _views(module: GraphModule) -> set[Node]:
-    """The nodes that are views of their first argument, in-place operators included."""
-    found: set[Node] = set()
-    for node in module.graph.nodes:
-        source = positional(node)[0] if node.op == "call_function" and positional(node) else None
-        if not isinstance(source, Node):
-            continue
-        if node.target is operator.getitem:  # of split; what topk returns is its own
-            if source in found:
-                found.add(node)
-        elif (storage := _storage(node)) is not None and storage == _storage(source):
-            found.add(node)
-    return found
-
-
-def _storage(node: Node) -> int | None:
-    value = _first(node.meta.get("val"))
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-
-
-def _tracked(module: GraphModule) -> set[Node]:
-    """The nodes that autograd records: their values have gradients."""
-    found: set[Node] = set()
-    enabled = True
-    for node in module.graph.nodes:
-        if node.target is SET_GRAD_ENABLED:
-            enabled = bool(positional(node)[0])
-        elif node.op == "placeholder":
-            if getattr(node.meta["val"], "requires_grad", False):
-                found.add(node)
-        elif (
-            enabled
-            and not cuts_gradient(node)
-            and _differentiable(node.meta.get("val"))
-            and any(n in found for n in node.all_input_nodes)
-        ):
-            found.add(node)
-    return found
-
-
-def _mutated_argument(node: Node) -> Node:
-    written = [a.name for a in target(node)._schema.arguments if a.alias_info and a.alias_info.is_write]
-    position = [a.name for a in target(node)._schema.arguments].index(written[0])
-    argument = positional(node)[position] if position < len(positional(node)) else node.kwargs[written[0]]
-    if len(written) > 1 or not isinstance(argument, Node):
-        raise Refused(
-            f"{operator_name(node.target)} writes into several tensors at once",
-            got=str(target(node)._schema),
-            wanted="operators that return new tensors",
-            do="replace the in-place operator in the model",
-            at=where(node),
-        )
-    return argument
-
-
-def _value_after(emit: Builder, node: Node) -> Node:
-    """What the in-place ``node`` leaves in the tensor that it writes to."""
-    if node.target is not aten.copy_.default:
-        form, args, given = _functional_form(node), positional(node), arguments(node)
-        named = [argument.name for argument in form._schema.arguments if not argument.kwarg_only]
-        rest = [given[name] for name in named[len(args) :]]  # what may be left out in place may not be here
-        known = {argument.name for argument in form._schema.arguments} - set(named)
-        value = emit(form, *args, *rest, **{k: v for k, v in node.kwargs.items() if k in known})
-        written = _mutated_argument(node).meta["val"].dtype  # of the result's shape, which dynamo sees to
-        return value if value.meta["val"].dtype == written else emit(aten.to.dtype, value, written)
-    old, value = positional(node)[:2]  # aten::copy has no derivative
-    value = emit(aten.to.dtype, value, old.meta["val"].dtype)
-    value = emit(aten.expand.default, value, emit.sizes(old))
-    return emit(aten.clone.default, value)  # a copy is no view of its source
-
-
-#: Functional forms whose name or overload is another.
-_NAMED_OTHERWISE: dict[str, Any] = {
-    "transpose.default": aten.transpose.int,
-    "normal.default": aten.normal_functional.default,
-    "bernoulli.float": aten.bernoulli.p,
-}
-
-
-def _functional_form(node: Node) -> Any:
-    name = operator_name(node.target).split("::")[1]
-    if name.startswith("__i"):  # x &= y
-        name = f"__{name.removeprefix('__i')}"
-    else:
-        name = name.removesuffix("_")
-    packet, overload = getattr(aten, name, None), target(node)._overloadname
-    found = _NAMED_OTHERWISE.get(f"{name}.{overload}")
-    if packet is not None and overload.endswith("out"):
-        read = [(a.name, str(a.type)) for a in target(node)._schema.arguments if not a.is_out]
-        forms = (getattr(packet, other) for other in packet.overloads())
-        found = next((f for f in forms if [(a.name, str(a.type)) for a in f._schema.arguments] == read), None)
-    elif found is None and packet is not None and overload in packet.overloads():
-        found = getattr(packet, overload)
-    if found is None or found._schema.is_mutable or name in ("resize", "set"):
-        raise Refused(
-            f"{operator_name(node.target)} has no form that returns a new tensor",
-            got=str(target(node)._schema),
-            wanted="an operator with a functional form",
-            do="replace the in-place operator in the model",
-            at=where(node),
-        )
-    return found
-
-
-def _write_back(
-    emit: Builder, node: Node, chain: list[Node], value: Node, views: set[Node]
-) -> dict[Node, Node]:
-    """What stands for whom after ``chain[0]`` was overwritten by ``value``: a new base, and every view of
-    it that was made before the write, made anew."""
-    for child, parent in zip(chain, chain[1:], strict=False):
-        value = _put(emit, node, child, parent, value)
-    replaced = {chain[-1]: value}
-    for other in list(emit.graph.nodes):
-        if other is node:
-            return replaced
-        if other in views and positional(other)[0] in replaced:
-            args, kwargs = torch.fx.node.map_arg(
-                (positional(other), other.kwargs), lambda n: replaced.get(n, n)
-            )
-            replaced[other] = Builder(emit.graph, emit.mode, other)(other.target, *args, **kwargs)
-            views.add(replaced[other])
-    raise AssertionError(f"{node} is not in its graph")
-
-
-def _put(emit: Builder, node: Node, child: Node, parent: Node, value: Node) -> Node:
-    """``parent`` with the elements that its view ``child`` shows replaced by ``value``."""
-    name = operator_name(child.target)
-    old, new = parent.meta["val"], value.meta["val"]
-    if name in _SCATTER:
-        return emit(_SCATTER[name], parent, value, *positional(child)[1:], **child.kwargs)
-    if name in _EXCHANGES:
-        return emit(aten.transpose.int, value, *positional(child)[1:3])
-    if name in _LAST_TWO:
-        return emit(aten.transpose.int, value, -1, -2) if new.dim() > 1 else value
-    if name == "aten::narrow":
-        dim, start, length = positional(child)[1:]
-        stop = emit(operator.add, start, length)
-        return emit(aten.slice_scatter.default, parent, value, dim, start, stop)
-    if name == "aten::permute":
-        order = [d % new.dim() for d in positional(child)[1]]
-        return emit(aten.permute.default, value, [order.index(d) for d in range(new.dim())])
-    if name in _RESHAPES and old.dtype == new.dtype and expr_of(old.numel()) == expr_of(new.numel()):
-        return emit(aten.reshape.default, value, emit.sizes(parent))
-    raise Refused(
-        f"the model writes in place into a view ({operator_name(node.target)} into {name})",
-        got="a write through a view that has no functional form",
-        wanted="writes into tensors, or into slices, selections, reshapes and transposes of them",
-        do="write into a copy (x = x.clone()) instead",
-        at=where(node),
-    )
-
-
-def _after(node: Node) -> list[Node]:
-    found, current = [], node.next
-    while current.op != "root":
-        found.append(current)
-        current = current.next
-    return found

@@ -33,7 +33,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import KERNEL, SET_GRAD_ENABLED, FloorDiv, expr_of, kernel_name, operator_name
+from hsap_compile._torch import SET_GRAD_ENABLED, FloorDiv, call_name, expr_of
 from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
@@ -409,8 +409,7 @@ class Sharder:
         return new
 
     def _report(self, node: Node, reason: str) -> None:
-        name = f"kernel {kernel_name(node)}" if node.target is KERNEL else operator_name(node.target)
-        fallback = Fallback(name, reason, where(node), module_of(node))
+        fallback = Fallback(call_name(node), reason, where(node), module_of(node))
         if self.strict:
             raise Refused(
                 f"{fallback.operator} cannot be computed on one rank's tokens ({reason})",

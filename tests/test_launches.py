@@ -1,4 +1,5 @@
-"""Triton kernels that the model launches: on gathered tokens, from memory that lies as they were told."""
+"""Triton kernels that the model launches, and other libraries' operators that write into their operands: on
+gathered tokens, kernels from memory that lies as they were told."""
 
 from __future__ import annotations
 
@@ -174,3 +175,73 @@ def test_a_kernel_that_writes_into_what_has_a_gradient_is_refused(ran: list[str]
     of = trace(Program((LOCAL["linear"], _lengthened)), rows=2)
     with pytest.raises(Refused, match="writes in place, unseen by autograd, into a value with a gradient"):
         simulate(of, 2, 1)
+
+
+# --- operators that write into their operands ---------------------------------------------------------
+
+
+@torch.library.custom_op("hsap_tests::swept", mutates_args=("y", "z"))
+def swept(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    y.copy_(2 * x)
+    z.mul_(x)
+    return x + z
+
+
+@swept.register_fake
+def _(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("hsap_tests::waves", mutates_args=("y",))
+def waves(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    if y is not None:
+        y.copy_(2 * x)
+    return x.sin(), x.cos()
+
+
+@waves.register_fake
+def _(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("hsap_tests::filled", mutates_args=("y",))
+def filled(x: Tensor, y: Tensor) -> None:
+    y.copy_(2 * x)
+
+
+def _operators(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """Into a view, which others see; into nothing; with and without a result."""
+    with torch.no_grad():
+        y, z = torch.zeros_like(x), x.detach().clone()
+        w = swept(x.detach(), y[..., :], z)
+        a, b = waves(w, None)
+        c, _ = waves(b, z[:, :, :])
+        filled(c, u := torch.empty_like(x))
+    return x + y * z + w * a - b + x * u
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot_eager"])
+def test_operators_that_write_run_on_gathered_tokens(lower: str) -> None:
+    of = trace(Program((LOCAL["linear"], _operators, LOCAL["linear"])), rows=2)
+    names = [text.split(" ")[0] for text in check(of, 2, 1, lower=lower)]
+    assert names == ["hsap_tests::swept", "hsap_tests::waves", "hsap_tests::filled"]
+    assert check(of, 1, 1, lower=lower) == []
+
+
+class Swept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y, z = torch.empty_like(x), torch.ones_like(x)
+        return swept(x, y, z) + y * z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        filled(grad, given := torch.empty_like(grad))
+        return given
+
+
+def test_operators_that_write_in_custom_functions() -> None:
+    of = trace(Program((LOCAL["linear"], lambda p, x, i: Swept.apply(x), LOCAL["linear"])), rows=2)
+    (found,) = check(of, 2, 1)
+    assert found.startswith("autograd_function_apply runs on gathered tokens")
+    assert check(of, 1, 1, lower="aot_eager") == []
