@@ -38,7 +38,7 @@ from torch._logging import trace_structured as trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
@@ -173,7 +173,22 @@ def _tracing(mode: FakeTensorMode) -> Iterator[None]:
 
 
 class _Entering(torch.fx.Interpreter):
-    """Enters the autocast regions of what it runs.  Their borders, called, would only be recorded."""
+    """Enters the autocast regions of what it runs.  Their borders, called, would only be recorded.
+
+    What reads an operand after an operator that returned it (``x.to(x.dtype)``) reads the operand: the
+    operator may stand where nothing has a gradient.
+    """
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        mode: Any = get_proxy_mode()
+        known = mode.tracer.tensor_tracker
+        operands = [self.env[x] for x in n.all_input_nodes if isinstance(self.env[x], torch.Tensor)]
+        before = [(x, known[x]) for x in operands if x in known]
+        result = super().run_node(n)
+        for x, was in before:
+            if known[x] is not was and not _writes(known[x].proxy.node):
+                known[x] = was
+        return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         enter, leave = AUTOCAST_BORDERS
@@ -184,6 +199,10 @@ class _Entering(torch.fx.Interpreter):
         if target is leave:
             return args[0].__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
