@@ -42,6 +42,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv as FloorDiv
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -125,6 +126,13 @@ class RetraceWithSymbols(UnspecializeRestartAnalysis, TensorifyScalarRestartAnal
 
     def __init__(self, reason: str) -> None:
         super().__init__(restart_reason=reason)
+
+
+def parts_of_subclass(x: Any) -> list[torch.Tensor]:
+    """The tensors that a tensor of a subclass is made of."""
+    if not is_traceable_wrapper_subclass(x):
+        raise NotImplementedError(f"hsap: nothing is known of what a {type(x).__name__} is made of")
+    return [getattr(x, name) for name in x.__tensor_flatten__()[0]]
 
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:

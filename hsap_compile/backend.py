@@ -94,7 +94,7 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
         _share_length(module, size)
     try:
         symbol = None if size is None else _symbol(module, example_inputs, size)
-        _fix_rows(module)
+        _fix_rows(module, symbol)
         return symbol
     except Refused as reason:
         if ranks > 1:
@@ -166,11 +166,12 @@ def _attended(module: GraphModule) -> Iterator[tuple[Any, Sequence[Any]]]:
                 yield size, [other for other in value.shape[:-1] if expr_of(other) != width]
 
 
-def _fix_rows(module: GraphModule) -> None:
-    """Other numbers of rows compile again: they are numbers in the graph, unless they depend on data."""
+def _fix_rows(module: GraphModule, symbol: sympy.Basic | None) -> None:
+    """Other numbers of rows compile again: they are numbers in the graph, unless they depend on data, or are
+    as many as tokens (a softmax over n of n numbers for every token looks like an attention)."""
     for _, rows in _attended(module):
         for size in rows:
-            if equal_now(size, size):  # it was known
+            if equal_now(size, size) and symbol not in expr_of(size).free_symbols:  # it was known
                 int(size)
 
 

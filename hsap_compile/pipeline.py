@@ -342,8 +342,9 @@ def constant_length(length: int, inputs: Sequence[Any]) -> Refused:
         "the sequence length stays a constant",
         got=f"a graph for exactly {length} tokens",
         wanted="a symbolic length: documents and lengths change without compiling again",
-        do="drop dynamic=False, and code that needs the length as a Python number (in place of a loop over "
-        f"positions: x.chunk(8, 1)); make buffers that are exactly {length} long longer than the rows",
+        do="drop dynamic=False; pass torch.compile(.., dynamic=True) where the graph breaks in front of it; "
+        "drop code that needs the length as a Python number (in place of a loop over positions: "
+        f"x.chunk(8, 1)); make buffers that are exactly {length} long longer than the rows",
         at=innermost(fixed_at(inputs)),
     )
 

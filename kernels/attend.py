@@ -22,6 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hsap_compile.kernels.exchange import no_second_derivative
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What lse and sums are in."""
@@ -107,6 +109,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():  # what follows is not recorded
+        no_second_derivative(ctx)
     n = len(_TENSORS)
     *inputs, out, lse = ctx.saved_tensors
     tensors, leaves = inputs[:n], inputs[n:]
@@ -121,6 +125,7 @@ def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("hsap::attend", _backward, setup_context=_setup_context)
+
 
 OP = torch.ops.hsap.attend.default
 BACKWARD = torch.ops.hsap.attend_backward.default

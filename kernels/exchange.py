@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from hsap_compile._torch import lower_as_collective
+from hsap_compile.errors import Refused
 
 _library = torch.library.Library("hsap", "FRAGMENT")
 
@@ -56,6 +57,16 @@ def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum of ``x`` over the ranks.  Not differentiable."""
     wide = x if x.dtype in SENT or x.is_complex() else x.float() if x.is_floating_point() else x.long()
     return _c10d.wait_tensor(_c10d.all_reduce(wide.contiguous(), "sum", group)).to(x.dtype)
+
+
+def no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    """The backward of operators that are gradients."""
+    raise Refused(
+        "a gradient is differentiated",
+        got="a backward through a backward (autograd.grad with create_graph=True, a gradient penalty)",
+        wanted="first derivatives",
+        do="compute what needs second derivatives without the backend, on the model that is not compiled",
+    )
 
 
 def define(schema: str, implementation: Any, fake: Any, backward: Any = None, setup: Any = None) -> Any:
@@ -176,6 +187,7 @@ ON_FIRST = define(
     "on_first(Tensor x, str group) -> Tensor",
     lambda x, group: contiguous_copy(x) if dist.get_rank() == 0 else torch.zeros_like(_like(x, group)),
     _like,
+    no_second_derivative,
 )
 
 SHARE = define(

@@ -10,8 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from hsap_compile.agreement import Claim
 from hsap_compile.plan import Plan
 from hsap_compile.runtime import Program, Runner
 from models import batch, build
@@ -85,3 +87,38 @@ def test_a_rank_that_finds_no_plan_leaves_no_other_waiting(said: Any, last: Any,
 @pytest.mark.parametrize("both", [failing, blind])
 def test_ranks_that_find_no_plan_say_why(said: Any, both: Any) -> None:
     assert said(both, both) == ["ValueError: nothing was found"] * 2
+
+
+class Opaque(torch.Tensor):
+    """Knows no operator but the copy that a parameter is."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(args[0].inner) if func is torch.ops.aten.detach.default else NotImplemented
+
+
+class Quantised(Opaque):
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> Any:
+        return Quantised(inner["inner"])
+
+
+def test_parameters_of_a_subclass_are_compared_by_what_they_are_made_of() -> None:
+    def sums(*parameters: torch.Tensor) -> float:
+        return Claim(0, 0, b"", 0, parameters, frozenset(range(len(parameters)))).nearly()[0]
+
+    plain = torch.arange(6, dtype=torch.int8)
+    assert sums(Quantised(plain)) == sums(plain.float()) != sums(Quantised(plain + 1))
+    with pytest.raises(NotImplementedError, match="nothing is known of what an? Opaque is made of"):
+        sums(Opaque(plain))

@@ -280,6 +280,16 @@ def fewer_keys(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
     return m.loss((x + y.transpose(1, 2).flatten(2))[:, PROMPT:], ids)
 
 
+def mixed_streams(m: Model, ids: Tensor, documents: Tensor) -> tuple[Tensor, ...]:
+    """A softmax over n of n numbers for every token, and for every head, is no attention of n queries."""
+    x = m.words(ids)
+    streams = x.unflatten(-1, (2, 4))
+    mixed = (streams @ streams.mT).softmax(-1) @ streams
+    x = m.attend(x + mixed.flatten(2), packed(documents))
+    shares = (m.heads(x)[0] @ m.sink.outer(m.sink)[:, :1].expand(2, 4).mT).softmax(-1)
+    return m.loss(x + shares.mean((1, 3))[..., None], ids)
+
+
 #: By name.  None of them gathers, or moves a row to another rank.
 PATTERNS: dict[str, Pattern] = {
     f.__name__: f
@@ -313,6 +323,7 @@ PATTERNS: dict[str, Pattern] = {
         memory_and_finite_mask,
         written_into_zeros,
         fewer_keys,
+        mixed_streams,
     ]
 }
 PACKS = [[5, 1, 9, 4, 8], [8], [21, 1, 1, 9], [3, 2, 6]]

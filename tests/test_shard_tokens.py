@@ -23,7 +23,9 @@ from hsap_compile.errors import Refused
 from hsap_compile.kernels import exchange
 from hsap_compile.passes import _families, _numbered, _operands, _parameters, _totals
 from hsap_compile.passes import shard_tokens as sharding
+from hsap_compile.runtime import Runner
 from simulate import Traced, eager, simulate, traced, worst
+from threads import run_threads
 
 WIDTH, WORDS = 6, 11
 Pattern = Callable[["Program", Tensor, Tensor], Tensor]
@@ -336,6 +338,24 @@ def test_sparse_gradients_are_refused() -> None:
     with pytest.raises(Refused, match=r"an embedding whose gradient is sparse") as caught:
         simulate(trace(Program((lambda p, x, i: x + F.embedding(i, p.words, sparse=True),)), rows=2), 2, 1)
     assert "do:     drop sparse=True" in str(caught.value) and "test_shard_tokens.py:" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["attention", "learned places"])
+def test_second_derivatives_are_refused(name: str) -> None:
+    """Run as it is: AOTAutograd has a refusal of its own."""
+    of = trace(Program((LOCAL[name],)), rows=2)
+    program = simulate(of, 2, 1).program
+
+    def rank() -> None:
+        args = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in of.args]
+        learned = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        loss = Runner(program)(*args)[0]
+        with pytest.raises(Refused, match="a gradient is differentiated") as caught:
+            grads = torch.autograd.grad(loss, learned, create_graph=True)
+            sum(g.square().sum() for g in grads).backward()
+        assert "do:     compute what needs second derivatives without the backend" in str(caught.value)
+
+    run_threads(2, rank)
 
 
 #: Shrinking a failure would compile hundreds of programs; the names are readable as they are.
