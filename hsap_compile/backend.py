@@ -97,10 +97,11 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
         _fix_rows(module, symbol)
         return symbol
     except Refused as reason:
-        if ranks > 1:
+        if ranks > 1 and next(_attended(module), None) is not None:
             raise
-        log.warning("another length will compile again: %s", reason)
-        return None
+        alone = "" if ranks == 1 else "every rank computes all of it, and "
+        log.warning("%sanother length will compile again: %s", alone, reason)
+        return None  # a piece between two graph breaks, if there are several ranks
 
 
 def _nodes(module: GraphModule) -> Iterator[Node]:

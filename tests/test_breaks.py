@@ -33,6 +33,9 @@ class Broken(nn.Module):
         most = self.head(logits.logsumexp(-1)[..., None])
         drawn = nn.functional.dropout(most.detach(), 0.5).sum()
         loss = loss + most.square().mean()
+        kept, flat = (most > 0)[..., 0].repeat(2, 1), most[..., 0].repeat(2, 1).flatten()
+        torch._dynamo.graph_break()
+        loss = loss + flat.view(kept.shape).masked_fill(kept, 0).mean()  # it makes the length a number
         torch._dynamo.graph_break()
         weights = torch.ones(3) * 2
         torch._dynamo.graph_break()
@@ -79,3 +82,5 @@ def test_pieces_without_a_batch(pool: Pool, sync: bool) -> None:
         texts = [s for s in said if "no value is made of the tokens of a row" in s]
         assert len(texts) >= 2 and all("every rank computes all of it, from" in s for s in texts)
         assert all("test_breaks.py:" in s for s in texts)
+        (number,) = [s for s in said if "another length will compile again" in s]
+        assert number.startswith("every rank computes all of it, and") and "dynamic=True" in number
