@@ -25,7 +25,7 @@ from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Frame, Local, NoTables, NotLocal
 from hsap_compile.passes._reindex import where as chosen
 from hsap_compile.passes.capture import capture_body
-from hsap_compile.passes.infer_tokens import TokenAxis, infer_tokens
+from hsap_compile.passes.infer_tokens import MANY, TokenAxis, infer_tokens
 
 if TYPE_CHECKING:
     from hsap_compile.passes.shard_tokens import Sharder
@@ -42,6 +42,8 @@ def custom_function(sharder: Sharder, node: Node) -> Any:
             do="write into a copy (x = x.clone()) in its forward",
             at=where(node),
         )
+    if any(part.meta.get("tokens") is MANY for part in node.users):
+        raise NotLocal("a custom function whose result has several token dimensions")
     forward_node, backward_node, *operands = positional(node)
     forward, backward = forward_node.meta["val"], backward_node.meta["val"]
     values = [n.meta["val"] if isinstance(n, Node) else n for n in operands]

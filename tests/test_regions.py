@@ -159,6 +159,19 @@ class Overwriting(torch.autograd.Function):
         return x.add_(given)
 
 
+class Rows(torch.autograd.Function):
+    """Returns the rows of all sequences as one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.reshape(-1, x.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (3 * grad).view(ctx.shape)
+
+
 class Centring(torch.autograd.Function):
     """In place, and over tokens."""
 
@@ -218,9 +231,9 @@ def test_custom_functions_of_a_part_of_the_tokens() -> None:
     assert "(a custom function that mixes tokens)" in found
 
 
-@pytest.mark.parametrize("function", [Centred, Mixed, Centring])
+@pytest.mark.parametrize("function", [Centred, Mixed, Centring, Rows])
 def test_custom_functions_that_mix_tokens_are_gathered(function: Any) -> None:
-    of = trace(Program((LOCAL["linear"], lambda p, x, i: function.apply(x))), rows=2)
+    of = trace(Program((LOCAL["linear"], lambda p, x, i: function.apply(x).view(x.shape))), rows=2)
     (found,) = check(of, 3, 1)
     assert "autograd_function_apply runs on gathered tokens on every rank (a custom function" in found
 
