@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import (
+    KERNEL,
     RETURNING,
     SET_GRAD_ENABLED,
     expr_of,
@@ -204,6 +205,8 @@ def _value_after(emit: Builder, node: Node) -> Node:
         written = _mutated_argument(node).meta["val"].dtype  # of the result's shape, which dynamo sees to
         return value if value.meta["val"].dtype == written else emit(aten.to.dtype, value, written)
     old, value = positional(node)[:2]  # aten::copy has no derivative
+    if value.target is operator.getitem and positional(value)[0].target in (KERNEL, RETURNING):
+        return value  # like what was written to, and nobody else's
     value = emit(aten.to.dtype, value, old.meta["val"].dtype)
     value = emit(aten.expand.default, value, emit.sizes(old))
     return emit(aten.clone.default, value)  # a copy is no view of its source

@@ -83,7 +83,8 @@ def generate(
         return forward, backward
 
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    with tracing(TracingContext(inputs[0].fake_mode)):
+    mode = next(x.fake_mode for x in inputs if isinstance(x, torch.Tensor))  # type: ignore[attr-defined]
+    with tracing(TracingContext(mode)):
         aot_module_simplified(
             module, inputs, fw_compiler=keep, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
             decompositions=select_decomp_table(), partition_fn=partition,
@@ -92,7 +93,7 @@ def generate(
         rewrite(graph.graph)
         graph.recompile()
     with pretended_gpu():
-        return [_generated(graph, inputs[0].fake_mode, config or {}) for graph in found]
+        return [_generated(graph, mode, config or {}) for graph in found]
 
 
 def _generated(graph: torch.fx.GraphModule, mode: Any, config: Mapping[str, Any]) -> Generated:

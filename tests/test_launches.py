@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import offline_gpu
 from hsap_compile.errors import Refused
 from hsap_compile.kernels.copies import LAID_OUT
+from hsap_compile.options import parse
+from hsap_compile.pipeline import rewrite
 from launches import launches_on_cpu
 from simulate import simulate
 from test_shard_tokens import LOCAL, WIDTH, Program, check, trace
@@ -175,6 +178,23 @@ def test_a_kernel_that_writes_into_what_has_a_gradient_is_refused(ran: list[str]
     of = trace(Program((LOCAL["linear"], _lengthened)), rows=2)
     with pytest.raises(Refused, match="writes in place, unseen by autograd, into a value with a gradient"):
         simulate(of, 2, 1)
+
+
+def _generated() -> list[list[str]]:
+    """The kernels of Inductor's forward and backward for a GPU."""
+    from torch._inductor.fx_passes.post_grad import decompose_triton_kernel_wrapper_functional
+
+    with launches_on_cpu(MEANINGS):
+        of = trace(Program((LOCAL["linear"], plain, LOCAL["linear"])), rows=2)
+        graph = rewrite(of.module, parse({}, None), of.length, 1, "").graph
+    made = offline_gpu.generate(graph, rewrite=decompose_triton_kernel_wrapper_functional)
+    return [list(offline_gpu.kernels(part.source)) for part in made]
+
+
+def test_generated_code_launches_the_kernel() -> None:
+    forward, backward = offline_gpu.in_a_process(_generated)
+    assert sum(name.startswith("double") for name in forward) == 1
+    assert not any(name.startswith("double") for name in backward)
 
 
 # --- operators that write into their operands ---------------------------------------------------------
