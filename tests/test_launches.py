@@ -191,7 +191,7 @@ def _generated() -> list[list[str]]:
     return [list(offline_gpu.kernels(part.source)) for part in made]
 
 
-@since((2, 12), "this pass of Inductor's does not run on its own")
+@since((2, 13), "this pass of Inductor's does not run on its own")
 def test_generated_code_launches_the_kernel() -> None:
     forward, backward = offline_gpu.in_a_process(_generated)
     assert sum(name.startswith("double") for name in forward) == 1
