@@ -34,11 +34,12 @@ from hsap_compile._torch import (
     checkpoint_tags,
     control_flow_of,
     expr_of,
+    is_operator,
     trace_below_autograd,
     written_by,
 )
 from hsap_compile.errors import Refused, where
-from hsap_compile.graph import positional
+from hsap_compile.graph import positional, target
 from hsap_compile.kernels.copies import LAID_OUT
 
 SET_ASIDE = (CUSTOM_FUNCTION, FLEX_ATTENTION)
@@ -344,11 +345,17 @@ def _launches(body: GraphModule) -> bool:
 
 
 def writes_in_place(body: GraphModule) -> bool:
-    """Whether ``body``, as dynamo wrote it, may write into something: methods and functions say so by their
-    names, and by an argument."""
-    names = (getattr(n.target, "__name__", str(n.target)) for n in _calls(body))
-    written = any(name.endswith("_") and not name.endswith("__") or name == "setitem" for name in names)
-    return written or _launches(body) or any("out" in n.kwargs for n in _calls(body))
+    """Whether ``body`` may write into something."""
+    return any(map(_may_write, _calls(body)))
+
+
+def _may_write(node: Node) -> bool:
+    """Operators say so in their schemas; methods and functions by their names, and by an argument."""
+    if is_operator(node.target):
+        return bool(target(node)._schema.is_mutable)
+    name = getattr(node.target, "__name__", str(node.target))
+    named = name == "setitem" or name.endswith("_") and not name.endswith("__")
+    return named or "out" in node.kwargs or node.target in (LAUNCH, KERNEL)
 
 
 def _as_it_is(graph: Graph, call: Node, operand: Node, launches: bool) -> Node:

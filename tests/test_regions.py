@@ -262,7 +262,12 @@ def _overwritten_view(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return Overwriting.apply(z.view(z.shape)) + z
 
 
-@pytest.mark.parametrize("function", [_overwritten, _overwritten_view])
+def _overwritten_in_autocast(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return _overwritten(p, x, i)
+
+
+@pytest.mark.parametrize("function", [_overwritten, _overwritten_view, _overwritten_in_autocast])
 def test_an_operand_that_a_custom_function_overwrites_is_not_read_later(function: Any) -> None:
     of = trace(Program((LOCAL["linear"], function)), rows=2)
     assert check(of, 1, 1) == []
