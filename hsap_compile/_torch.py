@@ -194,7 +194,7 @@ class _Entering(torch.fx.Interpreter):
         before = [(x, known[x]) for x in operands if x in known]
         result = super().run_node(n)
         for x, was in before:
-            if known[x] is not was and not _writes(known[x].proxy.node):
+            if known[x] is not was and _is_returned(known[x].proxy.node, was.proxy.node):
                 known[x] = was
         return result
 
@@ -209,8 +209,17 @@ class _Entering(torch.fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def _writes(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def _is_returned(node: torch.fx.Node, operand: torch.fx.Node) -> bool:
+    """Whether ``node`` is ``operand``, seen through operators that return what they are given, and write
+    nothing."""
+    found: Any = node
+    while found is not operand:
+        if not is_operator(found.target) or found.target._schema.is_mutable or not found.args:
+            return False
+        found = found.args[0]
+        if not isinstance(found, torch.fx.Node):
+            return False
+    return True
 
 
 def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:

@@ -35,6 +35,20 @@ def slice_from_itself(x: Tensor) -> Any:
     return x
 
 
+@torch.compiler.allow_in_graph
+def _moved_on(x: Tensor) -> Tensor:
+    x.add_(1)
+    return x.to(x.dtype)
+
+
+@case
+def written_and_returned_in_one_call(x: Tensor) -> Any:
+    y = x * 2
+    with torch.no_grad():
+        z = _moved_on(y.detach().clone())
+    return y * z, z
+
+
 @case
 def select_last(x: Tensor) -> Any:
     x[:, -1] = 3.0
