@@ -37,6 +37,7 @@ from torch._inductor.utils import contains_wait as contains_wait
 from torch._logging import trace_structured as trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.autograd import grad_mode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -50,6 +51,9 @@ from hsap_compile.errors import Refused
 
 #: What pre-dispatch graphs call to open and close a no_grad region.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
+
+#: What opens and closes an inference mode in dynamo's graph.
+INFERENCE_BORDERS: Any = (grad_mode._enter_inference_mode, grad_mode._exit_inference_mode)
 
 #: What opens and closes an autocast region in a pre-dispatch graph.
 AUTOCAST_BORDERS = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
@@ -250,10 +254,14 @@ _COMPOSED = (
 
 @functools.cache
 def _composed() -> dict[Any, Callable[..., Any]]:
-    """``_COMPOSED`` as what they are made of."""
+    """``_COMPOSED`` as what they are made of, and dropout that does nothing as its operand."""
     packets = [getattr(torch.ops.aten, name) for name in _COMPOSED.split()]
     overloads = [getattr(packet, name) for packet in packets for name in packet.overloads()]
-    return {overload: overload.decompose for overload in overloads}
+    return {o: o.decompose for o in overloads} | {torch.ops.aten.dropout.default: _idle_dropout}
+
+
+def _idle_dropout(x: torch.Tensor, p: float, train: bool) -> Any:
+    return NotImplemented if p and train else x
 
 
 def _distinct(values: Sequence[Any]) -> Iterator[Any]:

@@ -83,7 +83,9 @@ def functionalize(module: GraphModule, mode: Any) -> None:
         mutated = _mutated_argument(node)
         chain = [mutated]  # from the written view up to its base
         while chain[-1] in views:
-            chain.append(positional(chain[-1])[0])
+            source = _source(chain[-1])
+            assert source is not None
+            chain.append(source)
         changes_shape = torch.Tag.inplace_view in target(node).tags
         base = chain[-1]
         known = base.op == "call_function" or (base.op == "placeholder" and base not in tracked)
@@ -102,6 +104,15 @@ def functionalize(module: GraphModule, mode: Any) -> None:
                 got="a write that autograd does not see",
                 wanted="writes that autograd sees, or into values without a gradient",
                 do="write into a copy (x = x.detach().clone()) instead",
+                at=where(node),
+            )
+        if node in tracked and any(n.target is aten.detach.default for n in chain[:-1]):
+            raise Refused(
+                "the model writes in place, with a gradient, into what was detached "
+                f"({operator_name(node.target)})",
+                got="a write through x.detach() or x.data that autograd sees",
+                wanted="writes with a gradient into tensors themselves, and others through detached views",
+                do="write into a copy (x.detach().clone()) instead, or write what is detached",
                 at=where(node),
             )
         if base.op == "placeholder" and not changes_shape:
@@ -131,11 +142,11 @@ def functionalize(module: GraphModule, mode: Any) -> None:
 
 
 def _views(module: GraphModule) -> set[Node]:
-    """The nodes that are views of their first argument, in-place operators included."""
+    """The nodes that are views of their first operand, in-place operators included."""
     found: set[Node] = set()
     for node in module.graph.nodes:
-        source = positional(node)[0] if node.op == "call_function" and positional(node) else None
-        if not isinstance(source, Node):
+        source = _source(node) if node.op == "call_function" else None
+        if source is None:
             continue
         if node.target is operator.getitem:  # of split; what topk returns is its own
             if source in found:
@@ -143,6 +154,12 @@ def _views(module: GraphModule) -> set[Node]:
         elif (storage := storage_of(node)) is not None and storage == storage_of(source):
             found.add(node)
     return found
+
+
+def _source(node: Node) -> Node | None:
+    """The first operand: of ``einsum`` no argument of its own."""
+    first = positional(node)[0] if positional(node) else None
+    return first if isinstance(first, Node) else next(iter(node.all_input_nodes), None)
 
 
 def _first(value: Any) -> Any:
@@ -256,7 +273,7 @@ def _write_back(
     for other in list(emit.graph.nodes):
         if other is node:
             return replaced
-        if other in views and positional(other)[0] in replaced:
+        if other in views and _source(other) in replaced:
             args, kwargs = torch.fx.node.map_arg(
                 (positional(other), other.kwargs), lambda n: replaced.get(n, n)
             )

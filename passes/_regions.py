@@ -27,8 +27,10 @@ from hsap_compile._torch import (
     DATA,
     DERIVATIVES,
     FLEX_ATTENTION,
+    INFERENCE_BORDERS,
     KERNEL,
     LAUNCH,
+    SET_GRAD_ENABLED,
     VMAP_BORDERS,
     VMAP_PREAMBLE,
     checkpoint_tags,
@@ -52,6 +54,7 @@ def expanded(module: GraphModule) -> GraphModule:
     output = _copy_into(graph, module, copies, attributes, {})
     graph.output(output)
     result = GraphModule(attributes.found, graph)
+    _lower_inference_modes(result)
     _lower_vmaps(result)
     return result
 
@@ -208,9 +211,37 @@ def _lower_vmaps(module: GraphModule) -> None:
     module.recompile()
 
 
+def _lower_inference_modes(module: GraphModule) -> None:
+    """As far as gradients go, an inference mode is a no_grad."""
+    enter, leave = INFERENCE_BORDERS
+    grad, before = torch.is_grad_enabled(), list[bool]()
+    for node in list(module.graph.nodes):
+        if node.target is SET_GRAD_ENABLED:
+            grad = bool(positional(node)[0])
+        elif node.target in (enter, leave):
+            if node.target is enter:
+                before.append(grad)
+                grad = grad and not positional(node)[0]
+            else:
+                grad = before.pop()
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.call_function(SET_GRAD_ENABLED, (grad,)))
+    for node in [n for n in reversed(module.graph.nodes) if n.target in (enter, leave)]:
+        module.graph.erase_node(node)
+
+
 def _lower_vmap(module: GraphModule, region: list[Node]) -> None:
     inside = set(region)
     inputs = list(dict.fromkeys(n for r in region for n in r.all_input_nodes if n not in inside))
+    learned = any(getattr(n.meta.get("example_value"), "requires_grad", False) for n in inputs)
+    if learned and any(r.target is SET_GRAD_ENABLED for r in region):
+        raise Refused(
+            "the model switches gradients off inside of a vmap",
+            got="torch.no_grad or enable_grad in the function that torch.vmap maps",
+            wanted="a function whose gradients are on, or off, from outside",
+            do="write x.detach() in it, or no_grad around torch.vmap",
+            at=where(region[0]),
+        )
     results = [r for r in region if any(u not in inside for u in r.users)]
     if not results:
         return
@@ -298,6 +329,8 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
             with graph.inserting_after(names[-1]):
                 made = graph.placeholder(f"{call.name}_{positional(part)[1]}")
             made.meta.update(part.meta)
+            if isinstance(value := part.meta["example_value"], torch.Tensor):  # no view, unwritten
+                made.meta["example_value"] = value.detach().requires_grad_(value.requires_grad)
             inputs[len(names)] = positional(part)[1]
             names.append(made)
             part.replace_all_uses_with(made)

@@ -63,7 +63,6 @@ def capture(module: GraphModule) -> GraphModule:
     _mark_overwriting(graph)
     _explicit_types(graph, mode)
     _drop_empty_parts(graph, mode)
-    _drop_idle_dropout(graph)
     _explicit_autocast(graph, mode)
     returned_writes(graph, mode)
     functionalize(graph, mode)

@@ -35,6 +35,26 @@ def slice_from_itself(x: Tensor) -> Any:
     return x
 
 
+@case
+def written_after_idle_dropout(x: Tensor) -> Any:
+    y = F.dropout(x * 2, 0.3, training=False)
+    y[..., 0] = 1.0
+    z = F.dropout(y, 0.0)
+    z[:, 0] = 2.0
+    return y
+
+
+@case
+def without_a_gradient_in_inference_mode(x: Tensor) -> Any:
+    with torch.no_grad():
+        with torch.inference_mode():
+            y = x * 2
+        z = x * 3
+    with torch.inference_mode():
+        w = x * 2
+    return x + y.clone() + z + w.clone()
+
+
 @torch.compiler.allow_in_graph
 def _moved_on(x: Tensor) -> Tensor:
     x.add_(1)
@@ -277,6 +297,38 @@ def test_writes_that_autograd_does_not_see_are_refused() -> None:
         capture(trace(function).module)
     with pytest.raises(Refused, match="in place"):
         capture(trace(lambda x: x.detach().mul_(2) + x).module)
+
+
+def _buffer(x: Tensor) -> Tensor:
+    b = torch.zeros_like(x)
+    b.detach().add_(x)
+    return x * b
+
+
+def _of_a_detached_view(x: Tensor) -> Tensor:
+    v = (x * 2).detach()[..., :]
+    v.add_(x[:1])
+    return v * x
+
+
+def _of_an_einsum(x: Tensor) -> Tensor:
+    y = x * 2
+    torch.einsum("bsf->bfs", y).mul_(2)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (_buffer, "in place, with a gradient, into what was detached"),
+        (_of_a_detached_view, "in place, with a gradient, into what was detached"),
+        (_of_an_einsum, r"in place into a view \(aten::mul_ into aten::einsum\)"),
+    ],
+)
+def test_writes_that_cannot_be_followed_are_refused(function: Function, text: str) -> None:
+    with pytest.raises(Refused, match=text) as refused:
+        capture(trace(function).module)
+    assert "do:     write into a copy" in str(refused.value)
 
 
 def test_so_are_those_into_what_complex_numbers_were() -> None:

@@ -172,6 +172,18 @@ class Rows(torch.autograd.Function):
         return (3 * grad).view(ctx.shape)
 
 
+class Reversed(torch.autograd.Function):
+    """Returns a view of what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -0.3 * grad
+
+
 class Centring(torch.autograd.Function):
     """In place, and over tokens."""
 
@@ -267,6 +279,17 @@ def _overwritten_in_autocast(p: Program, x: Tensor, i: Tensor) -> Tensor:
         return _overwritten(p, x, i)
 
 
+def _reversed(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    y = x * 2
+    z = Reversed.apply(y) + 1
+    y.add_(1)
+    return y + z
+
+
+def test_a_custom_function_may_return_a_view() -> None:
+    assert check(trace(Program((LOCAL["linear"], _reversed)), rows=2), 2, 1) == []
+
+
 @pytest.mark.parametrize("function", [_overwritten, _overwritten_view, _overwritten_in_autocast])
 def test_an_operand_that_a_custom_function_overwrites_is_not_read_later(function: Any) -> None:
     of = trace(Program((LOCAL["linear"], function)), rows=2)
@@ -314,9 +337,19 @@ def _looped(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return scan(lambda carry, y: (carry + y, carry * y), x[:, 0] * 1, x.transpose(0, 1))[1]
 
 
+def _switched(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    def function(t: Tensor) -> Tensor:
+        with torch.no_grad():
+            most = t.abs().mean()
+        return t / most
+
+    return torch.vmap(function)(x)
+
+
 @pytest.mark.parametrize(
     ("function", "text"),
     [
+        (_switched, "switches gradients off inside of a vmap"),
         (_derived, "takes a derivative in its forward"),
         (_branched, "a branch or a loop inside of its graph"),
         (_looped, "a branch or a loop inside of its graph"),
