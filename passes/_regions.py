@@ -329,8 +329,8 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
             with graph.inserting_after(names[-1]):
                 made = graph.placeholder(f"{call.name}_{positional(part)[1]}")
             made.meta.update(part.meta)
-            if isinstance(value := part.meta["example_value"], torch.Tensor):  # no view, unwritten
-                made.meta["example_value"] = value.detach().requires_grad_(value.requires_grad)
+            if isinstance(value := part.meta["example_value"], torch.Tensor):
+                made.meta["example_value"] = _new_like(value)
             inputs[len(names)] = positional(part)[1]
             names.append(made)
             part.replace_all_uses_with(made)
@@ -352,6 +352,13 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
         graph.erase_node(call)
     module.recompile()
     return tuple(found)
+
+
+def _new_like(value: torch.Tensor) -> torch.Tensor:
+    """No view, and not written into, but as far from a leaf as ``value`` is."""
+    made = value.detach()
+    with torch.enable_grad():
+        return made.requires_grad_().clone() if value.requires_grad else made
 
 
 def _regions_of_autocast(graph: Graph) -> dict[Node, tuple[Any, ...]]:

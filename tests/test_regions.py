@@ -286,8 +286,16 @@ def _reversed(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return y + z
 
 
-def test_a_custom_function_may_return_a_view() -> None:
-    assert check(trace(Program((LOCAL["linear"], _reversed)), rows=2), 2, 1) == []
+def _result_written(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    y = Scaled.apply(x, p.vector)
+    y[..., 0] = 0.5
+    y.mul_(2)
+    return y
+
+
+@pytest.mark.parametrize("function", [_reversed, _result_written])
+def test_a_result_of_a_custom_function_is_a_value_as_any_other(function: Any) -> None:
+    assert check(trace(Program((LOCAL["linear"], function)), rows=2), 2, 1) == []
 
 
 @pytest.mark.parametrize("function", [_overwritten, _overwritten_view, _overwritten_in_autocast])
