@@ -33,15 +33,18 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
+def overwriting(node: Node) -> Refused:
+    """Of a call that capture found to be so."""
+    return Refused(
+        "a custom function writes into its operand, which is read later",
+        got="an autograd.Function whose forward overwrites what it is given",
+        wanted="a forward that returns new tensors, or overwrites what nobody else reads",
+        do="write into a copy (x = x.clone()) in its forward",
+        at=where(node),
+    )
+
+
 def custom_function(sharder: Sharder, node: Node) -> Any:
-    if node.meta.get("overwrites"):
-        raise Refused(
-            "a custom function writes into its operand, which is read later",
-            got="an autograd.Function whose forward overwrites what it is given",
-            wanted="a forward that returns new tensors, or overwrites what nobody else reads",
-            do="write into a copy (x = x.clone()) in its forward",
-            at=where(node),
-        )
     if any(part.meta.get("tokens") is MANY for part in node.users):
         raise NotLocal("a custom function whose result has several token dimensions")
     forward_node, backward_node, *operands = positional(node)

@@ -88,33 +88,8 @@ def functionalize(module: GraphModule, mode: Any) -> None:
             chain.append(source)
         changes_shape = torch.Tag.inplace_view in target(node).tags
         base = chain[-1]
-        known = base.op == "call_function" or (base.op == "placeholder" and base not in tracked)
-        if not known and not changes_shape:
-            raise Refused(
-                f"the model writes into one of its inputs in place ({operator_name(node.target)})",
-                got=f"an in-place write to {base.meta.get('source', base.name)}, which has a gradient",
-                wanted="a forward that leaves parameters and inputs with a gradient as they are",
-                do="write into a copy (x = x.clone()) instead",
-                at=where(node),
-            )
-        if not changes_shape and node not in tracked and base in tracked:
-            raise Refused(
-                "the model writes in place, unseen by autograd, into a value with a gradient "
-                f"({operator_name(node.target)})",
-                got="a write that autograd does not see",
-                wanted="writes that autograd sees, or into values without a gradient",
-                do="write into a copy (x = x.detach().clone()) instead",
-                at=where(node),
-            )
-        if node in tracked and any(n.target is aten.detach.default for n in chain[:-1]):
-            raise Refused(
-                "the model writes in place, with a gradient, into what was detached "
-                f"({operator_name(node.target)})",
-                got="a write through x.detach() or x.data that autograd sees",
-                wanted="writes with a gradient into tensors themselves, and others through detached views",
-                do="write into a copy (x.detach().clone()) instead, or write what is detached",
-                at=where(node),
-            )
+        if not changes_shape:
+            _refuse(node, chain, tracked)
         if base.op == "placeholder" and not changes_shape:
             writes.append(base)
             (output,) = (n for n in graph.nodes if n.op == "output")
@@ -139,6 +114,35 @@ def functionalize(module: GraphModule, mode: Any) -> None:
         graph.erase_node(node)
     inputs = placeholders(module)
     module.meta["writes"] = tuple(inputs.index(n) for n in writes)
+
+
+def _refuse(node: Node, chain: list[Node], tracked: set[Node]) -> None:
+    """Writes whose gradient nobody could follow; ``chain``: from the written view up to its base."""
+    base, name = chain[-1], operator_name(node.target)
+    if base.op != "call_function" and (base.op != "placeholder" or base in tracked):
+        raise Refused(
+            f"the model writes into one of its inputs in place ({name})",
+            got=f"an in-place write to {base.meta.get('source', base.name)}, which has a gradient",
+            wanted="a forward that leaves parameters and inputs with a gradient as they are",
+            do="write into a copy (x = x.clone()) instead",
+            at=where(node),
+        )
+    if node not in tracked and base in tracked:
+        raise Refused(
+            f"the model writes in place, unseen by autograd, into a value with a gradient ({name})",
+            got="a write that autograd does not see",
+            wanted="writes that autograd sees, or into values without a gradient",
+            do="write into a copy (x = x.detach().clone()) instead",
+            at=where(node),
+        )
+    if node in tracked and any(n.target is aten.detach.default for n in chain[:-1]):
+        raise Refused(
+            f"the model writes in place, with a gradient, into what was detached ({name})",
+            got="a write through x.detach() or x.data that autograd sees",
+            wanted="writes with a gradient into tensors themselves, and others through detached views",
+            do="write into a copy (x.detach().clone()) instead, or write what is detached",
+            at=where(node),
+        )
 
 
 def _views(module: GraphModule) -> set[Node]:

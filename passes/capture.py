@@ -101,9 +101,8 @@ def _mark_overwriting(module: GraphModule) -> None:
         values = [x.detach() if isinstance(x, torch.Tensor) else x for x in values]
         with without_autocast():
             written = capture_body(forward.meta["val"], values, grad=False).meta["writes"]
-        places = {
-            storage_of(positional(operands[i])[0]) for i in written
-        }  # it reads a copy of what it is given
+        sources = [next(iter(operands[i].all_input_nodes), operands[i]) for i in written]  # it reads aliases
+        places = {storage_of(n) for n in sources}
         given = {storage_of(n) for n in placeholders(module)}
         later = {n for reader in order[order.index(call) + 1 :] for n in reader.all_input_nodes}
         before = set(order[: order.index(call)])

@@ -39,6 +39,7 @@ from hsap_compile.graph import Builder, placeholders, remove_dead
 from hsap_compile.kernels import dense, exchange
 from hsap_compile.kernels.copies import LAID_OUT
 from hsap_compile.passes._chunks import frame_read, operands_of
+from hsap_compile.passes._custom_functions import overwriting
 from hsap_compile.passes._families import rule_for
 from hsap_compile.passes._forms import Counts, Frame, Local, NotLocal
 from hsap_compile.passes._inputs import write_inputs
@@ -453,6 +454,8 @@ def shard_tokens(
         if node.target is SET_GRAD_ENABLED:
             grad = bool(node.args[0])
             continue
+        if node.meta.get("overwrites"):
+            raise overwriting(node)
         number = isinstance(node.meta.get("val"), torch.SymInt | int)
         learned = not number and any(n in sharder.differentiable for n in node.all_input_nodes)
         if learned and not cuts_gradient(node):

@@ -298,7 +298,13 @@ def test_a_result_of_a_custom_function_is_a_value_as_any_other(function: Any) ->
     assert check(trace(Program((LOCAL["linear"], function)), rows=2), 2, 1) == []
 
 
-@pytest.mark.parametrize("function", [_overwritten, _overwritten_view, _overwritten_in_autocast])
+def _overwritten_parameter(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    return x + Overwriting.apply(p.words)[0]
+
+
+@pytest.mark.parametrize(
+    "function", [_overwritten, _overwritten_view, _overwritten_in_autocast, _overwritten_parameter]
+)
 def test_an_operand_that_a_custom_function_overwrites_is_not_read_later(function: Any) -> None:
     of = trace(Program((LOCAL["linear"], function)), rows=2)
     assert check(of, 1, 1) == []
