@@ -38,6 +38,9 @@ from torch._logging import trace_structured as trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import grad_mode
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -424,6 +427,17 @@ def compile_with_aot_eager(module: torch.fx.GraphModule, inputs: Sequence[Any]) 
     return aot_eager(module, list(inputs))
 
 
+def group_over(mesh: DeviceMesh) -> ProcessGroup:
+    """The process group of all ranks of ``mesh``; a mesh of several dimensions keeps it, made at the first
+    call, which is a collective of all ranks of the mesh that it is a part of."""
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
+
+
+def process_group(name: Any) -> ProcessGroup:
+    """The process group that a graph calls ``name``, a text."""
+    return _resolve_process_group(name)
+
+
 def lower_as_collective(target: Any) -> None:
     """Inductor treats ``target(x, *rest)`` as the start of a collective that ``wait_tensor`` ends: it keeps x
     alive and moves the two apart, as far as other work allows."""
@@ -460,7 +474,7 @@ def source_name(placeholder: torch.fx.Node) -> str:
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     if source is None:
         return placeholder.name
-    return re.findall(r"[A-Za-z_]\w*(?:'\]\[\d+)?", str(source.name))[-1].replace("']", "")
+    return re.findall(r"[A-Za-z_]\w*(?:'\]\[\d+\])?", str(source.name))[-1].replace("']", "")
 
 
 def break_of(module: torch.fx.GraphModule) -> str:

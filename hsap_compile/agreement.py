@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hsap_compile._torch import parts_of_subclass
+from hsap_compile._torch import parts_of_subclass, process_group
 from hsap_compile.errors import Refused
 from hsap_compile.kernels.exchange import all_gather
 
@@ -96,26 +96,30 @@ def check(claim: Claim, ranks: int, group: str, *, thorough: bool) -> None:
     numbers = claim.nearly() if thorough else [0.0] * len(_NEARLY)
     bits = [int(np.float64(x).view(np.int64)) for x in numbers]
     mine = torch.tensor([*claim.exact(), thorough, *bits], dtype=torch.int64)
-    if dist.get_backend() == "nccl":
+    everyone = process_group(group)
+    if "cpu:" not in dist.get_backend_config(everyone):
         mine = mine.to(next(x.device for x in claim.args if isinstance(x, torch.Tensor) and x.is_cuda))
     rows = all_gather(mine, ranks, group).view(ranks, -1).tolist()
+    members = dist.get_process_group_ranks(everyone)
     for column, (what, do) in enumerate(_EXACT):
         values = [row[column] for row in rows]
-        _refuse_others(what, do, values, [v != values[0] for v in values])
+        _refuse_others(what, do, members, values, [v != values[0] for v in values])
     if not all(row[len(_EXACT)] for row in rows):  # a rank that compiled anew is at its first call
         return
     for column, (what, do) in enumerate(_NEARLY, len(_EXACT) + 1):
         sums = [float(np.int64(row[column]).view(np.float64)) for row in rows]
         same = np.isclose(sums, sums[0], rtol=1e-6, atol=0.0, equal_nan=True)
-        _refuse_others(what, do, sums, [not s for s in same])
+        _refuse_others(what, do, members, sums, [not s for s in same])
 
 
-def _refuse_others(what: str, do: str, values: Sequence[float], differs: Sequence[bool]) -> None:
-    others = [rank for rank, d in enumerate(differs) if d]
+def _refuse_others(
+    what: str, do: str, ranks: Sequence[int], values: Sequence[float], differs: Sequence[bool]
+) -> None:
+    others = [rank for rank, d in zip(ranks, differs, strict=True) if d]
     if others:
         raise Refused(
             what,
-            got=f"ranks {others} differ from rank 0: {dict(enumerate(values))}",
+            got=f"ranks {others} differ from rank {ranks[0]}: {dict(zip(ranks, values, strict=True))}",
             wanted="the same on every rank",
             do=do,
         )

@@ -26,7 +26,7 @@ from hsap_compile._torch import (
 )
 from hsap_compile.errors import Refused
 from hsap_compile.graph import placeholders, positional
-from hsap_compile.mesh import world
+from hsap_compile.mesh import group_name, place_in
 from hsap_compile.options import parse
 from hsap_compile.passes._varlen import cumulative_lengths
 from hsap_compile.pipeline import compile_graph, constant_length
@@ -53,7 +53,7 @@ def hsap(
     chosen = parse(options, mode)
     if of_constants(module):
         return module.forward
-    _, ranks = world()
+    _, ranks = place_in(group_name(chosen.mesh))
     if ranks > 1 and any(isinstance(x, FakeTensor) for x in example_inputs):
         raise Refused(
             "DistributedDataParallel cuts the graph into pieces",

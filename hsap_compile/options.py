@@ -29,8 +29,9 @@ _SET = frozenset((*_CHOICES, "grad_sync", "strict", "kernel_options", "received"
 class Options:
     """What a user may choose.
 
-    mesh: a DeviceMesh over all ranks with dimensions named ``inter`` and ``intra`` (or one of them);
-        the default is made from ``intra``.
+    mesh: a DeviceMesh with dimensions named ``inter`` and ``intra`` (or one of them) of the ranks that share
+        a batch: all, or a part of a larger mesh, whose other parts are replicas with batches of their own
+        (their gradients are the caller's to average).  The default is made from ``intra``, of all ranks.
     intra: ranks of a group, among which heads are exchanged.  Default: the largest divisor of the
         key/value heads and of the ranks that fits into one host (LOCAL_WORLD_SIZE).
     placement: "balanced" moves tokens between ranks to balance attention; "contiguous" gives

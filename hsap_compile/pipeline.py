@@ -30,7 +30,7 @@ from hsap_compile._torch import (
 from hsap_compile.errors import Refused, innermost, module_of, where
 from hsap_compile.graph import extract, placeholders, positional
 from hsap_compile.kernels import dense, varlen
-from hsap_compile.mesh import group_name, mesh_shape, world
+from hsap_compile.mesh import group_name, mesh_shape, place_in
 from hsap_compile.options import Options
 from hsap_compile.outputs import leaving, warn_of_large
 from hsap_compile.passes._random import is_random
@@ -67,10 +67,11 @@ class Rewritten:
 
 
 def compile_graph(module: GraphModule, options: Options, symbol: sympy.Basic | None) -> Program:
-    """Dynamo's ``module`` as a program for this world's ranks.  ``symbol``: the inputs' length; None when it
-    is static."""
-    _, ranks = world()
-    made = rewrite(module, options, symbol, ranks, group_name())
+    """Dynamo's ``module`` as a program for the mesh's ranks.  ``symbol``: the inputs' length; None when it is
+    static."""
+    group = group_name(options.mesh)
+    _, ranks = place_in(group)
+    made = rewrite(module, options, symbol, ranks, group)
     function = lower(made.graph, options.lower, options.inductor, options.memory_budget)
     return replace(made.program, function=function)
 
@@ -214,6 +215,7 @@ def rewrite(
         traffic=partitioned.traffic,
         limit=partitioned.limit,
         bands_only=kernel == "varlen",
+        shares=ranks > 1 and not options.grad_sync,
         again=again and options.lower != "eager",  # which has no backward of its own that would repeat
         on_step=options.on_step,
         tokens=length,

@@ -21,7 +21,7 @@ from hsap_compile.documents import attended, unknown
 from hsap_compile.errors import Refused
 from hsap_compile.kernels.blocks import rank_tables
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
-from hsap_compile.mesh import world
+from hsap_compile.mesh import place_in
 from hsap_compile.passes._bands import check_batch
 from hsap_compile.passes._tables import ON_HOST
 from hsap_compile.passes.partition_attention import PlannedMask, Traffic
@@ -29,6 +29,7 @@ from hsap_compile.passes.shard_tokens import Fallback, Rows
 from hsap_compile.plan import Attended, MeshShape, Plan, ReceiveLimit, make
 from hsap_compile.plan.chunks import Chunk, Joined, chunk_tables
 from hsap_compile.plan.shifts import Shift, shift_tables
+from hsap_compile.shares import check_inputs, mark
 
 _PLANS_KEPT = 16
 
@@ -77,7 +78,8 @@ class Program:
     ``signature`` is the same wherever the graph is, and ``check`` what ranks compare (see ``Options``);
     ``fallbacks`` are the operators on gathered tokens; ``whole``: every rank computes all; ``random``:
     whether the graph draws random numbers; ``again``: whether rows are received again in the backward;
-    ``limit``: in how many stages, and when; ``bands_only``: no kernel evaluates a formula.
+    ``limit``: in how many stages, and when; ``bands_only``: no kernel evaluates a formula; ``shares``:
+    gradients are left as each rank's share.
     """
 
     function: Callable[..., Any]
@@ -102,6 +104,7 @@ class Program:
     again: bool = False
     limit: ReceiveLimit = ReceiveLimit()
     bands_only: bool = False
+    shares: bool = False
 
     def length(self, args: Sequence[Any]) -> int:
         """S of a call."""
@@ -154,7 +157,7 @@ class Runner:
 
     def _step(self, args: Sequence[Any]) -> Any:
         program = self.program
-        rank, ranks = world()
+        rank, ranks = place_in(program.group)
         if ranks != program.mesh.size:
             raise Refused(
                 "the number of ranks changed after compilation",
@@ -191,6 +194,8 @@ class Runner:
                 raise planned if failed else refused from None
         if failed:
             raise planned
+        if program.shares and first:
+            check_inputs(args, program.names)
         self.calls += 1
         plan, tables = planned
         if not self.warned:
@@ -207,6 +212,8 @@ class Runner:
             with torch.no_grad():
                 for i, value in zip(program.writes, written, strict=True):
                     args[i].copy_(value)
+        if program.shares:
+            mark(outputs)
         if program.local_outputs:
             outputs = list(outputs)
         for i, rows in program.local_outputs.items():

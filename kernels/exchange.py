@@ -22,9 +22,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from hsap_compile._torch import lower_as_collective
+from hsap_compile._torch import lower_as_collective, process_group
 from hsap_compile.errors import Refused
 
 _library = torch.library.Library("hsap", "FRAGMENT")
@@ -117,7 +116,7 @@ def _gather(
     x: torch.Tensor, columns: torch.Tensor, order: torch.Tensor, size: int, dim: int, group: str
 ) -> torch.Tensor:
     """Every rank's rows of dimension ``dim``, put into the caller's order: ``size`` rows."""
-    ranks = dist.get_world_size()
+    ranks = process_group(group).size()
     most = -(-size // ranks)  # counts are equal up to one: pad to the larger
     rows = x.movedim(dim, 0)
     padded = rows.new_zeros((most, *rows.shape[1:]))
@@ -185,7 +184,9 @@ BROADCAST = define(
 
 ON_FIRST = define(
     "on_first(Tensor x, str group) -> Tensor",
-    lambda x, group: contiguous_copy(x) if dist.get_rank() == 0 else torch.zeros_like(_like(x, group)),
+    lambda x, group: (
+        contiguous_copy(x) if process_group(group).rank() == 0 else torch.zeros_like(_like(x, group))
+    ),
     _like,
     no_second_derivative,
 )
@@ -204,7 +205,7 @@ def _extreme(x: torch.Tensor, dims: list[int], least: bool, group: str) -> torch
     all-reduce promises to keep NaN."""
     take = torch.amin if least else torch.amax
     part = take(x, dims, keepdim=True)
-    return take(all_gather(part[None], dist.get_world_size(), group), 0)
+    return take(all_gather(part[None], process_group(group).size(), group), 0)
 
 
 def _extreme_fake(x: Any, dims: list[int], least: bool, group: str) -> Any:

@@ -84,3 +84,53 @@ def test_pieces_without_a_batch(pool: Pool, sync: bool) -> None:
         assert all("test_breaks.py:" in s for s in texts)
         (number,) = [s for s in said if "another length will compile again" in s]
         assert number.startswith("every rank computes all of it, and") and "dynamic=True" in number
+
+
+class Outside(nn.Module):
+    """Its vectors are made in front of a graph break, by the model's embedding."""
+
+    def __init__(self, compiled: bool) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(64, 16), nn.Linear(16, 16)
+        self.compiled = compiled
+
+    def forward(self, ids: Tensor) -> Tensor:
+        embed = self.embedding if self.compiled else torch._dynamo.disable(self.embedding)
+        x = embed(ids).unflatten(-1, (2, 8)).transpose(1, 2)
+        torch._dynamo.graph_break()
+        y = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2)).square().mean()
+
+
+def outside(compiled: bool, sync: bool, lower: str, grad: bool = True) -> str:
+    """What is said where the embedding is ``compiled``, in a graph of its own, or not."""
+    torch.manual_seed(0)
+    model, ids = Outside(compiled).double(), torch.arange(30)[None]
+    reference = copy.deepcopy(model)
+    step = torch.compile(model, backend="hsap", options={"lower": lower, "grad_sync": sync})
+    with torch.set_grad_enabled(grad):
+        try:
+            loss = step(ids)
+        except Exception as error:
+            return str(error)
+        wanted = reference(ids)
+    assert float((loss - wanted).detach().abs()) < 1e-12
+    if grad:
+        loss.backward()
+        wanted.backward()
+        for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+            assert mine.grad is not None and other.grad is not None
+            if not sync:
+                dist.all_reduce(mine.grad)
+            assert float((mine.grad - other.grad).abs().max() / other.grad.abs().max()) < 1e-12
+    return "right"
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot_eager"])
+def test_shares_want_all_parameters_inside(pool: Pool, lower: str) -> None:
+    """An embedding that runs whole on every rank would count as often as there are ranks."""
+    for compiled, sync, grad in ((True, False, True), (False, True, True), (False, False, False)):
+        assert pool.run(outside, compiled, sync, lower, grad, world=2, timeout=240.0) == ["right"] * 2
+    for said in pool.run(outside, False, False, lower, world=2, timeout=240.0):
+        assert "used outside of compiled code gets its whole gradient on every rank" in said
+        assert "made of a parameter of shape (64, 16)" in said and 'do:     drop "grad_sync": False' in said

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from hsap_compile.errors import Refused
-from hsap_compile.mesh import mesh_shape, world
+from hsap_compile.mesh import group_name, mesh_shape, place_in
 from hsap_compile.options import Options, parse
 from threads import run_threads
 
@@ -76,7 +76,7 @@ def test_mode_is_honoured_or_refused() -> None:
 
 
 def _groups(options: Options, kv_heads: int, heads: int) -> Any:
-    return mesh_shape(options, kv_heads, heads, world()[1]).groups
+    return mesh_shape(options, kv_heads, heads, place_in(group_name(options.mesh))[1]).groups
 
 
 def test_the_default_group_is_the_largest_that_divides_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,14 +111,24 @@ def test_a_mesh_with_other_dimensions_is_refused() -> None:
         run_threads(2, _of_mesh, (2,), ("dp",))
 
 
-def _part_of_the_world() -> Any:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("inter", "intra"))["intra"]
-    return _groups(Options(mesh=mesh), 4, 8)
+def _of_replica(names: tuple[str, ...], *part: str) -> Any:
+    mesh = init_device_mesh("cpu", (2,) * len(names), mesh_dim_names=names)[part]
+    return _groups(Options(mesh=mesh), 4, 8), place_in(group_name(mesh))
 
 
-def test_a_mesh_that_is_not_the_world_is_refused() -> None:
-    with pytest.raises(Refused, match=r"the mesh is not over all ranks"):
-        run_threads(4, _part_of_the_world)
+def test_ranks_of_a_replica_are_counted_from_its_first() -> None:
+    names, part = ("inter", "data", "intra"), ("inter", "intra")  # of rank 6, the ranks 2, 3, 6 and 7
+    assert run_threads(8, _of_replica, names, *part)[6] == (((0, 1), (2, 3)), (2, 4))
+    assert run_threads(4, _of_replica, ("intra", "data"), "intra")[3] == (((0, 1),), (1, 2))
+    assert run_threads(4, _of_replica, ("data", "inter"), "inter")[1] == (((0,), (1,)), (1, 2))
+
+
+def test_a_mesh_of_another_number_of_ranks_is_refused() -> None:
+    mesh = run_threads(2, lambda: init_device_mesh("cpu", (2,), mesh_dim_names=("inter",)))[0]
+    with pytest.raises(Refused, match=r"the mesh has another number of ranks") as caught:
+        mesh_shape(Options(mesh=mesh), 4, 8, 8)
+    assert "a mesh of ranks [0, 1], and 8 ranks" in str(caught.value)
+    assert "ask about hsap_ranks=2" in str(caught.value)
 
 
 def test_mesh_and_intra_exclude_each_other() -> None:
