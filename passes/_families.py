@@ -274,6 +274,7 @@ def _linear(sharder: Sharder, node: Node) -> Any:
     source, axis = source_of(node)
     if source is not args_of(node)[0] or axis.dim == source.meta["val"].dim() - 1:
         raise NotLocal("a linear layer over the token dimension")
+    _check_aligned(node)
     return as_is(sharder, node)
 
 
@@ -379,8 +380,7 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
             plain = name in _OF_DIMENSIONS and other in (given["index"], given.get("value"))
             if other_axis is None and plain:
                 continue
-            same = isinstance(other_axis, TokenAxis) and other_axis == axis
-            if not same:
+            if other_axis != axis or other.meta["val"].dim() != source.meta["val"].dim():
                 raise NotLocal("token dimensions of the operands differ")
         return as_is(sharder, node)
     if name in TOTALS:

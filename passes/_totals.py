@@ -75,6 +75,8 @@ def variance(sharder: Sharder, node: Node, source: Node, axis: TokenAxis, dims: 
     given = arguments(node)
     correction = given["correction"] if "correction" in given else int(given["unbiased"])
     correction = 1 if correction is None else correction
+    if not isinstance(correction, Node) and correction > 1:
+        raise NotLocal("a variance whose correction may be as large as the number of tokens")
     if source.meta["val"].is_complex():
         raise NotLocal("a variance of complex numbers")
     start, rank = sharder.start_of(source), source.meta["val"].dim()

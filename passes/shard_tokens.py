@@ -150,7 +150,11 @@ class Sharder:
 
     def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> Node:
         """A new call of ``target``, its value inferred; where it comes from is kept."""
-        return Builder(self.graph, self.mode, self.origin, self.inferred)(target, *args, **kwargs)
+        made = Builder(self.graph, self.mode, self.origin, self.inferred)(target, *args, **kwargs)
+        if any(n.graph is not self.graph for n in made.all_input_nodes):
+            self.graph.erase_node(made)
+            raise NotLocal("a number that depends on the length, where only constants are known")
+        return made
 
     def size(self, expr: Any) -> Any:
         """A whole size: an int, or a node that computes it from the sizes of inputs."""

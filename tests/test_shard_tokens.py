@@ -257,6 +257,15 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     "numbers of rows and columns": (
         lambda p, x, i: x + p.square[i.flatten() % WIDTH, i.T.flatten() % 5].view(i.shape)[..., None], 1
     ),
+    "similar to tokens of the first row": (
+        lambda p, x, i: x * F.cosine_similarity(x[..., :1], x[0, :, 0][None], dim=2)[..., None], 1
+    ),
+    "biases in another order": (
+        lambda p, x, i: F.linear(x.reshape(-1, WIDTH), p.square, x.transpose(0, 1).reshape(-1, WIDTH)).view(x.shape), 1
+    ),
+    "ignored by the length": (
+        lambda p, x, i: x * F.cross_entropy(x.flatten(0, 1), i.flatten() % 6, ignore_index=x.shape[1] - 10), 1
+    ),
     "batch norm": (lambda p, x, i: F.batch_norm(x.mT, None, None, p.vector, training=True).mT, 1),
     "rows mixed": (lambda p, x, i: x + F.layer_norm(x.mT, x.shape[1:2]).mT, 1),
 }  # fmt: skip

@@ -39,7 +39,7 @@ TOTALS: dict[str, Pattern] = {
     "deviation of equal tokens": lambda p, x, i: (
         x + torch.where((x > 9).any(1, keepdim=True), x, p.vector * 1.1).std(1, keepdim=True)
     ),
-    "variance, correction": lambda p, x, i: x * torch.var(x, (1, 2), correction=3, keepdim=True),
+    "variance, correction": lambda p, x, i: x * torch.var(x, (1, 2), correction=0, keepdim=True),
     "some": lambda p, x, i: torch.where((x > 2).any(1, keepdim=True), x, p.vector) * (x > -9).any(),
     "all of a head": lambda p, x, i: torch.where((x[:, :-1] > -1).all(1, keepdim=True), x, p.vector),
     "linear attention": linear_attention,
@@ -102,6 +102,8 @@ def test_totals_stay_local(name: str, mesh: tuple[int, int]) -> None:
 GATHERED: dict[str, tuple[Pattern, int]] = {
     "the largest": (lambda p, x, i: x / x.norm(float("inf"), dim=1, keepdim=True), 1),
     "complex": (lambda p, x, i: x + torch.view_as_complex(x.unflatten(2, (3, 2))).var(1).sum(), 1),
+    "corrected by three": (lambda p, x, i: x * torch.var(x, (1, 2), correction=3, keepdim=True), 1),
+    "corrected by a length": (lambda p, x, i: x * x.var(1, correction=x.shape[1] - 3)[:, None], 1),
     "which of everything": (lambda p, x, i: x + x.argmax() / 9, 1),
     "which of folded rows": (lambda p, x, i: x + x.flatten(0, 1).max(0).values, 1),
     "tokens of others": (lambda p, x, i: x + (x[:, 1:].mT @ x[:, :-1].flip(1)).mean(2)[:, None], 1),
