@@ -17,12 +17,14 @@ from typing import Any
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._functorch import config as functorch_config
 from torch._functorch import predispatch as _vmap
+from torch._guards import CompileContext
 from torch._higher_order_ops.auto_functionalize import auto_functionalized, can_auto_functionalize
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention
 from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
@@ -425,6 +427,15 @@ def compile_with_aot_eager(module: torch.fx.GraphModule, inputs: Sequence[Any]) 
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(module, list(inputs))
+
+
+def last_graph() -> int:
+    """How many graphs torch compiles of one function, if this is the last one and what needs another will run
+    in eager, without an error; else 0."""
+    this, limit = CompileContext.current_compile_id(), dynamo_config.recompile_limit
+    if this is None or this.frame_compile_id is None or dynamo_config.fail_on_recompile_limit_hit:
+        return 0
+    return limit if this.frame_compile_id + 1 >= limit else 0
 
 
 def group_over(mesh: DeviceMesh) -> ProcessGroup:

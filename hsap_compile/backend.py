@@ -22,12 +22,13 @@ from hsap_compile._torch import (
     expr_of,
     guard_at_most,
     hint_of,
+    last_graph,
     mark_symbolic,
 )
-from hsap_compile.errors import Refused
+from hsap_compile.errors import Refused, too_few
 from hsap_compile.graph import placeholders, positional
 from hsap_compile.mesh import group_name, place_in
-from hsap_compile.options import parse
+from hsap_compile.options import Options, parse
 from hsap_compile.passes._varlen import cumulative_lengths
 from hsap_compile.pipeline import compile_graph, constant_length
 from hsap_compile.plan.placement import LEAST
@@ -63,7 +64,30 @@ def hsap(
             "ranks already",
         )
     with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
-        return Runner(compile_graph(module, chosen, prepare(module, example_inputs, ranks)))
+        length = prepare(module, example_inputs, ranks)
+        if ranks > 1 and (graphs := last_graph()):
+            _check_last(graphs, chosen)
+        return Runner(compile_graph(module, chosen, length))
+
+
+def _check_last(graphs: int, options: Options) -> None:
+    """Torch compiles so many graphs of a function, and runs what needs another one in eager: whole on every
+    rank, with whole gradients and outputs."""
+    more = "torch._dynamo.config.recompile_limit"
+    if options.grad_sync and options.outputs == "gather":
+        log.warning(
+            "this function was compiled %d times, and no more: the next kind of call runs in eager, whole on "
+            "every rank; raise %s (TORCH_LOGS=recompiles says what differs)", graphs, more,
+        )  # fmt: skip
+        return
+    raise Refused(
+        "the next kind of call would silently run in eager, with whole gradients and outputs on every rank",
+        got=f'"grad_sync": {options.grad_sync}, "outputs": "{options.outputs}", and graph {graphs} of one '
+        "function, the last one that torch compiles",
+        wanted="compiled calls only, or an error",
+        do=f"raise {more} (TORCH_LOGS=recompiles says what differs between calls), or set "
+        "torch._dynamo.config.fail_on_recompile_limit_hit = True",
+    )
 
 
 def _unchanged(x: torch.Tensor) -> torch.Tensor:
@@ -90,6 +114,8 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
         if isinstance(size, torch.SymInt):
             guard_at_most(size, LEAST * ranks - 1)
         return None  # a vector of a piece between two graph breaks: every rank computes all of it
+    if few and ranks > 1 and _is_given(module, size):
+        raise too_few(hint_of(size), ranks)
     if ranks > 1 and isinstance(size, torch.SymInt):
         _share_length(module, size)
     try:
@@ -102,6 +128,12 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
         alone = "" if ranks == 1 else "every rank computes all of it, and "
         log.warning("%sanother length will compile again: %s", alone, reason)
         return None  # a piece between two graph breaks, if there are several ranks
+
+
+def _is_given(module: GraphModule, size: Any) -> bool:
+    """Whether an input of the batch has a dimension of ``size``."""
+    inputs = [n.meta["example_value"] for n in placeholders(module) if not belongs_to_module(n)]
+    return any(equal_now(size, x) for value in inputs if isinstance(value, torch.Tensor) for x in value.shape)
 
 
 def _nodes(module: GraphModule) -> Iterator[Node]:
@@ -170,10 +202,22 @@ def _attended(module: GraphModule) -> Iterator[tuple[Any, Sequence[Any]]]:
 def _fix_rows(module: GraphModule, symbol: sympy.Basic | None) -> None:
     """Other numbers of rows compile again: they are numbers in the graph, unless they depend on data, or are
     as many as tokens (a softmax over n of n numbers for every token looks like an attention)."""
-    for _, rows in _attended(module):
-        for size in rows:
-            if equal_now(size, size) and symbol not in expr_of(size).free_symbols:  # it was known
-                int(size)
+    known = [
+        size
+        for _, rows in _attended(module)
+        for size in rows
+        if equal_now(size, size) and symbol not in expr_of(size).free_symbols  # it was known
+    ]
+    for node in placeholders(module):
+        value = node.meta["example_value"]
+        if isinstance(value, torch.Tensor) and not belongs_to_module(node):
+            tokens = [symbol in expr_of(size).free_symbols for size in value.shape]
+            if True in tokens:  # labels have as many rows, whether or not the model adds them to words
+                known += [
+                    x for x in value.shape[: tokens.index(True)] if any(equal_now(x, size) for size in known)
+                ]
+    for size in known:
+        int(size)
 
 
 def _operand(node: Node) -> torch.Tensor:

@@ -88,6 +88,8 @@ def rewrite(
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
     stopped = break_of(module)
     names = tuple(source_name(n) for n in placeholders(module))
+    if ranks > 1 and not options.grad_sync:
+        _check_shares(values, names, stopped)
     graph = capture(module)
     if symbol is not None:
         size = size_now(mode, symbol)
@@ -95,6 +97,7 @@ def rewrite(
             raise constant_length(int(size), values)
         symbol = next(iter(size.free_symbols), None)
     writes: tuple[int, ...] = graph.meta["writes"]
+    seen: frozenset[int] = graph.meta["writes_with_gradient"]
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
     returned = len(positional(output)[0]) - len(writes)
     _done("capture", graph)
@@ -215,12 +218,12 @@ def rewrite(
         traffic=partitioned.traffic,
         limit=partitioned.limit,
         bands_only=kernel == "varlen",
-        shares=ranks > 1 and not options.grad_sync,
         again=again and options.lower != "eager",  # which has no backward of its own that would repeat
         on_step=options.on_step,
         tokens=length,
         local_outputs=local_outputs,
         writes=writes,
+        writes_with_gradient=seen,
         parameters=frozenset(i for i, n in enumerate(placeholders(graph)[:inputs]) if n.meta["parameter"]),
         names=names,
         signature=zlib.crc32(_signature(graph, mesh, kernel, partitioned.limit, options).encode()),
@@ -287,6 +290,31 @@ def _kernel(options: Options, device: torch.device) -> str:
             do='pass options={"received": "again"}: rows are then held for one attention at a time',
         )
     return chosen
+
+
+def _check_shares(values: Sequence[Any], names: Sequence[str], stopped: str) -> None:
+    """Shares of gradients add up if all parameters are in one graph: what runs outside of compiled code, in
+    front of it or behind a break, runs whole on every rank, and gives its parameters whole gradients."""
+    if not torch.is_grad_enabled():
+        return
+    made = [
+        name
+        for value, name in zip(values, names, strict=True)
+        if isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf
+    ]
+    if made or stopped:
+        raise Refused(
+            "gradients can be shares of ranks only where the whole model is one graph",
+            got='"grad_sync": False, and '
+            + (
+                f"{made[0]}, made with a gradient outside of the graph"
+                if made
+                else f"a graph that ends at {stopped}"
+            ),
+            wanted="a graph that all parameters are in: elsewhere they get whole gradients on every rank",
+            do='drop "grad_sync": False (gradients are then whole and equal on every rank, and DDP and FSDP '
+            "take their mean), or compile the whole model without a graph break",
+        )
 
 
 def _refuse_cache(graph: GraphModule, attentions: Sequence[Attention]) -> None:
@@ -356,5 +384,6 @@ def _no_tokens() -> Refused:
         "no input has the tokens as a dimension",
         got="a graph whose sequence length is not the size of a dimension of any input",
         wanted="a batch such as input_ids (B, S) as an argument",
-        do="compile the function that takes the batch",
+        do="compile the function that takes the batch; where documents are cut by Python numbers (.tolist(), "
+        "which breaks the graph) for an attention each, call one attention with a mask of documents",
     )

@@ -18,7 +18,7 @@ import torch
 from hsap_compile._torch import without_autocast
 from hsap_compile.agreement import Claim, check
 from hsap_compile.documents import attended, unknown
-from hsap_compile.errors import Refused
+from hsap_compile.errors import Refused, too_few
 from hsap_compile.kernels.blocks import rank_tables
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
 from hsap_compile.mesh import place_in
@@ -28,8 +28,8 @@ from hsap_compile.passes.partition_attention import PlannedMask, Traffic
 from hsap_compile.passes.shard_tokens import Fallback, Rows
 from hsap_compile.plan import Attended, MeshShape, Plan, ReceiveLimit, make
 from hsap_compile.plan.chunks import Chunk, Joined, chunk_tables
+from hsap_compile.plan.placement import LEAST
 from hsap_compile.plan.shifts import Shift, shift_tables
-from hsap_compile.shares import check_inputs, mark
 
 _PLANS_KEPT = 16
 
@@ -74,12 +74,12 @@ class Program:
     ``function`` takes the graph's inputs and then the tables named by ``tables``; ``documents`` computes,
     from the inputs, the leaves of all ``masks`` in order; ``tokens`` is (input, dimension, how much more than
     its size S is), or S when it is a constant; ``local_outputs`` the outputs that hold only this rank's rows;
-    ``writes`` the inputs that the last outputs are written into; ``names`` what the model calls its inputs;
+    ``writes`` the inputs that the last outputs are written into, ``writes_with_gradient`` those of them whose
+    writes autograd sees; ``names`` what the model calls its inputs;
     ``signature`` is the same wherever the graph is, and ``check`` what ranks compare (see ``Options``);
     ``fallbacks`` are the operators on gathered tokens; ``whole``: every rank computes all; ``random``:
     whether the graph draws random numbers; ``again``: whether rows are received again in the backward;
-    ``limit``: in how many stages, and when; ``bands_only``: no kernel evaluates a formula; ``shares``:
-    gradients are left as each rank's share.
+    ``limit``: in how many stages, and when; ``bands_only``: no kernel evaluates a formula.
     """
 
     function: Callable[..., Any]
@@ -104,7 +104,7 @@ class Program:
     again: bool = False
     limit: ReceiveLimit = ReceiveLimit()
     bands_only: bool = False
-    shares: bool = False
+    writes_with_gradient: frozenset[int] = frozenset()
 
     def length(self, args: Sequence[Any]) -> int:
         """S of a call."""
@@ -127,8 +127,10 @@ class Program:
     def plan(self, leaves: Sequence[torch.Tensor], tokens: int) -> Plan:
         """The plan of a call from what ``read`` and ``length`` say of it.
 
-        Raises ``Refused`` for a batch that the kernel cannot compute.
+        Raises ``Refused`` for a batch that the kernel cannot compute, or of too few tokens.
         """
+        if tokens < LEAST * self.mesh.size > LEAST:
+            raise too_few(tokens, self.mesh.size)
         masks = _masks(self, leaves, tokens) or (_nothing(tokens),)
         plan = make(masks, self.mesh, self.placement, limit=self.limit)
         if self.bands_only:
@@ -194,8 +196,6 @@ class Runner:
                 raise planned if failed else refused from None
         if failed:
             raise planned
-        if program.shares and first:
-            check_inputs(args, program.names)
         self.calls += 1
         plan, tables = planned
         if not self.warned:
@@ -209,11 +209,9 @@ class Runner:
             outputs = program.function(*given, *extra)
         if program.writes:
             outputs, written = outputs[: -len(program.writes)], outputs[-len(program.writes) :]
-            with torch.no_grad():
-                for i, value in zip(program.writes, written, strict=True):
+            for i, value in zip(program.writes, written, strict=True):
+                with nullcontext() if i in program.writes_with_gradient else torch.no_grad():
                     args[i].copy_(value)
-        if program.shares:
-            mark(outputs)
         if program.local_outputs:
             outputs = list(outputs)
         for i, rows in program.local_outputs.items():
@@ -293,8 +291,7 @@ def _written_apart(args: Sequence[Any], program: Program) -> list[Any]:
                 wanted="what is written into in memory of its own",
                 do="clone one of the two (x.clone()) before the call, or in the model's constructor",
             )
-    with torch.no_grad():
-        return [x.clone() if i in program.writes else x for i, x in enumerate(args)]
+    return [x.clone() if i in program.writes else x for i, x in enumerate(args)]
 
 
 def _memory(x: torch.Tensor) -> tuple[int, int]:

@@ -122,7 +122,9 @@ def _gather(
     padded = rows.new_zeros((most, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     everything = all_gather(padded, ranks, group)
-    return everything.index_select(0, order).movedim(0, dim).contiguous()
+    whole = x.new_empty((*x.shape[:dim], size, *x.shape[dim + 1 :]))
+    torch.index_select(everything, 0, order, out=whole.movedim(dim, 0))
+    return whole
 
 
 def _gather_fake(x: Any, columns: Any, order: Any, size: Any, dim: int, group: str) -> Any:

@@ -77,6 +77,7 @@ def returned_writes(module: GraphModule, mode: Any) -> None:
 def functionalize(module: GraphModule, mode: Any) -> None:
     graph, views, tracked = module.graph, _views(module), _tracked(module)
     writes: list[Node] = []
+    seen = set[Node]()  # inputs into which a write has a gradient
     for node in list(graph.nodes):
         if not is_operator(node.target) or not target(node)._schema.is_mutable:
             continue
@@ -92,6 +93,7 @@ def functionalize(module: GraphModule, mode: Any) -> None:
             _refuse(node, chain, tracked)
         if base.op == "placeholder" and not changes_shape:
             writes.append(base)
+            seen.update({base} & tracked if node in tracked else ())
             (output,) = (n for n in graph.nodes if n.op == "output")
             output.args = ([*positional(output)[0], base],)  # the write replaces it, as all later uses
         with graph.inserting_before(node):
@@ -114,17 +116,22 @@ def functionalize(module: GraphModule, mode: Any) -> None:
         graph.erase_node(node)
     inputs = placeholders(module)
     module.meta["writes"] = tuple(inputs.index(n) for n in writes)
+    module.meta["writes_with_gradient"] = frozenset(inputs.index(n) for n in seen)
 
 
 def _refuse(node: Node, chain: list[Node], tracked: set[Node]) -> None:
     """Writes whose gradient nobody could follow; ``chain``: from the written view up to its base."""
     base, name = chain[-1], operator_name(node.target)
-    if base.op != "call_function" and (base.op != "placeholder" or base in tracked):
+    if base.op != "call_function" and (
+        base.op != "placeholder" or base in tracked and base.meta["val"].is_leaf
+    ):
         raise Refused(
             f"the model writes into one of its inputs in place ({name})",
-            got=f"an in-place write to {base.meta.get('source', base.name)}, which has a gradient",
-            wanted="a forward that leaves parameters and inputs with a gradient as they are",
-            do="write into a copy (x = x.clone()) instead",
+            got=f"an in-place write to {base.meta.get('source', base.name)}, a leaf that has a gradient",
+            wanted="a forward that leaves parameters and inputs with a gradient of their own as they are",
+            do="drop max_norm, or renormalise the weight between steps (torch.renorm)"
+            if name == "aten::embedding_renorm_"
+            else "write into a copy (x = x.clone()) instead",
             at=where(node),
         )
     if node not in tracked and base in tracked:

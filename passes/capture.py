@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import (
     AUTOCAST_BORDERS,
     CUSTOM_FUNCTION,
+    expr_of,
     fake_mode_of,
     is_operator,
     operator_name,
@@ -31,6 +33,7 @@ from hsap_compile._torch import (
     trace_pre_dispatch,
     without_autocast,
 )
+from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
 from hsap_compile.passes._in_place import functionalize, returned_writes, storage_of
 from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside, writes_in_place
@@ -67,6 +70,7 @@ def capture(module: GraphModule) -> GraphModule:
     returned_writes(graph, mode)
     functionalize(graph, mode)
     _drop_idle_dropout(graph)
+    _read_in_order(graph, mode)
     write_varlen_as_masked(graph, mode)
     return graph
 
@@ -114,6 +118,30 @@ def _drop_idle_dropout(module: GraphModule) -> None:
         if node.target is aten.dropout.default and (positional(node)[1] == 0 or not positional(node)[2]):
             node.replace_all_uses_with(positional(node)[0])
             module.graph.erase_node(node)
+
+
+def _read_in_order(module: GraphModule, mode: Any) -> None:
+    """``as_strided`` reads memory; only of contiguous tensors is it known what lies where on every rank."""
+    for node in list(module.graph.nodes):
+        if not operator_name(node.target).startswith("aten::as_strided"):
+            continue
+        for operand in node.all_input_nodes[:1]:
+            value, step = operand.meta["val"], sympy.Integer(1)
+            for size, stride in reversed(list(zip(value.shape, value.stride(), strict=True))):
+                in_order = expr_of(size) == 1 or expr_of(stride) == step
+                step *= expr_of(size) if in_order else 0
+            if expr_of(value.untyped_storage().nbytes()) != step * value.itemsize:
+                raise Refused(
+                    "as_strided reads what lies in memory",
+                    got="a tensor that is not contiguous, or a part of one",
+                    wanted="a contiguous tensor, whose memory is the same however the graph is run",
+                    do="use .contiguous() before, or index, transpose and unfold instead",
+                    at=where(node),
+                )
+            with module.graph.inserting_before(node):
+                node.replace_input_with(
+                    operand, Builder(module.graph, mode, node)(aten.contiguous.default, operand)
+                )
 
 
 def _explicit_types(module: GraphModule, mode: Any) -> None:

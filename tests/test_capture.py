@@ -282,7 +282,7 @@ def test_writes_to_inputs_with_a_gradient_are_refused() -> None:
     call = traced(model, dynamic({"ids": torch.arange(10).view(2, 5), "x": x}))
     with pytest.raises(Refused, match="hsap: the model writes into one of its inputs in place") as refused:
         capture(call.module)
-    assert "an in-place write to l_x_, which has a gradient" in str(refused.value)
+    assert "an in-place write to l_x_, a leaf that has a gradient" in str(refused.value)
     assert "do:     write into a copy (x = x.clone()) instead" in str(refused.value)
     assert "test_capture.py:" in str(refused.value)
 
@@ -432,3 +432,22 @@ def test_the_check_sees_a_write_that_is_lost(monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(capture_pass, "_explicit_autocast", lambda *_: None)
         with pytest.raises((AssertionError, RuntimeError)):
             test_autocast_is_explicit("ambient")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: (x * 2).mT.as_strided((2, 3), (3, 1)), lambda x: (x * 2)[:, 1:].as_strided((2, 3), (1, 2))],
+    ids=["turned", "a part"],
+)
+def test_memory_in_another_order_is_not_read(function: Function) -> None:
+    with pytest.raises(Refused, match="as_strided reads what lies in memory") as refused:
+        capture(trace(function).module)
+    assert "do:     use .contiguous() before" in str(refused.value)
+
+
+def test_what_an_embedding_renormalises_is_refused() -> None:
+    words = torch.nn.Embedding(9, 4, max_norm=1.0)
+    call = traced(lambda ids: words(ids), dynamic({"ids": torch.arange(10).view(2, 5) % 9}))
+    with pytest.raises(Refused, match="embedding_renorm_") as refused:
+        capture(call.module)
+    assert "do:     drop max_norm, or renormalise the weight between steps" in str(refused.value)

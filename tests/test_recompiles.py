@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from models import TOLERANCE, batch, build, difference
@@ -79,3 +81,60 @@ def test_other_numbers_of_rows_compile_once_each(pool: Pool) -> None:
     for found in pool.run(rows_of, ROWS, world=2):
         assert max(error for error, _ in found) < TOLERANCE["nano"]
         assert [graphs for _, graphs in found] == [1, 2, 3, 3, 3]
+
+
+class Labelled(nn.Module):
+    """Words and labels meet in the loss alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.words(ids).unflatten(-1, (2, 4)).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2).flatten(2)
+        return nn.functional.cross_entropy(self.head(y)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def labelled(rows: list[int], options: dict[str, Any], limit: int = 8) -> list[Any]:
+    """For each number of rows the error of the loss, or what was refused, and behind them what was logged;
+    ``limit``: how many graphs torch compiles of a function."""
+    torch.manual_seed(0)
+    model = Labelled().double()
+    compiled = torch.compile(model, backend="hsap", options={"lower": "eager", **options})
+    found: list[Any] = []
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hsap_compile")
+    logger.addHandler(handler)
+    try:
+        for many in rows:
+            ids, labels = torch.randint(11, (2, many, 12)).unbind()
+            with torch._dynamo.config.patch(recompile_limit=limit):
+                try:
+                    found.append(float((compiled(ids, labels) - model(ids, labels)).detach().abs()))
+                except Exception as error:
+                    found.append(str(error))
+    finally:
+        logger.removeHandler(handler)
+    return [*found, said]
+
+
+def test_labels_have_as_many_rows_as_words(pool: Pool) -> None:
+    """In the graph of the second number of rows too, where torch would have two symbols."""
+    for *errors, said in pool.run(labelled, [1, 2, 3], {"strict": True}, world=2):
+        assert max(errors) < TOLERANCE["nano"] and said == []
+
+
+def test_the_last_graph_of_a_function_is_refused_where_eager_would_be_wrong(pool: Pool) -> None:
+    """Torch runs what it does not compile in eager: whole on every rank."""
+    for options in ({"grad_sync": False}, {"outputs": "local"}):
+        for first, second, said in pool.run(labelled, [1, 2], options, 2, world=2):
+            assert first < TOLERANCE["nano"] and said == []
+            assert "the next kind of call would silently run in eager" in second
+            assert "and graph 2 of one function, the last one that torch compiles" in second
+            assert "do:     raise torch._dynamo.config.recompile_limit" in second
+    for first, second, third, said in pool.run(labelled, [1, 2, 3], {}, 2, world=2):
+        assert max(first, second, third) < TOLERANCE["nano"]
+        assert [s.partition(",")[0] for s in said] == ["this function was compiled 2 times"]

@@ -261,7 +261,7 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
         lambda p, x, i: x * F.cosine_similarity(x[..., :1], x[0, :, 0][None], dim=2)[..., None], 1
     ),
     "biases in another order": (
-        lambda p, x, i: F.linear(x.reshape(-1, WIDTH), p.square, x.transpose(0, 1).reshape(-1, WIDTH)).view(x.shape), 1
+        lambda p, x, i: F.linear(x.flatten(0, 1), p.square, x.transpose(0, 1).flatten(0, 1)).view(x.shape), 1
     ),
     "ignored by the length": (
         lambda p, x, i: x * F.cross_entropy(x.flatten(0, 1), i.flatten() % 6, ignore_index=x.shape[1] - 10), 1
@@ -537,3 +537,8 @@ def test_parameters_without_gradient_keep_none() -> None:
             return (x * self.used * (ids >= 0)[..., None] / size.exp()).sum()
 
     check(traced(Cut(), batch(1, 9, grad=False)), 2, 1)
+
+
+def test_memory_is_read_of_gathered_tokens() -> None:
+    read = lambda p, x, i: x + (x * 2).as_strided((x.shape[1], WIDTH), (1, 2)).sum(0)  # noqa: E731
+    assert len(check(trace(Program((LOCAL["linear"], read))), 3, 1)) == 1
