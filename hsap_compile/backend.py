@@ -131,9 +131,10 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
 
 
 def _is_given(module: GraphModule, size: Any) -> bool:
-    """Whether an input of the batch has a dimension of ``size``."""
+    """Whether rows of words are given, of ``size`` each."""
     inputs = [n.meta["example_value"] for n in placeholders(module) if not belongs_to_module(n)]
-    return any(equal_now(size, x) for value in inputs if isinstance(value, torch.Tensor) for x in value.shape)
+    words = [x for x in inputs if isinstance(x, torch.Tensor) and x.dtype in (torch.int64, torch.int32)]
+    return any(x.dim() > 0 and equal_now(size, x.shape[-1]) for x in words)
 
 
 def _nodes(module: GraphModule) -> Iterator[Node]:

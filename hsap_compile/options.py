@@ -39,7 +39,7 @@ class Options:
     outputs: "gather" returns whole outputs in the caller's order; "local" this rank's rows: the attribute
         ``hsap_columns`` of every such tensor says which of the whole output's they are.
     grad_sync: sum parameter gradients over the mesh; False leaves each rank's share, of which eager's is the
-        sum.  DDP and FSDP take the mean: have them add up (see the README).
+        sum, if the whole model is one graph.  DDP and FSDP take the mean: have them add up (see the README).
     strict: refuse an operator that would run on gathered tokens.
     lower: "inductor", or "aot_eager" / "eager" to run the rewritten graph as it is.
     attention: the kernel of partial attention.  On CPU "slices", ATen's flash kernel.  On CUDA "flex", flex
