@@ -212,11 +212,9 @@ def _fix_rows(module: GraphModule, symbol: sympy.Basic | None) -> None:
     for node in placeholders(module):
         value = node.meta["example_value"]
         if isinstance(value, torch.Tensor) and not belongs_to_module(node):
-            tokens = [symbol in expr_of(size).free_symbols for size in value.shape]
-            if True in tokens:  # labels have as many rows, whether or not the model adds them to words
-                known += [
-                    x for x in value.shape[: tokens.index(True)] if any(equal_now(x, size) for size in known)
-                ]
+            others = [size for size in value.shape if symbol not in expr_of(size).free_symbols]
+            if len(others) < value.dim():  # labels have as many rows, whether or not they meet words
+                known += [x for x in others if any(equal_now(x, size) for size in known)]
     for size in known:
         int(size)
 

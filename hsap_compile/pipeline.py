@@ -303,14 +303,10 @@ def _check_shares(values: Sequence[Any], names: Sequence[str], stopped: str) -> 
         if isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf
     ]
     if made or stopped:
+        beyond = f"{made[0]}, made with a gradient outside of it" if made else f"an end at {stopped}"
         raise Refused(
             "gradients can be shares of ranks only where the whole model is one graph",
-            got='"grad_sync": False, and '
-            + (
-                f"{made[0]}, made with a gradient outside of the graph"
-                if made
-                else f"a graph that ends at {stopped}"
-            ),
+            got=f'"grad_sync": False, and a graph with {beyond}',
             wanted="a graph that all parameters are in: elsewhere they get whole gradients on every rank",
             do='drop "grad_sync": False (gradients are then whole and equal on every rank, and DDP and FSDP '
             "take their mean), or compile the whole model without a graph break",

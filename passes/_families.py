@@ -81,6 +81,7 @@ _BY_DIM = _names(
     " std norm linalg_vector_norm scatter scatter_add scatter_reduce index_add cummax kthvalue tensor_split"
     " slice_scatter select_scatter unfold var_mean std_mean cosine_similarity index_copy index_fill aminmax"
 )
+_BROADCAST = _names("cosine_similarity")  # of these, whose operands may have other dimensions
 _NORMS = _names("layer_norm rms_norm native_layer_norm _fused_rms_norm")
 
 
@@ -380,7 +381,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
             plain = name in _OF_DIMENSIONS and other in (given["index"], given.get("value"))
             if other_axis is None and plain:
                 continue
-            if other_axis != axis or other.meta["val"].dim() != source.meta["val"].dim():
+            ranks = {n.meta["val"].dim() for n in (other, source)}
+            if other_axis != axis or (name in _BROADCAST and len(ranks) > 1):
                 raise NotLocal("token dimensions of the operands differ")
         return as_is(sharder, node)
     if name in TOTALS:

@@ -123,7 +123,8 @@ def outside(where: str, sync: bool, grad: bool) -> str:
 
 
 @pytest.mark.parametrize(
-    ("where", "text"), [("in front", "made with a gradient outside of"), ("behind", "that ends at")]
+    ("where", "text"),
+    [("in front", "made with a gradient outside of it"), ("behind", "and a graph with an end at ")],
 )
 def test_shares_want_one_graph(pool: Pool, where: str, text: str) -> None:
     """What runs whole on every rank would count as often as there are ranks."""
