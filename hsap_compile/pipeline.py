@@ -90,6 +90,10 @@ def rewrite(
     names = tuple(source_name(n) for n in placeholders(module))
     if ranks > 1 and not options.grad_sync:
         _check_shares(values, names, stopped)
+    if ranks > 1 and stopped:
+        log.warning(
+            "the graph ends at %s: what torch does not compile behind it runs whole on every rank", stopped
+        )
     graph = capture(module)
     if symbol is not None:
         size = size_now(mode, symbol)

@@ -75,6 +75,8 @@ def test_pieces_without_a_batch(pool: Pool) -> None:
     assert len({drawn for _, drawn, _ in steps}) == 1  # what the first rank drew
     for said, _, error in steps:
         assert error < 2e-5
+        ends = [s for s in said if s.startswith("the graph ends at ")]
+        assert any("test_breaks.py:" in s and "runs whole on every rank" in s for s in ends)
         texts = [s for s in said if "no value is made of the tokens of a row" in s]
         assert len(texts) >= 2 and all("every rank computes all of it, from" in s for s in texts)
         assert all("test_breaks.py:" in s for s in texts)
