@@ -82,6 +82,10 @@ RETURNING = auto_functionalized
 #: What a user sets so that DDP's buckets of parameters do not cut the graph.
 WHOLE_UNDER_DDP = "torch._dynamo.config.optimize_ddp = False"
 
+#: What a user raises so that torch compiles more graphs of a function, or sets to get an error at the limit.
+MORE_GRAPHS = "torch._dynamo.config.recompile_limit"
+ERROR_AT_LIMIT = "torch._dynamo.config.fail_on_recompile_limit_hit = True"
+
 #: ``x.data``, and what begins torch.func's own derivatives.
 DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 DERIVATIVES = (torch._C._functorch._grad_increment_nesting, torch._C._functorch._jvp_increment_nesting)

@@ -12,7 +12,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import (
+    ERROR_AT_LIMIT,
     FLEX_ATTENTION,
+    MORE_GRAPHS,
     WHOLE_UNDER_DDP,
     FakeTensor,
     RetraceWithSymbols,
@@ -73,11 +75,10 @@ def hsap(
 def _check_last(graphs: int, options: Options) -> None:
     """Torch compiles so many graphs of a function, and runs what needs another one in eager: whole on every
     rank, with whole gradients and outputs."""
-    more = "torch._dynamo.config.recompile_limit"
     if options.grad_sync and options.outputs == "gather":
         log.warning(
             "this function was compiled %d times, and no more: the next kind of call runs in eager, whole on "
-            "every rank; raise %s (TORCH_LOGS=recompiles says what differs)", graphs, more,
+            "every rank; raise %s (TORCH_LOGS=recompiles says what differs)", graphs, MORE_GRAPHS,
         )  # fmt: skip
         return
     raise Refused(
@@ -85,8 +86,8 @@ def _check_last(graphs: int, options: Options) -> None:
         got=f'"grad_sync": {options.grad_sync}, "outputs": "{options.outputs}", and graph {graphs} of one '
         "function, the last one that torch compiles",
         wanted="compiled calls only, or an error",
-        do=f"raise {more} (TORCH_LOGS=recompiles says what differs between calls), or set "
-        "torch._dynamo.config.fail_on_recompile_limit_hit = True",
+        do=f"raise {MORE_GRAPHS} (TORCH_LOGS=recompiles says what differs between calls), or set "
+        f"{ERROR_AT_LIMIT}",
     )
 
 
@@ -115,7 +116,7 @@ def prepare(module: GraphModule, example_inputs: Sequence[Any], ranks: int) -> s
             guard_at_most(size, LEAST * ranks - 1)
         return None  # a vector of a piece between two graph breaks: every rank computes all of it
     if few and ranks > 1 and _is_given(module, size):
-        raise too_few(hint_of(size), ranks)
+        raise too_few(hint_of(size), ranks, LEAST)
     if ranks > 1 and isinstance(size, torch.SymInt):
         _share_length(module, size)
     try:

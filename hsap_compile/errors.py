@@ -19,12 +19,12 @@ class Refused(RuntimeError):
         super().__init__(f"hsap: {what}.\n  got:    {got}\n  wanted: {wanted}\n  do:     {do}{place}")
 
 
-def too_few(tokens: int, ranks: int) -> Refused:
-    """Of a row that not every rank would have two tokens of."""
+def too_few(tokens: int, ranks: int, least: int) -> Refused:
+    """Of a row that not every rank would have ``least`` tokens of."""
     return Refused(
         "a row has too few tokens",
         got=f"{tokens} tokens on {ranks} ranks",
-        wanted=f"at least {2 * ranks}, two a rank",
+        wanted=f"at least {least * ranks}, {least} a rank",
         do="pass longer rows (pad short ones), or use fewer ranks",
     )
 

@@ -130,7 +130,7 @@ class Program:
         Raises ``Refused`` for a batch that the kernel cannot compute, or of too few tokens.
         """
         if tokens < LEAST * self.mesh.size > LEAST:
-            raise too_few(tokens, self.mesh.size)
+            raise too_few(tokens, self.mesh.size, LEAST)
         masks = _masks(self, leaves, tokens) or (_nothing(tokens),)
         plan = make(masks, self.mesh, self.placement, limit=self.limit)
         if self.bands_only:

@@ -36,8 +36,9 @@ def compared(sizes: Mesh, lower: str) -> float:
     model = build("nano", torch.float32 if lower == "inductor" else torch.float64)
     options = {"lower": lower, "mesh": shared(mesh)}
     compiled = torch.compile(model, backend="hsap", options=options)
-    given = batch("nano", PACKS[mesh.get_local_rank("data")], seed=mesh.get_local_rank("data"))
-    return max(difference(compiled, model, copy.deepcopy(model), given) for _ in range(2))
+    reference, replica = copy.deepcopy(model), mesh.get_local_rank("data")
+    packs = [PACKS[replica], PACKS[1 - replica]]  # then the documents of the other one
+    return max(difference(compiled, model, reference, batch("nano", p, seed=replica)) for p in packs)
 
 
 @pytest.mark.parametrize(
