@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from hsap_compile._torch import parts_of_subclass, process_group
 from hsap_compile.errors import Refused
@@ -68,12 +69,13 @@ class Claim:
 
     def nearly(self) -> list[float]:
         """As ``_NEARLY``: sums in which every element counts, in its place."""
-        parameters = [self.args[i] for i in sorted(self.parameters)]
+        given = [self.args[i] for i in sorted(self.parameters)]
+        parameters = [x for x in given if not isinstance(x, DTensor)]  # of which ranks hold parts
         return [sum(map(_weighted, values)) for values in (parameters, self._inputs(floating=True))]
 
     def _inputs(self, floating: bool) -> list[torch.Tensor]:
         inputs = [x for i, x in enumerate(self.args) if i not in self.parameters]
-        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
         return [x for x in tensors if (x.is_floating_point() or x.is_complex()) == floating]
 
 

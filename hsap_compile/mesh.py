@@ -45,6 +45,11 @@ def place_in(group: str) -> tuple[int, int]:
     return found.rank(), found.size()
 
 
+def members_of(group: str) -> frozenset[int]:
+    """Which ranks of the world a process group has."""
+    return frozenset(dist.get_process_group_ranks(process_group(group)))
+
+
 def mesh_shape(options: Options, kv_heads: int, heads: int, size: int) -> MeshShape:
     """The groups of ``size`` ranks for a model whose attentions have (a multiple of) these heads.
 

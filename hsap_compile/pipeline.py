@@ -38,6 +38,7 @@ from hsap_compile.passes._regions import drop_idle_layouts
 from hsap_compile.passes.capture import capture
 from hsap_compile.passes.choose_saved import choices, choose_saved
 from hsap_compile.passes.find_attention import Attention, find_attention
+from hsap_compile.passes.gather_parameters import gather_parameters
 from hsap_compile.passes.infer_tokens import infer_tokens, longest_row, symbol_of
 from hsap_compile.passes.lift_mask import lift_mask
 from hsap_compile.passes.lower import lower
@@ -122,7 +123,7 @@ def rewrite(
 
     heads, kv_heads = _common_heads(graph)
     mesh = mesh_shape(options, kv_heads, heads, ranks)
-    inputs = len(placeholders(graph))
+    inputs = len(values)
     fallbacks: tuple[Fallback, ...] = ()
     local_outputs: Mapping[int, Rows] = {}
     whole = False
@@ -174,6 +175,10 @@ def rewrite(
         if options.grad_sync:
             log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group))
             _done("sum_gradients", graph)
+
+    if gathered := gather_parameters(graph, mode):
+        log.info("gather_parameters: %d parameters", gathered)
+        _done("gather_parameters", graph)
 
     drop_idle_layouts(graph)
     kernel = _kernel(options, device)

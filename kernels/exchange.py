@@ -184,6 +184,20 @@ BROADCAST = define(
 )
 
 
+def _times(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.times = inputs[1]
+
+
+#: ``broadcast`` to so many ranks, for a gradient that is summed over them later on all the same.
+SUMMED_LATER = define(
+    "summed_later(Tensor x, int ranks) -> Tensor",
+    lambda x, ranks: contiguous_copy(x),
+    lambda x, ranks: _like(x, ""),
+    lambda ctx, grad: (grad * ctx.times, None),
+    _times,
+)
+
+
 ON_FIRST = define(
     "on_first(Tensor x, str group) -> Tensor",
     lambda x, group: (

@@ -330,7 +330,7 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
                 made = graph.placeholder(f"{call.name}_{positional(part)[1]}")
             made.meta.update(part.meta)
             if isinstance(value := part.meta["example_value"], torch.Tensor):
-                made.meta["example_value"] = _new_like(value)
+                made.meta["example_value"] = new_like(value)
             inputs[len(names)] = positional(part)[1]
             names.append(made)
             part.replace_all_uses_with(made)
@@ -354,7 +354,7 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
     return tuple(found)
 
 
-def _new_like(value: torch.Tensor) -> torch.Tensor:
+def new_like(value: torch.Tensor) -> torch.Tensor:
     """No view, and not written into, but as far from a leaf as ``value`` is."""
     made = value.detach()
     with torch.enable_grad():

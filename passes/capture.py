@@ -35,6 +35,7 @@ from hsap_compile._torch import (
 )
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
+from hsap_compile.passes._distributed import take_apart
 from hsap_compile.passes._in_place import functionalize, returned_writes, storage_of
 from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside, writes_in_place
 from hsap_compile.passes._varlen import write_varlen_as_masked
@@ -48,6 +49,7 @@ def capture(module: GraphModule) -> GraphModule:
     statistics of a batch norm, are left alone: what they become is put behind the outputs, and
     ``meta["writes"]`` of the graph's module says which inputs these are."""
     plain = expanded(module)
+    take_apart(plain)
     asides = set_aside(plain)
     originals = placeholders(plain)
     inputs = [n.meta["example_value"] for n in originals]
@@ -58,6 +60,8 @@ def capture(module: GraphModule) -> GraphModule:
         placeholder.meta["val"] = value
         placeholder.meta["source"] = original.name
         placeholder.meta["parameter"] = isinstance(value, torch.nn.Parameter)
+        if "gathered" in original.meta:
+            placeholder.meta.update(gathered=original.meta["gathered"], parameter=True)
     mode = fake_mode_of(inputs)
     for aside in asides:
         if aside.target is CUSTOM_FUNCTION:

@@ -84,7 +84,7 @@ def overlap(graph: Graph) -> None:
         elif node.target is exchange.SUM_RANKS and node.meta["val"].dtype in exchange.SENT:
             x, group = node.args
             _start_and_wait(graph, node, exchange.ALL_REDUCE_START, x, "sum", group)
-        elif node.target in (exchange.BROADCAST, exchange.SHARE):
+        elif node.target in (exchange.BROADCAST, exchange.SHARE, exchange.SUMMED_LATER):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     _start_together(graph)

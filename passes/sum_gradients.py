@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from hsap_compile.graph import Builder, placeholders
 from hsap_compile.kernels import exchange
+from hsap_compile.mesh import members_of
 
 
 def sum_gradients(module: GraphModule, mode: Any, group: str) -> int:
@@ -24,7 +25,11 @@ def sum_gradients(module: GraphModule, mode: Any, group: str) -> int:
     with module.graph.inserting_before(first):
         for node in marked:
             users = set(node.users)
-            copy = Builder(module.graph, mode, node)(exchange.BROADCAST, node, group)
+            builder = Builder(module.graph, mode, node)
+            if "gathered" in node.meta and node.meta["gathered"].summed.issuperset(members_of(group)):
+                copy = builder(exchange.SUMMED_LATER, node, len(members_of(group)))
+            else:
+                copy = builder(exchange.BROADCAST, node, group)
             node.replace_all_uses_with(copy, delete_user_cb=users.__contains__)
     module.recompile()
     return len(marked)
