@@ -231,7 +231,7 @@ def compiled(
         examples = [torch.empty(1, own, h, arguments.width).transpose(1, 2).requires_grad_() for h in heads]
         examples.append(torch.zeros(1, arguments.tokens, dtype=torch.int64))
     module = dense_graph(mode, examples)
-    partitioned = partition_attention(module, mode, mesh, group_name(), expr_of(own), arguments.tokens)
+    partitioned = partition_attention(module, mode, mesh, group_name(None), expr_of(own), arguments.tokens)
     assert len(partitioned.traffic) == 1, "the attention was left as it is"
     tables = [n.meta["table"] for n in placeholders(module)[len(examples) :]]
     return Compiled(lower(module, "inductor", dict(patches or {})), tables, partitioned.traffic)

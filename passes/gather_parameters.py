@@ -27,13 +27,13 @@ def gather_parameters(module: GraphModule, mode: Any) -> int:
     values = [n for n in inputs if "gathered" in n.meta]
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     for value in values:
-        gathered = value.meta["gathered"]
+        gathered, tags = value.meta["gathered"], checkpoint_tags()
         for copy in [n for n in value.users if n.target in _COPIES]:
             first = min(copy.users, key=order.__getitem__)
             order[copy] = order[first]
+            copy.meta.update(tags)
             first.prepend(copy)
         if value.users:
-            tags = checkpoint_tags()
             given = [n for n in gathered.graph.nodes if n.op == "placeholder"]
             parts = dict(zip(given, (inputs[i] for i in gathered.inputs), strict=True))
             with module.graph.inserting_before(min(value.users, key=order.__getitem__)):
