@@ -10,3 +10,4 @@ from hsap_compile.options import Options as Options
 from hsap_compile.plan.cost import CostModel as CostModel
 from hsap_compile.plan.report import make_plan as make_plan
 from hsap_compile.runtime import prefetch as prefetch
+from hsap_compile.sharded import shard_parameters as shard_parameters

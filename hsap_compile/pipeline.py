@@ -14,6 +14,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from hsap_compile import formula
@@ -306,6 +307,13 @@ def _check_shares(values: Sequence[Any], names: Sequence[str], stopped: str) -> 
     front of it or behind a break, runs whole on every rank, and gives its parameters whole gradients."""
     if not torch.is_grad_enabled():
         return
+    if any(isinstance(value, DTensor) for value in values):
+        raise Refused(
+            "gradients of sharded parameters are summed over the ranks where they are computed",
+            got='"grad_sync": False, and parameters of which every rank holds a part',
+            wanted="gradients that nobody sums once more",
+            do='drop "grad_sync": False: it costs no further sum, and gradients are the mean over the mesh',
+        )
     made = [
         name
         for value, name in zip(values, names, strict=True)

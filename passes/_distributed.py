@@ -8,12 +8,10 @@ The passes see a parameter as any other; ``gather_parameters`` writes the calls 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.fx import Graph, GraphModule, Node
 
@@ -24,8 +22,8 @@ from hsap_compile.passes._regions import new_like
 
 @dataclass(frozen=True)
 class Gathered:
-    """``graph``: the calls of dynamo's graph that make a whole value of parts; ``inputs``: which of its inputs
-    these are; ``summed``: the ranks of the world over which the calls sum the value's gradient themselves."""
+    """``graph``: the calls that make a whole value of parts; ``inputs``: which inputs of dynamo's graph these
+    are; ``summed``: the ranks of the world over which these calls sum the value's gradient themselves."""
 
     graph: Graph
     inputs: tuple[int, ...]
@@ -33,11 +31,12 @@ class Gathered:
 
 
 def take_apart(module: GraphModule) -> None:
-    """Make every whole value that ``module`` (a copy of ours) makes of distributed parameters an input, behind
-    the others.  Raises ``Refused`` for what else is done with distributed tensors."""
+    """Every whole value that ``module`` (a copy of ours) makes of distributed parameters becomes an input,
+    behind the others.  Raises ``Refused`` for what else is done with distributed tensors."""
     graph = module.graph
     last = next(reversed(placeholders(module)), None)
-    made = [n for n in graph.nodes if n.op.startswith("call") and any(map(_distributed, n.all_input_nodes))]
+    calls = [n for n in graph.nodes if n.op.startswith("call")]
+    made = [n for n in calls if _distributed(n) or any(map(_distributed, n.all_input_nodes))]
     for node in made:
         others = [n for n in node.all_input_nodes if not _distributed(n)]
         if others or not (_distributed(node) or _made_whole(node)):
@@ -91,7 +90,7 @@ def _operands(node: Node) -> list[DTensor]:
 
 def _summed(node: Node) -> frozenset[int]:
     """What ``grad_placements`` say; where they do not, a gradient is taken for whole on every rank."""
-    placements: Sequence[Any] = node.kwargs.get("grad_placements") or ()
+    placements: Any = node.kwargs.get("grad_placements") or ()
     dims = [i for i, placement in enumerate(placements) if isinstance(placement, Partial)]
     mesh = _operands(node)[0].device_mesh
     here = mesh.get_coordinate()

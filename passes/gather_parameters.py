@@ -3,8 +3,8 @@
 before: y = f(x, w)                                   w an input
 after:  w = p.redistribute(..).to_local(..); y = f(x, w)     p an input, this rank's part
 
-The gather stands in front of the first operator that reads the value, and is repeated in the backward, so that
-no parameter stays whole for longer than it is read.
+The gather stands in front of the first operator that reads the value, and is repeated in the backward, so
+that no parameter stays whole for longer than it is read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gather_parameters(module: GraphModule, mode: Any) -> int:
             given = [n for n in gathered.graph.nodes if n.op == "placeholder"]
             parts = dict(zip(given, (inputs[i] for i in gathered.inputs), strict=True))
             with module.graph.inserting_before(min(value.users, key=order.__getitem__)):
-                made = module.graph.graph_copy(gathered.graph, parts)
+                made: Any = module.graph.graph_copy(gathered.graph, parts)
                 for new in [n for n in parts.values() if n not in inputs]:
                     new.meta = {**tags, **new.meta, "val": new.meta["example_value"]}
                 if not value.meta["val"].requires_grad:

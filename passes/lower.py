@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from hsap_compile._torch import (
@@ -33,6 +34,7 @@ def lower(
         if how == "aot_eager":
             return compile_with_aot_eager(module, inputs)
         crossing = any(n.target is exchange.ALL_TO_ALL for n in module.graph.nodes)
+        crossing |= any(isinstance(x, DTensor) for x in inputs)
         ours = {"post_grad_custom_post_pass": Overlap(saved=choices(module))}
         overlapping = PATCHES if crossing else {}
         return compile_with_inductor(module, inputs, {**ours, **overlapping, **patches})

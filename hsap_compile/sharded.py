@@ -1,0 +1,107 @@
+"""Parameters in parts, one on each rank, of a model that is compiled as one graph."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from hsap_compile.errors import Refused
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def shard_parameters(
+    model: Model,
+    mesh: DeviceMesh | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+) -> Model:
+    """Leave every rank one part of each parameter, and so of its gradient and of what an optimiser keeps.
+
+    The compiled model gathers a parameter where it is read, once more in the backward, and sums its gradient
+    into the parts; unlike hooks around layers, this does not break the graph.  Parameters are ``DTensor`` of
+    their old names, which optimisers, ``clip_grad_norm_`` and ``torch.distributed.checkpoint`` know.  Reading
+    one as ``layer.weight`` gathers it, and what is written into that is lost: initialise and load the model
+    before, or write into ``model.parameters()``.
+
+    ``model`` is changed and returned; rank 0's values are sent to all.  ``mesh``: of all ranks of the world,
+    which is the default; parts are made over its last dimension, and copies over others.  Gradients are the
+    mean over the mesh: over replicas, as ranks that share a batch have equal ones.  ``dtype``: in which
+    parameters travel and are read; ``reduce_dtype``: in which gradients are summed; None: as they are.
+
+    Raises ``Refused`` without a process group, for parameters that are distributed already, and for a module
+    that keeps parameters where they are not read by name.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise Refused(
+            "there are no ranks to shard parameters over",
+            got="no process group",
+            wanted="a process group of all ranks",
+            do="call torch.distributed.init_process_group() first, in a program that torchrun starts",
+        )
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):
+            raise Refused(
+                "parameters are distributed already",
+                got=f"{name}, a DTensor",
+                wanted="plain parameters",
+                do="drop the other call (fully_shard, parallelize_module, or this one)",
+            )
+    parameters = dict.fromkeys(model.parameters())
+    if mesh is None:
+        mesh = init_device_mesh(next(iter(parameters)).device.type, (dist.get_world_size(),))
+    modules = list(model.modules())
+    _refuse_kept(modules, parameters)
+    parts = {p: torch.nn.Parameter(_divided(p, mesh), p.requires_grad) for p in parameters}
+    kinds: dict[Any, type] = {}
+    for module in modules:
+        own = {name: parts[p] for name, p in module._parameters.items() if p is not None}
+        if own:
+            module._parameters.update(own)
+            kind = (type(module), tuple(own))
+            if kind not in kinds:
+                kinds[kind] = _reading_whole(*kind, dtype, reduce_dtype)
+            module.__class__ = kinds[kind]
+    return model
+
+
+def _divided(p: torch.nn.Parameter, mesh: DeviceMesh) -> DTensor:
+    last = Shard(0) if p.dim() else Replicate()
+    return distribute_tensor(p.detach(), mesh, [*[Replicate()] * (mesh.ndim - 1), last])
+
+
+def _reading_whole(
+    kind: type, names: tuple[str, ...], dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
+) -> type:
+    """``kind`` of modules, whose parameters are whole where they are read."""
+
+    def reader(name: str) -> property:
+        def whole(module: torch.nn.Module) -> torch.Tensor:
+            p: Any = module._parameters[name]
+            everywhere = [Replicate()] * p.device_mesh.ndim
+            made = p.redistribute(placements=everywhere, forward_dtype=dtype, backward_dtype=reduce_dtype)
+            result: torch.Tensor = made.to_local(grad_placements=[Partial("avg")] * p.device_mesh.ndim)
+            return result
+
+        return property(whole)
+
+    reading = {name: reader(name) for name in names}
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__, **reading})
+
+
+def _refuse_kept(modules: list[torch.nn.Module], parameters: Any) -> None:
+    for module in modules:
+        for attribute, value in vars(module).items():
+            inside = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(x, torch.nn.Parameter) and x in parameters for x in inside):
+                raise Refused(
+                    "a module keeps parameters where they are not read by name",
+                    got=f"{type(module).__name__}.{attribute}, which holds one",
+                    wanted="modules that read their parameters as self.weight",
+                    do="write the module so, or shard the other modules alone, each in a call of its own",
+                )
