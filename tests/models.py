@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, LONGEST = 61, 32, 2, 4, 2, 256
 WINDOW = 6
@@ -62,9 +63,14 @@ def _step(function: Callable[..., Any], model: nn.Module, given: Any) -> dict[st
     result = function(**given)
     loss, logits = result[:2] if isinstance(result, tuple) else (result.loss, result.logits)
     loss.backward()
-    gradients = {f"gradient of {k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
+    gradients = {f"gradient of {k}": whole(p.grad) for k, p in model.named_parameters() if p.grad is not None}
     outputs = {"loss": loss.detach(), "logits": logits.detach()}
     return {key: value.double() for key, value in (outputs | gradients).items()}
+
+
+def whole(x: Tensor) -> Tensor:
+    """``x`` of all ranks, if it is distributed over them."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 # --- Hugging Face -------------------------------------------------------------------------------------

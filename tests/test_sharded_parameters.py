@@ -1,0 +1,279 @@
+"""Parameters of which every rank holds a part: the values of eager's whole ones, in one graph, and nothing
+sent twice."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
+
+from hsap_compile import Refused, shard_parameters
+from hsap_compile.passes import sum_gradients
+from models import VOCABULARY, WIDTH, batch, build, difference, whole
+from pool import Pool
+
+PACKS = ([[5, 1, 9, 4, 8]], [[30, 2, 9]])  # of each replica, other documents and other lengths
+READ_AGAIN = 19  # not the words' rows, nor biases, but matrices and what norms are scaled with
+
+
+def compiled(model: nn.Module, lower: str, **options: Any) -> Any:
+    return torch.compile(model, backend="hsap", options={"lower": lower, **options})
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, **given: Any) -> Any:
+        return checkpoint(self.inside, **given, use_reentrant=False)
+
+
+def compared(name: str, lower: str, dtype: torch.dtype, how: str = "") -> float:
+    """The largest relative error of loss, logits and all gradients, of two lengths."""
+    model = build(name, dtype, **({"tied": False} if how == "not tied" else {}))
+    if how == "a checkpoint":
+        model = Checkpointed(model)
+    reference = copy.deepcopy(model)
+    step = compiled(shard_parameters(model), lower)
+    assert model.state_dict().keys() == reference.state_dict().keys()
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return max(difference(step, model, reference, batch(name, rows)) for rows in PACKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "lower", "world", "how"),
+    [
+        ("nano", "eager", 4, ""),  # the words' rows are no multiple of four
+        ("nano", "aot_eager", 2, "not tied"),
+        ("nano", "aot_eager", 2, "a checkpoint"),
+        ("gpt2", "eager", 2, ""),
+        pytest.param("nano", "inductor", 2, "not tied", marks=pytest.mark.slow),
+        pytest.param("llama", "inductor", 4, "", marks=pytest.mark.slow),
+        pytest.param("nano", "inductor", 2, "a checkpoint", marks=pytest.mark.slow),
+    ],
+)
+def test_values_are_those_of_whole_parameters(
+    pool: Pool, name: str, lower: str, world: int, how: str
+) -> None:
+    dtype, most = (torch.float32, 2e-5) if lower == "inductor" else (torch.float64, 1e-12)
+    most = max(most, 2e-6 if name == "gpt2" else 0.0)  # its loss is computed in float32
+    assert max(pool.run(compared, name, lower, dtype, how, world=world)) < most
+
+
+def training() -> float:
+    """The largest difference of parameters after three steps with clipped gradients."""
+    model = build("nano")
+    models = [model, copy.deepcopy(model)]
+    step = compiled(shard_parameters(model), "aot_eager")
+    optimisers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in models]
+    for seed in range(3):
+        given = batch("nano", PACKS[seed % 2], seed=seed)
+        for function, m, optimiser in zip([step, models[1]], models, optimisers, strict=True):
+            function(**given)[0].backward()
+            nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+            optimiser.step()
+            optimiser.zero_grad()
+    both = zip(*(m.parameters() for m in models), strict=True)
+    return max(float((whole(p.detach()) - q.detach()).abs().max()) for p, q in both)
+
+
+def test_optimiser_and_clipping_know_the_parts(pool: Pool) -> None:
+    assert max(pool.run(training, world=2)) < 1e-9
+
+
+def averaged(sizes: dict[str, int], over: str) -> float:
+    """The largest difference of gradients from the mean of what eager gives each replica's batch, where parts
+    are made over ``over``."""
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    replica = mesh.get_local_rank("data")
+    model = build("nano")
+    references = [copy.deepcopy(model) for _ in PACKS]
+    parts = {
+        "all": None,
+        "copies of parts": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "part")),
+        "replicas": mesh["data"],
+    }
+    step = compiled(shard_parameters(model, parts[over]), "eager", mesh=mesh["inter", "intra"])
+    given = [batch("nano", rows, seed=i) for i, rows in enumerate(PACKS)]
+    step(**given[replica])[0].backward()
+    for reference, of_replica in zip(references, given, strict=True):
+        reference(**of_replica)[0].backward()
+    errors = []
+    for p, *wanted in zip(model.parameters(), *(r.parameters() for r in references), strict=True):
+        mean = torch.stack([w.grad for w in wanted if w.grad is not None]).mean(0)
+        assert p.grad is not None
+        errors.append(float((whole(p.grad) - mean).abs().max() / mean.abs().max()))
+    return max(errors)
+
+
+@pytest.mark.parametrize("over", ["all", "copies of parts", "replicas"])
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "inter": 1, "intra": 2}, {"inter": 2, "data": 2, "intra": 1}], ids=str
+)
+def test_gradients_are_the_mean_over_replicas(pool: Pool, sizes: dict[str, int], over: str) -> None:
+    assert max(pool.run(averaged, sizes, over, world=4)) < 1e-12
+
+
+# --- what is sent and kept ----------------------------------------------------------------------------
+
+
+def elements(events: Any) -> dict[str, list[int]]:
+    """Of every kind of collective, how many elements each one was given."""
+    found: dict[str, list[int]] = {}
+    for event in events:
+        packet, _, kind = event.name.partition("::")
+        if packet == "_c10d_functional" and kind != "wait_tensor":
+            found.setdefault(kind, []).append(math.prod(event.input_shapes[0]))
+    return {kind: sorted(sizes) for kind, sizes in found.items()}
+
+
+def sent() -> tuple[Any, ...]:
+    """What collectives of forward and backward are given, the shapes of what is kept between them and of
+    the parameters."""
+    model = build("nano")
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    step = compiled(shard_parameters(model), "aot_eager", outputs="local", check="first")
+    step(**batch("nano", PACKS[0]))[0].backward()
+    kept: list[tuple[int, ...]] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
+    with profile(record_shapes=True) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = step(**batch("nano", PACKS[0]))[0]
+    with profile(record_shapes=True) as backward:
+        loss.backward()
+    return elements(forward.events()), elements(backward.events()), kept, shapes
+
+
+def test_a_parameter_travels_where_it_is_read_and_its_gradient_once(pool: Pool) -> None:
+    for forward, backward, kept, shapes in pool.run(sent, world=2):
+        parts = [-(-shape[0] // 2) * math.prod(shape[1:]) for shape in shapes]
+        words = [shape for shape in shapes if shape[0] == VOCABULARY]
+        assert forward.pop("all_to_all_single") and backward.pop("all_to_all_single")
+        assert forward == {"all_gather_into_tensor": sorted(parts), "all_reduce": [2]}  # of the loss
+        whole = [2 * n for n in parts] + [(VOCABULARY + 1) * WIDTH] * len(words)  # which are read twice
+        assert backward.pop("reduce_scatter_tensor") == sorted(whole)
+        ((kind, again),) = backward.items()
+        assert kind == "all_gather_into_tensor" and len(again) == READ_AGAIN
+        assert set(again) <= set(parts)
+        matrices = {shape for shape in shapes if len(shape) == 2} - {(48, WIDTH), (WIDTH, 48)}  # as a part is
+        assert matrices.isdisjoint(kept) and matrices.isdisjoint(shape[::-1] for shape in kept)
+
+
+# --- parts that a model makes whole itself ------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """Of parts of a matrix, read as ``how`` says."""
+
+    def __init__(self, weight: Tensor, how: str) -> None:
+        super().__init__()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.how = how
+        self.parts = nn.Parameter(distribute_tensor(weight, mesh, [Shard(1)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        everywhere = self.parts.redistribute(placements=[Replicate()])
+        if self.how == "detached":
+            with torch.no_grad():
+                scale = self.parts.full_tensor().abs().mean()
+            return x @ everywhere.to_local(grad_placements=[Partial("avg")]).T * scale
+        if self.how == "scaled":
+            return x @ (2 * everywhere).to_local().T
+        if self.how == "summed":
+            return x @ everywhere.to_local(grad_placements=[Partial("sum")]).T
+        if self.how == "of tokens":
+            tokens = DTensor.from_local(x, self.parts.device_mesh, [Replicate()], run_check=False)
+            return tokens.full_tensor() @ self.parts.full_tensor().T
+        more = self.parts.to_local().mean() if self.how == "a part" else 0.0
+        return x @ self.parts.full_tensor().T + more
+
+
+def by_hand(how: str, lower: str) -> float:
+    """The largest error of a model whose head reads parts, to the same model in eager, whose head does."""
+    model = build("nano", tied=False)
+    model.head = Head(model.head.weight.detach(), how)  # type: ignore[union-attr, arg-type]
+    reference = copy.deepcopy(model)
+    reference.head.parts = nn.Parameter(model.head.parts.detach().clone())  # type: ignore[union-attr, operator]
+    return difference(compiled(model, lower), model, reference, batch("nano", PACKS[0]))
+
+
+@pytest.mark.parametrize("how", ["full_tensor", "scaled", "summed", "detached"])
+def test_a_model_may_gather_its_parts_itself(pool: Pool, how: str) -> None:
+    assert max(pool.run(by_hand, how, "eager", world=2)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("how", "got"), [("a part", "to_local, of or with a DTensor"), ("of tokens", ", of or with a DTensor")]
+)
+def test_distributed_tensors_that_compute_are_refused(pool: Pool, how: str, got: str) -> None:
+    for text in pool.run(refusal, by_hand, how, "eager", world=2):
+        assert "a tensor that is distributed over ranks takes part in the model's computation" in text
+        assert got in text and "hsap_compile.shard_parameters" in text
+        assert "test_sharded_parameters.py" in text
+
+
+# --- errors -------------------------------------------------------------------------------------------
+
+
+def refusal(function: Any, *args: Any) -> str:
+    try:
+        function(*args)
+    except Exception as error:
+        return str(error)
+    return "accepted"
+
+
+def shares() -> None:
+    compiled(shard_parameters(build("nano")), "eager", grad_sync=False)(**batch("nano", PACKS[0]))
+
+
+def twice() -> None:
+    shard_parameters(shard_parameters(build("nano")))
+
+
+def recurrent() -> None:
+    shard_parameters(nn.LSTM(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("function", "texts"),
+    [
+        (shares, ("summed over the ranks where they are computed", 'drop "grad_sync": False')),
+        (twice, ("parameters are distributed already", "words.weight, a DTensor", "drop the other call")),
+        (recurrent, ("where they are not read by name", "LSTM._flat_weights", "shard the other modules")),
+    ],
+)
+def test_refusals_say_what_to_do(pool: Pool, function: Any, texts: tuple[str, ...]) -> None:
+    for said in pool.run(refusal, function, world=2):
+        assert all(text in said for text in texts), said
+
+
+def test_without_ranks_there_are_no_parts() -> None:
+    with pytest.raises(Refused, match=r"no ranks to shard parameters over[\s\S]*init_process_group"):
+        shard_parameters(build("nano"))
+
+
+# --- the mutation -------------------------------------------------------------------------------------
+
+
+def unsummed() -> float:
+    with mock.patch.object(sum_gradients, "members_of", lambda group: frozenset({0})):
+        return compared("nano", "eager", torch.float64)
+
+
+def test_shares_that_are_averaged_as_if_they_were_whole_are_found(pool: Pool) -> None:
+    assert min(pool.run(unsummed, world=2)) > 0.1
