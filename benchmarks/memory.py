@@ -3,6 +3,7 @@
     python benchmarks/memory.py layers
     python benchmarks/memory.py stages --tokens 16384
     python benchmarks/memory.py length --limit 512
+    python benchmarks/memory.py parameters --tokens 512 --layers 2 4 8
 
 A step's memory is the peak of the process's resident memory during the step less what was resident before
 it, on the rank with most; nothing is killed at the limit.  Freed memory goes back to the system at once
@@ -16,6 +17,9 @@ each storage once; "received" is what the plan says that the rank with most rece
 
 stages: the same model and packs on four ranks, each a group of its own, with ``received`` of fewer and fewer
 bytes.  "buffer" is those bytes, or what a layer receives.
+
+parameters: a wider Llama on two ranks, whose parameters are whole on each or in parts (``shard_parameters``).
+"held" are a rank's parameters; "allocated" as above, gradients included; "kept" what autograd keeps.
 
 length: a Llama of four layers, forward and backward, on packs in which one document has half of the tokens.
 S grows by steps of ``--step`` until a step takes more than ``--limit`` MiB.  Contenders: Inductor with the
@@ -33,7 +37,10 @@ from typing import Any
 
 import torch
 from _measure import Bar, Ranks, Row, allocated_bytes, peak_bytes, report, reset_peak, resident_bytes
+from torch.distributed.tensor import DTensor
 from world_size_one import lengths, llama
+
+import hsap_compile
 
 MiB = 2**20
 SMALL = dict(
@@ -42,20 +49,29 @@ SMALL = dict(
 MODEL = dict(
     hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=4, vocab_size=1024
 )
+WIDE = dict(
+    hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8, vocab_size=64
+)
 RETURNS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 SPARE = 1.0  # buffers of received rows: what the layers may add beyond what autograd must save
 
 
 def main() -> None:
     arguments = parse()
-    {"layers": over_layers, "stages": over_stages, "length": longest}[arguments.question](arguments)
+    questions = {
+        "layers": over_layers,
+        "stages": over_stages,
+        "parameters": over_parameters,
+        "length": longest,
+    }
+    questions[arguments.question](arguments)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("question", choices=["layers", "stages", "length"])
+    parser.add_argument("question", choices=["layers", "stages", "parameters", "length"])
     parser.add_argument("--tokens", type=int, default=8192, help="layers, stages: of the row")
     parser.add_argument(
         "--layers",
@@ -144,6 +160,30 @@ def over_stages(arguments: argparse.Namespace) -> None:
     report("memory_stages", vars(arguments) | SMALL, rows, [])
 
 
+# --- parameters in parts --------------------------------------------------------------------------------
+
+
+def over_parameters(arguments: argparse.Namespace) -> None:
+    rows: list[Row] = []
+    for layers in arguments.layers:
+        for parts in (False, True):
+            kinds = ({"outputs": "local"}, WIDE | {"num_hidden_layers": layers}, True, None, parts)
+            with Ranks(step_of, "hsap", *kinds, count=2, distributed=True, environment=RETURNS) as ranks:
+                found = turns(ranks, [arguments.tokens])
+            rows.append(
+                {
+                    "layers": layers,
+                    "parameters": "in parts" if parts else "whole",
+                    "held MiB": round(found["held"] / MiB, 1),
+                    "allocated MiB": round(found["allocated"] / MiB, 1),
+                    "kept MiB": round(found["saved"] / MiB, 1),
+                    "s": round(found["seconds"], 2),
+                }
+            )
+            print(rows[-1], flush=True)
+    report("memory_parameters", vars(arguments) | WIDE, rows, [])
+
+
 # --- the longest row -----------------------------------------------------------------------------------
 
 
@@ -213,13 +253,18 @@ def step_of(
     sizes: dict[str, int],
     training: bool,
     budget: float | None,
+    parts: bool = False,
 ) -> Callable[[list[int], str], Row]:
-    """Steps on a row of documents, with one compiled model; what is counted: "resident" bytes and those that
-    autograd keeps, "allocated" bytes, or nothing, as it must be where it may compile."""
+    """Steps on a row of documents, with one compiled model, whose parameters may be in ``parts``; what is
+    counted: "resident" bytes and those that autograd keeps, "allocated" bytes, or nothing, as it must be
+    where it may compile."""
     from torch._functorch import config
 
     torch.set_num_threads(1)
     module = llama(2**20, **sizes)
+    if parts:
+        hsap_compile.shard_parameters(module)
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
     reports: list[Any] = []
     if backend == "hsap":
         assert options is not None
@@ -227,7 +272,7 @@ def step_of(
     else:
         model = torch.compile(module, backend=backend)
     share = config.patch(activation_memory_budget=budget) if budget and backend != "hsap" else nullcontext()
-    owned = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    owned = {p.untyped_storage().data_ptr() for p in held}
 
     def step(documents: list[int], counted: str) -> Row:
         module.zero_grad()
@@ -263,6 +308,7 @@ def step_of(
             "resident": before,
             "seconds": time.perf_counter() - started,
             "saved": sum(storages.values()),
+            "held": sum(p.nbytes for p in held),
             "received": reports[-1].received_bytes if reports else 0,
             "loss": loss,
         }

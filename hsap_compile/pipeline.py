@@ -103,6 +103,14 @@ def rewrite(
             raise constant_length(int(size), values)
         symbol = next(iter(size.free_symbols), None)
     writes: tuple[int, ...] = graph.meta["writes"]
+    if any(i >= len(values) for i in writes):
+        raise Refused(
+            "the model writes into a parameter of which every rank holds a part",
+            got="a write into what was gathered of it, which would be lost",
+            wanted="parameters that a forward only reads",
+            do="write into model.parameters() outside of the forward (every rank into its part), or use the "
+            "changed value without writing (weight.clamp(-1, 1))",
+        )
     seen: frozenset[int] = graph.meta["writes_with_gradient"]
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
     returned = len(positional(output)[0]) - len(writes)

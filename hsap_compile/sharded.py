@@ -84,7 +84,8 @@ def _reading_whole(
         def whole(module: torch.nn.Module) -> torch.Tensor:
             p: Any = module._parameters[name]
             everywhere = [Replicate()] * p.device_mesh.ndim
-            made = p.redistribute(placements=everywhere, forward_dtype=dtype, backward_dtype=reduce_dtype)
+            types = (dtype, reduce_dtype) if p.is_floating_point() else (None, None)
+            made = p.redistribute(placements=everywhere, forward_dtype=types[0], backward_dtype=types[1])
             result: torch.Tensor = made.to_local(grad_placements=[Partial("avg")] * p.device_mesh.ndim)
             return result
 

@@ -241,6 +241,19 @@ def shares() -> None:
     compiled(shard_parameters(build("nano")), "eager", grad_sync=False)(**batch("nano", PACKS[0]))
 
 
+class Clamped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+def written() -> None:
+    model = build("nano", tied=False)
+    model.head = Clamped(WIDTH, VOCABULARY).double()
+    compiled(shard_parameters(model), "eager")(**batch("nano", PACKS[0]))
+
+
 def twice() -> None:
     shard_parameters(shard_parameters(build("nano")))
 
@@ -253,6 +266,7 @@ def recurrent() -> None:
     ("function", "texts"),
     [
         (shares, ("summed over the ranks where they are computed", 'drop "grad_sync": False')),
+        (written, ("writes into a parameter of which every rank holds a part", "weight.clamp(-1, 1)")),
         (twice, ("parameters are distributed already", "words.weight, a DTensor", "drop the other call")),
         (recurrent, ("where they are not read by name", "LSTM._flat_weights", "shard the other modules")),
     ],
