@@ -46,8 +46,8 @@ def place_in(group: str) -> tuple[int, int]:
 
 
 def members_of(group: str) -> frozenset[int]:
-    """Which ranks of the world a process group has."""
-    return frozenset(dist.get_process_group_ranks(process_group(group)))
+    """Which ranks of the world a process group has; none for "", as when nothing is run."""
+    return frozenset() if not group else frozenset(dist.get_process_group_ranks(process_group(group)))
 
 
 def mesh_shape(options: Options, kv_heads: int, heads: int, size: int) -> MeshShape:

@@ -182,7 +182,7 @@ def rewrite(
         log.info("shard_tokens: %d operators on gathered tokens", len(fallbacks))
         _done("shard_tokens", graph, symbol)
         if options.grad_sync:
-            log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group))
+            log.info("sum_gradients: %d parameters", sum_gradients(graph, mode, group, ranks))
             _done("sum_gradients", graph)
 
     if gathered := gather_parameters(graph, mode):

@@ -27,7 +27,7 @@ def shard_parameters(
     into the parts; unlike hooks around layers, this does not break the graph.  Parameters are ``DTensor`` of
     their old names, which optimisers, ``clip_grad_norm_`` and ``torch.distributed.checkpoint`` know.  Reading
     one as ``layer.weight`` gathers it, and what is written into that is lost: initialise and load the model
-    before, or write into ``model.parameters()``.
+    before, or write into ``model.parameters()``.  Make the optimiser afterwards.
 
     ``model`` is changed and returned; rank 0's values are sent to all.  ``mesh``: of all ranks of the world,
     which is the default; parts are made over its last dimension, and copies over others.  Gradients are the

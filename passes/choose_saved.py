@@ -1,4 +1,4 @@
-"""Pass 8: what the backward keeps of the forward, and what it does once more.
+"""Pass 9: what the backward keeps of the forward, and what it does once more.
 
 before: AOTAutograd's partitioner knows neither exchanges nor attentions: asked to keep less, it repeats them
 after:  what exchanges and attentions return is kept

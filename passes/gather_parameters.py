@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from hsap_compile._torch import checkpoint_tags
+from hsap_compile._torch import SET_GRAD_ENABLED, checkpoint_tags
 from hsap_compile.graph import Builder, placeholders
 from hsap_compile.kernels import exchange
 
@@ -25,24 +25,37 @@ def gather_parameters(module: GraphModule, mode: Any) -> int:
     """Rewrite ``module`` in place.  Returns how many values are gathered."""
     inputs = placeholders(module)
     values = [n for n in inputs if "gathered" in n.meta]
+    before = _places(module)
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     for value in values:
         gathered, tags = value.meta["gathered"], checkpoint_tags()
-        for copy in [n for n in value.users if n.target in _COPIES]:
-            first = min(copy.users, key=order.__getitem__)
-            order[copy] = order[first]
-            copy.meta.update(tags)
-            first.prepend(copy)
-        if value.users:
+        copies = [n for n in value.users if n.target in _COPIES]
+        readers = [reader for n in value.users for reader in (n.users if n in copies else [n])]
+        if readers:
             given = [n for n in gathered.graph.nodes if n.op == "placeholder"]
-            parts = dict(zip(given, (inputs[i] for i in gathered.inputs), strict=True))
-            with module.graph.inserting_before(min(value.users, key=order.__getitem__)):
-                made: Any = module.graph.graph_copy(gathered.graph, parts)
-                for new in [n for n in parts.values() if n not in inputs]:
+            made = dict(zip(given, (inputs[i] for i in gathered.inputs), strict=True))
+            first = before[min(readers, key=order.__getitem__)]
+            with module.graph.inserting_before(first):
+                whole: Any = module.graph.graph_copy(gathered.graph, made)
+                for new in [n for n in made.values() if n.op != "placeholder"]:
                     new.meta = {**tags, **new.meta, "val": new.meta["example_value"]}
                 if not value.meta["val"].requires_grad:
-                    made = Builder(module.graph, mode, made)(torch.ops.aten.detach.default, made)
-            value.replace_all_uses_with(made)
+                    whole = Builder(module.graph, mode, whole)(torch.ops.aten.detach.default, whole)
+            value.replace_all_uses_with(whole)
+        for copy in copies:
+            copy.meta.update(tags)
+            first.prepend(copy)
         module.graph.erase_node(value)
     module.recompile()
     return len(values)
+
+
+def _places(module: GraphModule) -> dict[Node, Node]:
+    """In front of which node every one's operands may be made: a no_grad region would take their gradient."""
+    grad, border, found = True, None, dict[Node, Node]()
+    for node in module.graph.nodes:
+        if node.target is SET_GRAD_ENABLED:
+            border = node if grad and not node.args[0] else border
+            grad = bool(node.args[0])
+        found[node] = node if grad or border is None else border
+    return found

@@ -1,4 +1,4 @@
-"""Pass 9: the rewritten graph -> a callable, by Inductor, AOTAutograd alone, or as it is."""
+"""Pass 10: the rewritten graph -> a callable, by Inductor, AOTAutograd alone, or as it is."""
 
 from __future__ import annotations
 

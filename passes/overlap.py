@@ -1,4 +1,4 @@
-"""Pass 10: exchanges start early, are waited for late, and own keys are attended to meanwhile.
+"""Pass 11: exchanges start early, are waited for late, and own keys are attended to meanwhile.
 
 before: y = all_to_all(x)                                 waits inside
 after:  p = all_to_all_start(x); ...; y = wait(p)         other work in between

@@ -1,4 +1,4 @@
-"""Pass 7: every canonical attention -> exchanges and one operator over this rank's slices.
+"""Pass 8: every canonical attention -> exchanges and one operator over this rank's slices.
 
 before: o = attention(q, k, v)                             (B, H, n, D): this rank's tokens, all heads
 after:  a, s = tokens of documents that this rank has whole, and the others

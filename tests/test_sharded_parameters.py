@@ -191,6 +191,11 @@ class Head(nn.Module):
             with torch.no_grad():
                 scale = self.parts.full_tensor().abs().mean()
             return x @ everywhere.to_local(grad_placements=[Partial("avg")]).T * scale
+        if self.how == "first read under no_grad":
+            weight = everywhere.to_local(grad_placements=[Partial("avg")])
+            with torch.no_grad():
+                scale = weight.abs().mean()
+            return x @ weight.T * scale
         if self.how == "scaled":
             return x @ (2 * everywhere).to_local().T
         if self.how == "summed":
@@ -211,9 +216,13 @@ def by_hand(how: str, lower: str) -> float:
     return difference(compiled(model, lower), model, reference, batch("nano", PACKS[0]))
 
 
-@pytest.mark.parametrize("how", ["full_tensor", "scaled", "summed", "detached"])
-def test_a_model_may_gather_its_parts_itself(pool: Pool, how: str) -> None:
-    assert max(pool.run(by_hand, how, "eager", world=2)) < 1e-12
+@pytest.mark.parametrize(
+    ("how", "world"),
+    [(how, 2) for how in ("full_tensor", "scaled", "summed", "detached", "first read under no_grad")]
+    + [("first read under no_grad", 1)],
+)
+def test_a_model_may_gather_its_parts_itself(pool: Pool, how: str, world: int) -> None:
+    assert max(pool.run(by_hand, how, "eager", world=world)) < 1e-12
 
 
 @pytest.mark.parametrize(
