@@ -29,8 +29,7 @@ def gather_parameters(module: GraphModule, mode: Any) -> int:
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     for value in values:
         gathered, tags = value.meta["gathered"], checkpoint_tags()
-        copies = [n for n in value.users if n.target in _COPIES]
-        readers = [reader for n in value.users for reader in (n.users if n in copies else [n])]
+        copies, readers = _read_by(value)
         if readers:
             given = [n for n in gathered.graph.nodes if n.op == "placeholder"]
             made = dict(zip(given, (inputs[i] for i in gathered.inputs), strict=True))
@@ -48,6 +47,19 @@ def gather_parameters(module: GraphModule, mode: Any) -> int:
         module.graph.erase_node(value)
     module.recompile()
     return len(values)
+
+
+def _read_by(value: Node) -> tuple[list[Node], list[Node]]:
+    """The copies of ``value``, each behind what it copies, and who reads it or one of them."""
+    copies, readers = list[Node](), list[Node]()
+    for user in value.users:
+        if user.target in _COPIES:
+            further, reading = _read_by(user)
+            copies += [user, *further]
+            readers += reading
+        else:
+            readers.append(user)
+    return copies, readers
 
 
 def _places(module: GraphModule) -> dict[Node, Node]:
