@@ -71,9 +71,9 @@ def averaged(how: str) -> float:
     elif how == "FSDP2":
         fully_shard(model, mesh=mesh["data"]).compile(backend="hsap", options=options)
     else:
-        whole = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        sharded = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         if how == "FSDP2 over all, shares":
-            whole.set_gradient_divide_factor(len(PACKS))
+            sharded.set_gradient_divide_factor(len(PACKS))
         model.compile(backend="hsap", options=options)
     given = [batch("nano", rows, seed=i) for i, rows in enumerate(PACKS)]
     step(**given[mesh.get_local_rank("data")])[0].backward()
