@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from models import batch, build, difference
+from models import batch, build, difference, whole
 from pool import Pool
 
 #: Of each replica, other documents and other lengths.
