@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -54,7 +55,7 @@ def shard_parameters(
             )
     parameters = dict.fromkeys(model.parameters())
     if mesh is None:
-        mesh = init_device_mesh(next(iter(parameters)).device.type, (dist.get_world_size(),))
+        mesh = init_device_mesh(_device_of(parameters), (dist.get_world_size(),))
     modules = list(model.modules())
     _refuse_kept(modules, parameters)
     parts = {p: torch.nn.Parameter(_divided(p, mesh), p.requires_grad) for p in parameters}
@@ -68,6 +69,13 @@ def shard_parameters(
                 kinds[kind] = _reading_whole(*kind, dtype, reduce_dtype)
             module.__class__ = kinds[kind]
     return model
+
+
+def _device_of(parameters: Iterable[torch.nn.Parameter]) -> str:
+    """Where the ranks compute: of parameters on the meta device, where they will be."""
+    found = next((p.device.type for p in parameters if not p.is_meta), None)
+    accelerator = torch.accelerator.current_accelerator()
+    return found or (accelerator.type if accelerator else "cpu")
 
 
 def _divided(p: torch.nn.Parameter, mesh: DeviceMesh) -> DTensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint_of_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -90,6 +92,24 @@ def training() -> float:
 
 def test_optimiser_and_clipping_know_the_parts(pool: Pool) -> None:
     assert max(pool.run(training, world=2)) < 1e-9
+
+
+def loaded(path: str) -> float:
+    """Saved in parts, loaded into a model that was made on the meta device."""
+    saved = build("nano")
+    reference = copy.deepcopy(saved)
+    checkpoint_of_ranks.save({"model": shard_parameters(saved).state_dict()}, checkpoint_id=path)
+    with torch.device("meta"):
+        model = type(reference)().double()
+    model = shard_parameters(model).to_empty(device="cpu")
+    state = {"model": model.state_dict()}
+    checkpoint_of_ranks.load(state, checkpoint_id=path)
+    model.load_state_dict(state["model"])
+    return difference(compiled(model, "eager"), model, reference, batch("nano", PACKS[0]))
+
+
+def test_a_model_of_the_meta_device_loads_its_parts(pool: Pool, tmp_path: Path) -> None:
+    assert max(pool.run(loaded, str(tmp_path), world=2)) < 1e-12
 
 
 def averaged(sizes: dict[str, int], over: str) -> float:
