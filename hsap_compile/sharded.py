@@ -74,7 +74,7 @@ def shard_parameters(
 def _device_of(parameters: Iterable[torch.nn.Parameter]) -> str:
     """Where the ranks compute: of parameters on the meta device, where they will be."""
     found = next((p.device.type for p in parameters if not p.is_meta), None)
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return found or (accelerator.type if accelerator else "cpu")
 
 
