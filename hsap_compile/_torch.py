@@ -6,6 +6,7 @@ Seen working on torch 2.11.0, 2.13.0 and 2.14.1 (CPU); written for torch >= 2.11
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import re
 import warnings
@@ -431,6 +432,15 @@ def compile_with_aot_eager(module: torch.fx.GraphModule, inputs: Sequence[Any]) 
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(module, list(inputs))
+
+
+def keywords_of(node: torch.fx.Node) -> Mapping[str, Any]:
+    """The keyword arguments of a call.  Of a ``DTensor``'s method dynamo wrote, before 2.13, a function that
+    holds them."""
+    if inspect.isfunction(node.target):
+        held: Mapping[str, Any] = inspect.getclosurevars(node.target).nonlocals.get("kwargs_as_value", {})
+        return held
+    return node.kwargs
 
 
 def last_graph() -> int:

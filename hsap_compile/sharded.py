@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -30,13 +30,14 @@ def shard_parameters(
     one as ``layer.weight`` gathers it, and what is written into that is lost: initialise and load the model
     before, or write into ``model.parameters()``.  Make the optimiser afterwards.
 
-    ``model`` is changed and returned; rank 0's values are sent to all.  ``mesh``: of all ranks of the world,
-    which is the default; parts are made over its last dimension, and copies over others.  Gradients are the
+    ``model`` is changed and returned; rank 0's values are sent to all.  What modules outside of it share with
+    it becomes a parameter of its own: shard a model whole.  ``mesh``: of all ranks of the world, which is the
+    default; parts are made over its last dimension, and copies over others.  Gradients are the
     mean over the mesh: over replicas, as ranks that share a batch have equal ones.  ``dtype``: in which
     parameters travel and are read; ``reduce_dtype``: in which gradients are summed; None: as they are.
 
-    Raises ``Refused`` without a process group, for parameters that are distributed already, and for a module
-    that keeps parameters where they are not read by name.
+    Raises ``Refused`` without a process group, on a rank that the mesh does not have, for parameters that are
+    distributed already, and for a module that writes into one, or keeps one in an attribute beside its name.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise Refused(
@@ -54,8 +55,18 @@ def shard_parameters(
                 do="drop the other call (fully_shard, parallelize_module, or this one)",
             )
     parameters = dict.fromkeys(model.parameters())
+    if not parameters:
+        return model
     if mesh is None:
         mesh = init_device_mesh(_device_of(parameters), (dist.get_world_size(),))
+    ranks = mesh.mesh.flatten().tolist()
+    if mesh.get_coordinate() is None or ranks != sorted(ranks):
+        raise Refused(
+            "parameters cannot be sharded over this mesh",
+            got=f"ranks {ranks}, on rank {dist.get_rank()}",
+            wanted="a mesh that every rank is in, of ranks in ascending order",
+            do="drop mesh, or pass init_device_mesh(device, (ranks,)) or (replicas, ranks of one)",
+        )
     modules = list(model.modules())
     _refuse_kept(modules, parameters)
     parts = {p: torch.nn.Parameter(_divided(p, mesh), p.requires_grad) for p in parameters}
@@ -89,8 +100,10 @@ def _reading_whole(
     """``kind`` of modules, whose parameters are whole where they are read."""
 
     def reader(name: str) -> property:
-        def whole(module: torch.nn.Module) -> torch.Tensor:
+        def whole(module: torch.nn.Module) -> torch.Tensor | None:
             p: Any = module._parameters[name]
+            if not isinstance(p, DTensor):  # set anew since
+                return p
             everywhere = [Replicate()] * p.device_mesh.ndim
             types = (dtype, reduce_dtype) if p.is_floating_point() else (None, None)
             made = p.redistribute(placements=everywhere, forward_dtype=types[0], backward_dtype=types[1])
@@ -103,14 +116,37 @@ def _reading_whole(
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__, **reading})
 
 
-def _refuse_kept(modules: list[torch.nn.Module], parameters: Any) -> None:
+def _refuse_kept(modules: Sequence[torch.nn.Module], parameters: Iterable[torch.nn.Parameter]) -> None:
+    """What would go on with the old parameter: what is kept of it elsewhere, and what is written into it."""
+    memory = {_memory(p) for p in parameters} - {0}
     for module in modules:
+        if getattr(module, "max_norm", None) is not None:
+            raise Refused(
+                "a module writes into its parameter, which is gathered for it to read",
+                got=f"{type(module).__name__} with max_norm",
+                wanted="modules that read their parameters",
+                do="drop max_norm",
+            )
         for attribute, value in vars(module).items():
-            inside = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(x, torch.nn.Parameter) and x in parameters for x in inside):
+            inside = [] if attribute in ("_parameters", "_modules") else _tensors_in(value)
+            if any(_memory(x) in memory for x in inside):
                 raise Refused(
-                    "a module keeps parameters where they are not read by name",
+                    "a module keeps a parameter where it is not read by name",
                     got=f"{type(module).__name__}.{attribute}, which holds one",
                     wanted="modules that read their parameters as self.weight",
-                    do="write the module so, or shard the other modules alone, each in a call of its own",
+                    do="write the module so, or leave it out: shard modules that share no parameter with it",
                 )
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | set | frozenset | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
+
+
+def _memory(x: torch.Tensor) -> int:
+    """Where it lies; 0 for what has no memory of its own."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta and x.layout is torch.strided
+    return x.untyped_storage().data_ptr() if plain else 0

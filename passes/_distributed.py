@@ -9,12 +9,12 @@ The passes see a parameter as any other; ``gather_parameters`` writes the calls 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.fx import Graph, GraphModule, Node
 
+from hsap_compile._torch import keywords_of
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import ancestors, placeholders
 from hsap_compile.passes._regions import new_like
@@ -90,7 +90,7 @@ def _operands(node: Node) -> list[DTensor]:
 
 def _summed(node: Node) -> frozenset[int]:
     """What ``grad_placements`` say; where they do not, a gradient is taken for whole on every rank."""
-    placements: Any = node.kwargs.get("grad_placements") or ()
+    placements = keywords_of(node).get("grad_placements") or ()
     dims = [i for i, placement in enumerate(placements) if isinstance(placement, Partial)]
     mesh = _operands(node)[0].device_mesh
     here = mesh.get_coordinate()

@@ -31,6 +31,7 @@ def settle_parameters(sharder: Sharder) -> None:
             continue
         new = sharder.wholes[old]
         whole_users = {u for u in new.users if u not in varying and u.target is not _DETACH}
+        whole_users |= {u for u in new.users if u.op == "output"}  # which returns rows beside it
         new.meta["sum_gradient"] = old in sharder.differentiable and bool(new.users)
         if whole_users and old in sharder.differentiable:
             with sharder.graph.inserting_after(last):

@@ -25,10 +25,10 @@ def gather_parameters(module: GraphModule, mode: Any) -> int:
     """Rewrite ``module`` in place.  Returns how many values are gathered."""
     inputs = placeholders(module)
     values = [n for n in inputs if "gathered" in n.meta]
-    before = _places(module)
+    before, tags = _places(module), checkpoint_tags()  # one region: what leaves a region is kept
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     for value in values:
-        gathered, tags = value.meta["gathered"], checkpoint_tags()
+        gathered = value.meta["gathered"]
         copies, readers = _read_by(value)
         if readers:
             given = [n for n in gathered.graph.nodes if n.op == "placeholder"]
