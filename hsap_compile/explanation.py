@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
 
 from hsap_compile._torch import (
@@ -232,6 +233,7 @@ def _counted(
     inside = [n for n in gathers if n not in for_outputs]
     extremes = _calls(graph, exchange.EXTREME)
     learned = [n for n in extremes if n.meta["val"].is_floating_point() and not _is_detached(n)]
+    parts = [n for n in graph.graph.nodes if n.op.startswith("call") and _is_made_of_parts(n)]
     everyone = "all ranks"
     rows_of_table: tuple[tuple[str, str, list[Node], list[Node], int | None, int | None], ...] = (
         ("heads of attention", "in groups", heads, heads, step.intra_bytes // 2, step.intra_bytes // 2),
@@ -243,6 +245,8 @@ def _counted(
         ("sums over tokens", everyone, _calls(graph, exchange.SUM_RANKS), [], None, None),
         ("largest of tokens", everyone, extremes, learned, None, None),
         ("gradient sums of parameters", everyone, [], of_inputs, None, None),
+        ("parameters in parts, and again what the backward reads", "their mesh", parts, [], None, None),
+        ("gradient sums of parts", "their mesh", [], [n for n in parts if _has_gradient(n)], None, None),
         ("gradient sums of other values", everyone, [], [n for n in sums if n not in of_inputs], None, None),
     )
     found = []
@@ -257,6 +261,16 @@ def _counted(
 
 def _calls(graph: GraphModule, target: Any) -> list[Node]:
     return [n for n in graph.graph.nodes if n.target is target]
+
+
+def _is_made_of_parts(node: Node) -> bool:
+    """Whether it is the last call that makes a distributed parameter whole."""
+    operands = [n.meta.get("val") for n in node.all_input_nodes]
+    return not isinstance(node.meta.get("val"), DTensor) and any(isinstance(x, DTensor) for x in operands)
+
+
+def _has_gradient(node: Node) -> bool:
+    return bool(node.meta["val"].requires_grad)
 
 
 def _splits(exchanged: Node) -> Any:

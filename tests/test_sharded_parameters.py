@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
-from hsap_compile import Refused, pipeline, shard_parameters
+from hsap_compile import Refused, explain, pipeline, shard_parameters
 from hsap_compile.passes.sum_gradients import sum_gradients
+from hsap_compile.plan.text import short
 from models import LONGEST, VOCABULARY, WIDTH, batch, build, difference, whole
 from pool import Pool
 
@@ -246,6 +247,21 @@ def test_a_parameter_travels_where_it_is_read_and_its_gradient_once(pool: Pool) 
             (WIDTH, 48),
         }  # as a part is
         assert whole_ones.isdisjoint(kept) and whole_ones.isdisjoint(shape[::-1] for shape in kept)
+
+
+def explained() -> tuple[str, list[tuple[int, ...]]]:
+    model = build("nano")
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    return str(explain(shard_parameters(model), hsap_ranks=2, **batch("nano", PACKS[0]))), shapes
+
+
+def test_what_parts_send_is_explained(pool: Pool) -> None:
+    text, shapes = pool.run(explained, world=2)[0]
+    whole_bytes = 8 * sum(map(math.prod, [*shapes, (VOCABULARY, WIDTH)]))  # the words twice, as the head's
+    gathered, summed = (line for line in text.splitlines() if "of parts" in line or "in parts" in line)
+    many, size = str(len(shapes) + 1), short(whole_bytes, "B")
+    assert gathered.split("reads")[1].split() == ["their", "mesh", many, *size.split(), "0", "0", "B"]
+    assert summed.split("parts")[1].split() == ["their", "mesh", "0", "0", "B", many, *size.split()]
 
 
 # --- parts that a model makes whole itself ------------------------------------------------------------
