@@ -68,6 +68,16 @@ def _step(function: Callable[..., Any], model: nn.Module, given: Any) -> dict[st
     return {key: value.double() for key, value in (outputs | gradients).items()}
 
 
+def error_of_mean(model: nn.Module, references: Sequence[nn.Module]) -> float:
+    """The largest relative difference of gradients of ``model`` from the mean of those of ``references``."""
+    errors = []
+    for p, *wanted in zip(model.parameters(), *(r.parameters() for r in references), strict=True):
+        mean = torch.stack([w.grad for w in wanted if w.grad is not None]).mean(0)
+        assert p.grad is not None
+        errors.append(float((whole(p.grad) - mean).abs().max() / mean.abs().max()))
+    return max(errors)
+
+
 def whole(x: Tensor) -> Tensor:
     """``x`` of all ranks, if it is distributed over them."""
     return x.full_tensor() if isinstance(x, DTensor) else x

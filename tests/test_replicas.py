@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from models import batch, build, difference, whole
+from models import batch, build, difference, error_of_mean
 from pool import Pool
 
 #: Of each replica, other documents and other lengths.
@@ -79,12 +79,7 @@ def averaged(how: str) -> float:
     step(**given[mesh.get_local_rank("data")])[0].backward()
     for reference, of_replica in zip(references, given, strict=True):
         reference(**of_replica)[0].backward()
-    errors = []
-    for p, *wanted in zip(model.parameters(), *(r.parameters() for r in references), strict=True):
-        mean = torch.stack([w.grad for w in wanted if w.grad is not None]).mean(0)
-        assert p.grad is not None
-        errors.append(float((whole(p.grad) - mean).abs().max() / mean.abs().max()))
-    return max(errors)
+    return error_of_mean(model, references)
 
 
 @pytest.mark.filterwarnings("ignore:.*returned a view tensor")

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from hsap_compile import Refused, explain, pipeline, shard_parameters
 from hsap_compile.passes.sum_gradients import sum_gradients
 from hsap_compile.plan.text import short
-from models import LONGEST, VOCABULARY, WIDTH, batch, build, difference, whole
+from models import LONGEST, VOCABULARY, WIDTH, batch, build, difference, error_of_mean, whole
 from pool import Pool
 
 PACKS = ([[5, 1, 9, 4, 8]], [[30, 2, 9]])  # of each replica, other documents and other lengths
@@ -133,11 +133,7 @@ def returned(outputs: str) -> float:
     for function in (step, reference):
         logits, weight = function(ids)
         (logits.pow(2).sum() + 10 * weight.pow(2).sum()).backward()
-    errors = []
-    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-        assert p.grad is not None and q.grad is not None
-        errors.append(float((whole(p.grad) - q.grad).abs().max() / q.grad.abs().max()))
-    return max(errors)
+    return error_of_mean(model, [reference])
 
 
 @pytest.mark.parametrize("outputs", ["gather", "local"])
@@ -176,12 +172,7 @@ def averaged(sizes: dict[str, int], over: str) -> float:
     step(**given[replica])[0].backward()
     for reference, of_replica in zip(references, given, strict=True):
         reference(**of_replica)[0].backward()
-    errors = []
-    for p, *wanted in zip(model.parameters(), *(r.parameters() for r in references), strict=True):
-        mean = torch.stack([w.grad for w in wanted if w.grad is not None]).mean(0)
-        assert p.grad is not None
-        errors.append(float((whole(p.grad) - mean).abs().max() / mean.abs().max()))
-    return max(errors)
+    return error_of_mean(model, references)
 
 
 @pytest.mark.parametrize("over", ["all", "copies of parts", "replicas"])
