@@ -278,7 +278,7 @@ def _written_apart(args: Sequence[Any], program: Program) -> list[Any]:
 
     Raises ``Refused`` where another one lies in the same memory: the graph knows each by itself.
     """
-    memory = {i: _memory(x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.numel()}
+    memory = {i: memory_of(x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.numel()}
     numbers, places = list(memory), np.array(list(memory.values()))
     for i in memory.keys() & set(program.writes):
         first, last = memory[i]
@@ -294,7 +294,7 @@ def _written_apart(args: Sequence[Any], program: Program) -> list[Any]:
     return [x.clone() if i in program.writes else x for i, x in enumerate(args)]
 
 
-def _memory(x: torch.Tensor) -> tuple[int, int]:
+def memory_of(x: torch.Tensor) -> tuple[int, int]:
     """From which byte to which it lies."""
     span = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1
     return x.data_ptr(), x.data_ptr() + span * x.itemsize

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from hsap_compile.errors import Refused
+from hsap_compile.runtime import memory_of
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -32,9 +33,9 @@ def shard_parameters(
 
     ``model`` is changed and returned; rank 0's values are sent to all.  What modules outside of it share with
     it becomes a parameter of its own: shard a model whole.  ``mesh``: of all ranks of the world, which is the
-    default; parts are made over its last dimension, and copies over others.  Gradients are the
-    mean over the mesh: over replicas, as ranks that share a batch have equal ones.  ``dtype``: in which
-    parameters travel and are read; ``reduce_dtype``: in which gradients are summed; None: as they are.
+    default; parts are made over its last dimension, and copies over others.  Gradients are the mean over the
+    mesh: over replicas, as ranks that share a batch have equal ones.  ``dtype``: in which parameters travel
+    and are read; ``reduce_dtype``: in which gradients are summed; None: as they are.
 
     Raises ``Refused`` without a process group, on a rank that the mesh does not have, for parameters that are
     distributed already, and for a module that writes into one, or keeps one in an attribute beside its name.
@@ -118,7 +119,8 @@ def _reading_whole(
 
 def _refuse_kept(modules: Sequence[torch.nn.Module], parameters: Iterable[torch.nn.Parameter]) -> None:
     """What would go on with the old parameter: what is kept of it elsewhere, and what is written into it."""
-    memory = {_memory(p) for p in parameters} - {0}
+    old = list(parameters)
+    same, places = set(map(id, old)), [memory_of(p) for p in old if _has_memory(p)]
     for module in modules:
         if getattr(module, "max_norm", None) is not None:
             raise Refused(
@@ -129,7 +131,7 @@ def _refuse_kept(modules: Sequence[torch.nn.Module], parameters: Iterable[torch.
             )
         for attribute, value in vars(module).items():
             inside = [] if attribute in ("_parameters", "_modules") else _tensors_in(value)
-            if any(_memory(x) in memory for x in inside):
+            if any(id(x) in same or _has_memory(x) and _is_among(memory_of(x), places) for x in inside):
                 raise Refused(
                     "a module keeps a parameter where it is not read by name",
                     got=f"{type(module).__name__}.{attribute}, which holds one",
@@ -146,7 +148,12 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(part)
 
 
-def _memory(x: torch.Tensor) -> int:
-    """Where it lies; 0 for what has no memory of its own."""
-    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta and x.layout is torch.strided
-    return x.untyped_storage().data_ptr() if plain else 0
+def _has_memory(x: torch.Tensor) -> bool:
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout is torch.strided
+    return plain and not x.is_meta and x.numel() > 0
+
+
+def _is_among(place: tuple[int, int], places: Iterable[tuple[int, int]]) -> bool:
+    """Whether a byte of ``place`` is one of ``places``."""
+    first, last = place
+    return any(begin < last and first < end for begin, end in places)

@@ -35,6 +35,7 @@ def take_apart(module: GraphModule) -> None:
     behind the others.  Raises ``Refused`` for what else is done with distributed tensors."""
     graph = module.graph
     last = next(reversed(placeholders(module)), None)
+    order = {n: i for i, n in enumerate(graph.nodes)}  # placeholders come first
     calls = [n for n in graph.nodes if n.op.startswith("call")]
     made = [n for n in calls if _distributed(n) or any(map(_distributed, n.all_input_nodes))]
     for node in made:
@@ -46,7 +47,7 @@ def take_apart(module: GraphModule) -> None:
         with graph.inserting_after(last):
             last = graph.placeholder(f"whole_{node.name}")
         last.meta.update(node.meta, example_value=new_like(node.meta["example_value"]))
-        last.meta["gathered"] = _gathered(module, node)
+        last.meta["gathered"] = _gathered(node, order)
         node.replace_all_uses_with(last)
     (output,) = (n for n in graph.nodes if n.op == "output")
     if kept := [n for n in output.all_input_nodes if _distributed(n)]:
@@ -57,17 +58,13 @@ def take_apart(module: GraphModule) -> None:
     module.recompile()
 
 
-def _gathered(module: GraphModule, value: Node) -> Gathered:
-    before = ancestors([value])
-    graph, copies, inputs = Graph(), dict[Node, Node](), list[int]()
-    for i, node in enumerate(placeholders(module)):
-        if node in before:
-            copies[node] = graph.placeholder(node.name)
-            inputs.append(i)
-    for node in [n for n in module.graph.nodes if n in before and n not in copies]:
+def _gathered(value: Node, order: dict[Node, int]) -> Gathered:
+    graph, copies = Graph(), dict[Node, Node]()
+    for node in sorted(ancestors([value]), key=order.__getitem__):
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[value])
-    return Gathered(graph, tuple(inputs), _summed(value))
+    inputs = tuple(order[n] for n in copies if n.op == "placeholder")
+    return Gathered(graph, inputs, _summed(value))
 
 
 def _distributed(node: Node) -> bool:

@@ -41,9 +41,9 @@ def gather_parameters(module: GraphModule, mode: Any) -> int:
                 if not value.meta["val"].requires_grad:
                     whole = Builder(module.graph, mode, whole)(torch.ops.aten.detach.default, whole)
             value.replace_all_uses_with(whole)
-        for copy in copies:
-            copy.meta.update(tags)
-            first.prepend(copy)
+            for copy in copies:
+                copy.meta.update(tags)
+                first.prepend(copy)
         module.graph.erase_node(value)
     module.recompile()
     return len(values)
