@@ -10,7 +10,7 @@ import inspect
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
+from torch._dynamo.pgo import auto_dynamic, get_code_state
 from torch._functorch import config as functorch_config
 from torch._functorch import predispatch as _vmap
 from torch._guards import CompileContext
@@ -418,6 +419,14 @@ def is_operator(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
+def schema_of(target: Any) -> Any:
+    """The schema of an operator, also where it is written without its overload and has one (as in dynamo's
+    graphs); None: ``target`` is none."""
+    if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
+        target = getattr(target, *target.overloads())
+    return target._schema if is_operator(target) else None
+
+
 def compile_with_inductor(
     module: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]
 ) -> Callable[..., Any]:
@@ -540,6 +549,24 @@ def mark_symbolic(tensor: torch.Tensor, dim: int, unknown: bool) -> bool:
     except TypeError:  # an older torch cannot say that two inputs have the same unknown size
         return False
     return True
+
+
+def mark_numbers_symbolic(values: Container[int]) -> bool:
+    """Ask dynamo for a symbol in place of every number of the caller that this trace took for a constant and
+    that is one of ``values``, as it does by itself once one has changed: sizes that Python objects remember,
+    such as those of a ``BlockMask``.  False: there is none."""
+    context = torch._guards.TracingContext.try_get()
+    guards = () if context is None else context.guards_context.dynamo_guards
+    names = {guard.name for guard in guards}
+    entries = [
+        entry
+        for state in get_code_state().values()
+        for name, entry in state.automatic_dynamic.items()
+        if name in names and entry.scalar in values
+    ]
+    for entry in entries:
+        entry.scalar = auto_dynamic
+    return bool(entries)
 
 
 OLDEST, NEWEST_TESTED = (2, 11), (2, 14)

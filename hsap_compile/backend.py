@@ -10,8 +10,11 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from hsap_compile._torch import (
+    CHECKPOINT,
+    CUSTOM_FUNCTION,
     ERROR_AT_LIMIT,
     FLEX_ATTENTION,
     MORE_GRAPHS,
@@ -25,13 +28,14 @@ from hsap_compile._torch import (
     guard_at_most,
     hint_of,
     last_graph,
+    mark_numbers_symbolic,
     mark_symbolic,
 )
 from hsap_compile.errors import Refused, too_few
 from hsap_compile.graph import placeholders, positional
 from hsap_compile.mesh import group_name, place_in
 from hsap_compile.options import Options, parse
-from hsap_compile.passes._varlen import cumulative_lengths
+from hsap_compile.passes._attention_calls import call_of, longest_sequences
 from hsap_compile.pipeline import compile_graph, constant_length
 from hsap_compile.plan.placement import LEAST
 from hsap_compile.runtime import Runner
@@ -148,6 +152,13 @@ def _nodes(module: GraphModule) -> Iterator[Node]:
 def _check_inputs(module: GraphModule) -> None:
     for node in placeholders(module):
         value = node.meta["example_value"]
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            raise Refused(
+                "nested tensors are not supported",
+                got=f"{node.name}, rows of unlike lengths in one tensor",
+                wanted="tokens of all documents in one row, and documents in the mask",
+                do="pass x.values()[None] and position_ids that restart, or cumulative lengths: x.offsets()",
+            )
         if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "cuda"):
             raise Refused(
                 f"{value.device.type} tensors are not supported",
@@ -187,8 +198,9 @@ def _attended(module: GraphModule) -> Iterator[tuple[Any, Sequence[Any]]]:
             yield _operand(node).shape[-2], _operand(node).shape[:-2]
         elif node.target is torch.nn.functional.multi_head_attention_forward:
             yield _operand(node).shape[0], _operand(node).shape[1:-1]
-        elif cumulative_lengths(node) is not None:
-            yield _operand(node).shape[0], ()
+        elif (call := call_of(node)) is not None:
+            shape = _operand(node).shape
+            yield shape[call.tokens], shape[: call.tokens]
         elif not isinstance(value, torch.Tensor):
             continue
         elif name == "scaled_dot_product_attention":
@@ -260,16 +272,27 @@ def _symbol(module: GraphModule, example_inputs: Sequence[Any], size: Any) -> sy
     length = int(expr)
     cut = _cuts_buffers(module, {length, *(hint_of(size) for size, _ in _attended(module))})
     given = [
-        (example, node.meta["example_value"])
+        (node, example, node.meta["example_value"])
         for node, example in zip(placeholders(module), example_inputs, strict=True)
         if isinstance(node.meta["example_value"], torch.Tensor) and not belongs_to_module(node)
     ]
-    inputs = [(example, _token_dims(value, length)) for example, value in given]
+    counted = _counted(module)
+    inputs = [
+        (example, ([*range(counted[node], value.dim())], [], []))
+        if node in counted
+        else (example, _token_dims(value, length))
+        for node, example, value in given
+    ]
+    longest = {size for node in _nodes(module) for size in longest_sequences(node)}
     for which in range(3):  # likely ones; where S stays a number, others that are as long, or nearly
         marked = [mark_symbolic(x, dim, unknown=cut) for x, dims in inputs for dim in dims[which]]
+        if which == 0:
+            marked.append(mark_numbers_symbolic(longest))
         if any(marked) and length > 1:
             raise RetraceWithSymbols("hsap: the token dimension must be symbolic")
-    as_long = any(equal_now(size, length) for _, value in given for size in value.shape[-2:])
+    if length > 1 and mark_numbers_symbolic({length}):
+        raise RetraceWithSymbols("hsap: a number that is the length must be symbolic")
+    as_long = any(equal_now(size, length) for _, _, value in given for size in value.shape[-2:])
     if as_long and length > 1:
         raise constant_length(length, [n.meta["example_value"] for n in placeholders(module)])
     return None
@@ -288,6 +311,25 @@ def _cuts_buffers(module: GraphModule, lengths: Collection[int]) -> bool:
                 if isinstance(stop, int | torch.SymInt) and expr_of(stop) in lengths:
                     return True
     return False
+
+
+def _counted(module: GraphModule) -> dict[Node, int]:
+    """Inputs whose sizes, from a dimension on, count blocks or documents: cumulative lengths, and what a
+    ``BlockMask`` from outside is made of, (B, H, blocks, ..)."""
+    found = dict[Node, int]()
+    for node in module.graph.nodes:
+        if node.target is FLEX_ATTENTION:
+            map_arg(positional(node)[4], lambda table: found.setdefault(table, 2))
+        elif call := call_of(node):
+            map_arg([call.given[name] for name in call.lengths or ()], lambda ends: found.setdefault(ends, 0))
+        elif node.target in (CHECKPOINT, CUSTOM_FUNCTION):
+            inner: Any = module.get_submodule(positional(node)[0].target)
+            counted, given_to = _counted(inner), placeholders(inner)
+            operands = positional(node)[len(positional(node)) - len(given_to) :]
+            for operand, given in zip(operands, given_to, strict=True):
+                if given in counted:
+                    found.setdefault(operand, counted[given])
+    return found
 
 
 def _token_dims(value: torch.Tensor, length: int) -> tuple[list[int], list[int], list[int]]:

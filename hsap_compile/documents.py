@@ -25,6 +25,8 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
     """
     first, behind = mask.others
     read = _Reader(leaves, batch, tokens - first - behind)
+    if not all((read.array(of_q) == read.array(of_k)).all() for of_q, of_k in mask.alike):
+        mask = mask.told_apart()
     labels = read.labels(mask.labels)
     begins = None if labels is None else starts(labels)
     residual, unread, lo, hi = mask.residual, mask.unread, None, None

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import SET_GRAD_ENABLED, described, is_operator, run_fake
+from hsap_compile._torch import SET_GRAD_ENABLED, described, is_operator, run_fake, schema_of
 
 #: What a new node takes over from the node it stands for: where it came from, not what it is.
 _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id", "custom")
@@ -86,7 +86,7 @@ def target(node: Node) -> Any:
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an operator by their schema's names, defaults filled in."""
-    schema = target(node)._schema
+    schema = schema_of(node.target)
     values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     values.update(zip((a.name for a in schema.arguments), positional(node), strict=False))
     values.update(node.kwargs)

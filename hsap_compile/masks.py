@@ -50,6 +50,8 @@ class Mask:
     logits are ``score`` wherever they hold.  ``soft``: masked logits are finite, so that a query that may
     attend to nothing attends to everything alike.  ``unread``: a condition is in the formula only, so that
     the structure does not tell which queries attend to nothing.  ``logits``: the whole formula, always right.
+    ``alike``: formulas of (b, q) and of (b, k), of tensors of their own, which ``labels`` and ``bands`` take
+    for one; a batch that tells them apart has the mask ``told_apart``.
 
     ``others``: how many columns of the batch stand in front of the attention's tokens, and behind them.  The
     structure counts the attention's tokens, from its first one; ``logits`` counts columns (see ``placed``).
@@ -63,12 +65,22 @@ class Mask:
     residual: bool = False
     soft: bool = False
     unread: bool = False
+    alike: tuple[tuple[sympy.Expr, sympy.Expr], ...] = ()
     others: tuple[int, int] = (0, 0)
 
     @property
     def structure(self) -> tuple[sympy.Basic, ...]:
         """The formulas that the planner evaluates for every batch."""
-        return (*self.labels, *(band.position for band in self.bands), self.key_valid, self.query_valid)
+        alike = itertools.chain.from_iterable(self.alike)
+        positions = (band.position for band in self.bands)
+        return (*self.labels, *positions, self.key_valid, self.query_valid, *alike)
+
+    def told_apart(self) -> Mask:
+        """The same without what only holds where ``alike`` does."""
+        of_queries = {of_q for of_q, _ in self.alike}
+        labels = tuple(label for label in self.labels if label not in of_queries)
+        bands = tuple(band for band in self.bands if band.position not in of_queries)
+        return replace(self, labels=labels, bands=bands, residual=True, unread=True, alike=())
 
     @property
     def by_columns(self) -> bool:
@@ -82,9 +94,14 @@ class Mask:
         def text(expr: sympy.Basic) -> str:
             return formula.readable(expr, names)
 
-        parts = [f"{text(label)} == {text(label.xreplace({q: k}))}" for label in self.labels]
+        twins = dict(self.alike)
+
+        def both(of_q: sympy.Expr) -> tuple[str, str]:
+            return text(of_q), text(twins.get(of_q, of_q.xreplace({q: k})))
+
+        parts = [" == ".join(both(label)) for label in self.labels]
         for band in self.bands:
-            of_q, of_k = text(band.position), text(band.position.xreplace({q: k}))
+            of_q, of_k = both(band.position)
             if band.lo == 0 and band.hi is None:
                 parts.append(f"{of_q} >= {of_k}")
             else:
@@ -249,28 +266,39 @@ def _add(mask: Mask, condition: sympy.Basic) -> Mask:
         return replace(mask, query_valid=sympy.And(mask.query_valid, condition))
     if not free & {h} and free >= {q, k}:
         if isinstance(condition, sympy.Eq):
-            label = _label(condition)
-            if label is not None:
-                return replace(mask, labels=(*mask.labels, label))
+            sides = _sides(condition)
+            if sides is not None:
+                return _with_twins(replace(mask, labels=(*mask.labels, sides[0])), [sides])
         elif isinstance(condition, sympy.core.relational.Relational):
-            bands = _bands(condition)
-            if bands is not None:
-                return replace(mask, bands=(*mask.bands, *bands))
+            found = _bands(condition)
+            if found is not None:
+                bands = (*mask.bands, *(band for band, _ in found))
+                return _with_twins(replace(mask, bands=bands), [(x.position, of_k) for x, of_k in found])
     return replace(mask, residual=True, unread=True)
 
 
-def _label(condition: sympy.Eq) -> sympy.Expr | None:
-    """f where the condition is f(q) == f(k)."""
+def _with_twins(mask: Mask, sides: Sequence[tuple[sympy.Expr, sympy.Expr]]) -> Mask:
+    alike = tuple((of_q, of_k) for of_q, of_k in sides if of_q.xreplace({q: k}) != of_k)
+    return replace(mask, alike=(*mask.alike, *alike))
+
+
+def _are_alike(of_q: sympy.Expr, of_k: sympy.Expr) -> bool:
+    """Whether a formula of q and one of k are the same, or may turn out to be: each reads tensors."""
+    if of_q.has(k) or of_k.has(q):
+        return False
+    return of_q.xreplace({q: k}) == of_k or all(formula.leaves_of(side) for side in (of_q, of_k))
+
+
+def _sides(condition: sympy.Eq) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """f(q) and g(k) where the condition is that they are equal."""
     left, right = condition.args
     if left.has(k):
         left, right = right, left
-    if left.has(k) or right.has(q) or left.xreplace({q: k}) != right:
-        return None
-    return left
+    return (left, right) if _are_alike(left, right) else None
 
 
-def _bands(condition: sympy.core.relational.Relational) -> tuple[Band, ...] | None:
-    """The band of ``f(q) - f(k) + c >= 0`` and its mirror images; of ``|q - k| <= c`` both sides."""
+def _bands(condition: sympy.core.relational.Relational) -> list[tuple[Band, sympy.Expr]] | None:
+    """The band of ``f(q) - g(k) + c >= 0`` or of a mirror image, and g(k); of ``|q - k| <= c`` both sides."""
     if isinstance(condition, sympy.Ge | sympy.Gt):
         difference = condition.lhs - condition.rhs
     elif isinstance(condition, sympy.Le | sympy.Lt):
@@ -282,24 +310,22 @@ def _bands(condition: sympy.core.relational.Relational) -> tuple[Band, ...] | No
     if absolute:
         inside = (-absolute[0]).args[0]
         rest = difference - absolute[0]
-        both = [_band(rest + sign * inside, strict) for sign in (1, -1)]
-        return (both[0], both[1]) if both[0] is not None and both[1] is not None else None
-    band = _band(difference, strict)
-    return None if band is None else (band,)
+        differences = [rest + sign * inside for sign in (1, -1)]
+    else:
+        differences = [difference]
+    bands = [band for x in differences if (band := _band(x, strict)) is not None]
+    return bands if len(bands) == len(differences) else None
 
 
-def _band(difference: sympy.Expr, strict: bool) -> Band | None:
-    """The band of ``difference >= 0`` (> 0 when strict), all integers."""
+def _band(difference: sympy.Expr, strict: bool) -> tuple[Band, sympy.Expr] | None:
+    """The band of ``difference >= 0`` (> 0 when strict), all integers, and its position as a formula of k."""
     terms = sympy.Add.make_args(sympy.expand(difference))
     of_q = sympy.Add(*[t for t in terms if t.has(q)])
     of_k = sympy.Add(*[t for t in terms if t.has(k)])
     constant = sympy.Add(*[t for t in terms if not t.has(q) and not t.has(k)])
-    if of_q.has(k) or not constant.is_Integer:
+    if not constant.is_Integer or not _are_alike(of_q, -of_k):
         return None
     margin = int(constant) - strict
-    if of_k == -of_q.xreplace({q: k}):
-        leading = of_q
-        negative = leading.could_extract_minus_sign()
-    else:
-        return None
-    return Band(-leading, None, margin) if negative else Band(leading, -margin, None)
+    if of_q.could_extract_minus_sign():
+        return Band(-of_q, None, margin), of_k
+    return Band(of_q, -margin, None), -of_k

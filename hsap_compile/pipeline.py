@@ -394,6 +394,7 @@ def constant_length(length: int, inputs: Sequence[Any]) -> Refused:
         got=f"a graph for exactly {length} tokens",
         wanted="a symbolic length: documents and lengths change without compiling again",
         do="drop dynamic=False; pass torch.compile(.., dynamic=True) where the graph breaks in front of it; "
+        "pass what remembers the length (a BlockMask, a number) as an argument, not as a module's attribute; "
         "drop code that needs the length as a Python number (in place of a loop over positions: "
         f"x.chunk(8, 1)); make buffers that are exactly {length} long longer than the rows",
         at=innermost(fixed_at(inputs)),

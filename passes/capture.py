@@ -9,13 +9,15 @@ after:  ATen overloads; attention, cross entropy and linear are still one operat
 2. drop dropout that does nothing, and make types explicit: operands that autocast would have cast are cast,
    and who takes another tensor's type no longer reads that tensor;
 3. replace every in-place operator by its functional form (``_in_place``);
-4. write attention over cumulative lengths with a mask (``_varlen``).
+4. write attention that a library's operator computes with a mask (``_attention_calls``), also where a custom function
+   is wrapped around it (``_attention_functions``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import sympy
@@ -35,10 +37,11 @@ from hsap_compile._torch import (
 )
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
+from hsap_compile.passes._attention_functions import write_attention_functions
 from hsap_compile.passes._distributed import take_apart
 from hsap_compile.passes._in_place import functionalize, returned_writes, storage_of
 from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside, writes_in_place
-from hsap_compile.passes._varlen import write_varlen_as_masked
+from hsap_compile.passes._attention_calls import write_as_masked
 
 aten = torch.ops.aten
 
@@ -75,7 +78,8 @@ def capture(module: GraphModule) -> GraphModule:
     functionalize(graph, mode)
     _drop_idle_dropout(graph)
     _read_in_order(graph, mode)
-    write_varlen_as_masked(graph, mode)
+    write_attention_functions(graph, mode, partial(capture_body, grad=False))
+    write_as_masked(graph, mode)
     return graph
 
 

@@ -99,6 +99,7 @@ def _renumbered(mask: Any, numbers: dict[int, int]) -> Any:
         bands=tuple(replace(band, position=new(band.position)) for band in mask.bands),
         key_valid=new(mask.key_valid),
         query_valid=new(mask.query_valid),
+        alike=tuple((new(of_q), new(of_k)) for of_q, of_k in mask.alike),
     )
 
 

@@ -272,6 +272,9 @@ def _batch(site: Node) -> int:
 
 
 def _planned(mask: Mask, leaves: tuple[Node, ...], batch: int) -> PlannedMask:
+    compared = {i for sides in mask.alike for side in sides for i in formula.leaves_of(side)}
+    if not _from_inputs([leaves[i] for i in compared]):
+        mask = mask.told_apart()
     structural = {i for expr in mask.structure for i in formula.leaves_of(expr)}
     read = tuple(leaf if i in structural else None for i, leaf in enumerate(leaves))
     return PlannedMask(mask, read, _from_inputs([leaf for leaf in read if leaf is not None]), batch)

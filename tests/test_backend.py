@@ -110,6 +110,13 @@ def test_other_devices_are_refused() -> None:
         torch.compile(lambda x: x * 2, backend="hsap")(torch.ones(4, device="meta"))
 
 
+def test_nested_tensors_are_refused() -> None:
+    rows = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)
+    with pytest.raises(Exception, match=r"nested tensors are not supported") as caught:
+        torch.compile(lambda x: x * 2, backend="hsap")(rows)
+    assert "pass x.values()[None] and position_ids that restart" in str(caught.value)
+
+
 class Shortened(Tiny):
     """Attends over all tokens, then over all but the last."""
 

@@ -67,6 +67,23 @@ def tensors(draw: st.DrawFn) -> tuple[list[torch.Tensor], int, int]:
     )
 
 
+@settings(max_examples=100, deadline=None)
+@given(tensors(), st.sampled_from(["both", "labels", "positions", "neither"]), st.booleans())
+def test_two_tensors_that_say_the_same(
+    drawn: tuple[list[torch.Tensor], int, int], same: str, soft: bool
+) -> None:
+    """Labels and positions of queries, and those of keys: of other numbers where they are not the same."""
+    (first, other), batch, tokens = drawn
+    positions = torch.arange(tokens).repeat(batch, 1)
+    keys = first if same in ("both", "labels") else first + other
+    places = positions if same in ("both", "positions") else positions + other
+    condition = sympy.And(sympy.Eq(leaf(0, b, q), leaf(1, b, k)), leaf(2, b, q) >= leaf(3, b, k))
+    logits = logits_of(condition, "min" if soft else "where", score)
+    got = check(logits, [first, keys.clone(), positions, places.clone()], batch, tokens)
+    apart = not (torch.equal(first, keys) and torch.equal(positions, places))
+    assert got.residual == apart and (got.labels is None) == apart
+
+
 @settings(max_examples=200, deadline=None)
 @given(tensors(), conditions(), styles())
 def test_the_planner_knows_every_attended_pair(

@@ -158,9 +158,30 @@ def test_a_mask_says_what_it_is() -> None:
     assert normalise(score)[0].by_columns and not mask.by_columns
 
 
+def test_what_two_tensors_say_is_taken_for_one_until_a_batch_tells_them_apart() -> None:
+    labels, positions = ((leaf(n, b, q), leaf(n + 1, b, k)) for n in (0, 2))
+    condition = sympy.And(sympy.Eq(*labels), positions[0] >= positions[1], DOCUMENT, q - k <= 5)
+    mask, _ = normalise(logits_of(condition, "where", score))
+    assert set(mask.alike) == {labels, positions} and not mask.residual and not mask.unread
+    assert labels[1] in mask.structure and positions[1] in mask.structure
+    assert "leaf0[b, q] == leaf1[b, k]" in str(mask) and "leaf2[b, q] >= leaf3[b, k]" in str(mask)
+    apart = mask.told_apart()
+    assert (apart.labels, apart.bands) == ((), (Band(q, None, 5),)) and apart.residual and apart.unread
+
+
+@pytest.mark.parametrize("side", [k, leaf(1, q, k), sympy.Integer(3)], ids=str)
+def test_one_tensor_and_something_else_are_never_alike(side: sympy.Expr) -> None:
+    mask, _ = normalise(logits_of(sympy.Eq(leaf(0, b, q), side), "where", score))
+    assert mask.alike == () and mask.labels == ()
+
+
 def test_the_check_sees_a_wrong_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     original = masks._band
-    broken = lambda *args: (band := original(*args)) and Band(band.position, band.hi, band.lo)  # noqa: E731
+
+    def broken(*args: Any) -> Any:
+        band, of_k = original(*args)  # type: ignore[misc]
+        return Band(band.position, band.hi, band.lo), of_k
+
     monkeypatch.setattr(masks, "_band", broken)
     with pytest.raises(AssertionError):
         check(logits_of(q >= k, "where", score))

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
+from flash_interface import Sequences
 from models import TOLERANCE, batch, build, difference
 from pool import Pool
 
@@ -60,6 +63,73 @@ def test_many_documents_after_one() -> None:
     """The tables grow from one slice to many, and shrink again."""
     found = graphs("nano", [[30], [1] * 30, [15, 15], [29, 1]])
     assert found == found[:1] * 4
+
+
+class Told(nn.Module):
+    """Documents come as what their caller made of them: a block mask, or ends and the longest."""
+
+    def __init__(self, again: bool = False) -> None:
+        super().__init__()
+        self.words, self.again = nn.Embedding(11, 16), again
+
+    def attend(self, x: Tensor, told: dict[str, Any]) -> Tensor:
+        if "blocks" in told:
+            q = x[None].transpose(1, 2)
+            return flex.flex_attention(q, q * 2, q, block_mask=told["blocks"])[0].transpose(0, 1)
+        ends, longest = told["ends"], told["longest"]
+        rest = (True, (-1, -1), 0.0, 0.0, "")
+        return Sequences.apply(x, x * 2, x * 1, ends, ends + 0, longest, *rest)  # type: ignore[no-any-return]
+
+    def forward(self, ids: Tensor, told: dict[str, Any]) -> Tensor:
+        x = self.words(ids[0]).unflatten(-1, (2, 8))
+        if self.again:
+            return checkpoint(self.attend, x, told, use_reentrant=False).square().mean()
+        return self.attend(x, told).square().mean()
+
+
+def told(pack: list[int], how: str) -> dict[str, Any]:
+    ends = torch.tensor([0, *pack]).cumsum(0).int()
+    if how == "ends":
+        return {"ends": ends, "longest": max(pack)}
+    document = torch.arange(len(pack)).repeat_interleave(torch.tensor(pack))
+
+    def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (document[i] == document[j]) & (i >= j)
+
+    total = sum(pack)
+    return {"blocks": flex.create_block_mask(same, None, None, total, total, device="cpu", BLOCK_SIZE=16)}
+
+
+def of_told(how: str, again: bool) -> list[tuple[float, int]]:
+    """The error of every pack, and how many graphs were compiled up to it."""
+    torch.manual_seed(0)
+    model, found = Told(again).double(), []
+    compiled = torch.compile(model, backend="hsap", options={"lower": "eager", "strict": True})
+    check, flex._validate_device = (
+        flex._validate_device,
+        lambda *_: None,
+    )  # torch's own kernel has no gradient
+    try:
+        for pack in ([20, 17, 3], [1, 38, 1], [40], [5] * 8, [30, 60], [9, 9, 30, 99, 3], [16, 2]):
+            ids = torch.randint(11, (1, sum(pack)))
+            results = []
+            for function, as_told in ((model, "ends"), (compiled, how)):
+                model.zero_grad()
+                function(ids, told(pack, as_told)).backward()
+                results.append(model.words.weight.grad)
+            got, wanted = results
+            found.append((float((got - wanted).abs().max()), counters["stats"]["unique_graphs"]))
+    finally:
+        flex._validate_device = check
+    return found
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("how", ["blocks", "ends"])
+def test_what_the_caller_makes_of_documents(pool: Pool, how: str, again: bool) -> None:
+    for found in pool.run(of_told, how, again, world=2):
+        assert max(error for error, _ in found) < TOLERANCE["nano"]
+        assert [graphs for _, graphs in found] == [found[0][1]] * len(found)
 
 
 ROWS = [[[20, 7], [3, 24]], [[20, 7], [3, 24], [9, 18]], [[27]], [[12, 7], [3, 16], [1, 18]], [[19, 4], [23]]]

@@ -1,0 +1,175 @@
+"""Attention that a library's operator computes, written with a mask.
+
+before: y = varlen_attn(q, k, v, ends, ends, .., causal, window)       q (T, H, D)
+after:  label = searchsorted(ends, arange(T), right)                   (T,)
+        y = sdpa(q, k, v, label[:, None] == label & band)              (1, H, T, D)
+
+The mask is lifted like any other and never computed.  An operator belongs to the family when its schema has
+query, key and value and either the cumulative lengths of both or a window; where there are more keys than
+queries (cross-attention), or the log-sum-exp is read, it stays as it is.
+
+Ends of queries and of keys that are tensors of their own may differ.  Tokens then count from the end of their
+sequence, as the family's causal order does, and a batch in which they agree is planned as documents are.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import GraphModule, Node
+
+from hsap_compile._torch import expr_of, schema_of
+from hsap_compile.graph import Builder, arguments, positional, remove_dead
+
+aten = torch.ops.aten
+
+#: The names of cumulative lengths: torch.nn.attention.varlen, and flash_attn.
+_LENGTHS = (("cu_seq_q", "cu_seq_k"), ("cu_seqlens_q", "cu_seqlens_k"))
+#: What an operator of the family without these has, beside q, k and v.
+_WINDOW = frozenset({"softmax_scale", "window_size_left", "window_size_right"})
+#: Those of the longest sequences, which the mask says as well.
+LONGEST = ("max_q", "max_k", "max_seqlen_q", "max_seqlen_k")
+#: Arguments that change what is computed: what they must be for the call to be rewritten.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "dropout_p": (0, 0.0), "p_dropout": (0, 0.0), "softcap": (0, 0.0), "alibi_slopes": (None,),
+    "block_table": (None,), "page_table": (None,), "seqused_q": (None,), "seqused_k": (None,),
+    "leftpad_k": (None,), "q_descale": (None,), "k_descale": (None,), "v_descale": (None,), "qv": (None,),
+    "q_v": (None,), "k_new": (None,), "v_new": (None,), "rotary_cos": (None,), "attention_chunk": (0,),
+}  # fmt: skip
+
+
+class Call(NamedTuple):
+    """A call of the family: its arguments by their names, and the names of its cumulative lengths, if any."""
+
+    given: dict[str, Any]
+    lengths: tuple[str, str] | None
+
+    @property
+    def operands(self) -> tuple[Node, Node, Node]:
+        q, k, v = list(self.given.values())[:3]
+        return q, k, v
+
+    @property
+    def tokens(self) -> int:
+        """The dimension of tokens."""
+        return 1 if self.lengths is None else 0
+
+
+def write_as_masked(module: GraphModule, mode: Any) -> None:
+    """Rewrite every such call of ``module`` in place."""
+    for node in list(module.graph.nodes):
+        call = call_of(node)
+        if call is None or not can_be_masked(call):
+            continue
+        read = [user for user in node.users if user.users]
+        single = isinstance(node.meta["val"], torch.Tensor)
+        if not single and any(u.target is not operator.getitem or positional(u)[1] != 0 for u in read):
+            continue
+        with module.graph.inserting_before(node):
+            result = masked(Builder(module.graph, mode, node), call)
+        for part in [node] if single else read:
+            part.replace_all_uses_with(result)
+    remove_dead(module)
+
+
+def call_of(node: Node) -> Call | None:
+    """``node`` as a call of the family, if it is one; of dynamo's graphs, too."""
+    schema = None if node.op != "call_function" else schema_of(node.target)
+    if schema is None:
+        return None
+    names = {a.name for a in schema.arguments}
+    given = {a.name: None for a in schema.arguments} | arguments(node)
+    lengths = next((pair for pair in _LENGTHS if names.issuperset(pair)), None)
+    if lengths is not None and (lengths == _LENGTHS[0] or given[lengths[0]] is not None):
+        return Call(given, lengths)
+    is_one = names >= _WINDOW | {"q", "k", "v"} and "dout" not in names
+    return Call(given, None) if is_one else None
+
+
+def longest_sequences(node: Node) -> list[int]:
+    """The numbers that a call was told of its longest sequences."""
+    call = call_of(node)
+    if call is None:
+        return []
+    return [size for name, size in call.given.items() if name in LONGEST and isinstance(size, int)]
+
+
+def can_be_masked(call: Call) -> bool:
+    """Whether the mask says all that the call does."""
+    if any(call.given.get(name, values[0]) not in values for name, values in _NEUTRAL.items()):
+        return False
+    q, k, _ = (expr_of(x.meta["val"].shape[call.tokens]) for x in call.operands)
+    return bool(q == k)
+
+
+def masked(build: Builder, call: Call) -> Node:
+    """What the call returns, written with a mask."""
+    q, k, v = call.operands
+    place = build(aten.arange.default, _tokens(build, q, call.tokens), device=q.meta["val"].device)
+    row, column = build(aten.unsqueeze.default, place, 1), build(aten.unsqueeze.default, place, 0)
+    parts = []
+    if call.lengths is not None:
+        of_q, of_k = (call.given[name] for name in call.lengths)
+        of_k = of_q if of_k is None else of_k
+        labels = [_label(build, place, ends) for ends in (of_q, of_k)]
+        if of_q is not of_k:
+            row, column = (
+                build(aten.unsqueeze.default, _from_end(build, place, ends, label), dim)
+                for ends, label, dim in zip((of_q, of_k), labels, (1, 0), strict=True)
+            )
+        sides = [build(aten.unsqueeze.default, label, dim) for label, dim in zip(labels, (1, 0), strict=True)]
+        parts.append(build(aten.eq.Tensor, *sides))
+    left, right = _window(call.given)
+    if right is not None:
+        parts.append(build(aten.le.Scalar, build(aten.sub.Tensor, column, row), right))
+    if left is not None:
+        parts.append(build(aten.le.Scalar, build(aten.sub.Tensor, row, column), left))
+    mask = parts[0] if parts else None
+    for part in parts[1:]:
+        mask = build(aten.logical_and.default, mask, part)
+    single = call.lengths is not None
+    rows = [build(aten.unsqueeze.default, x, 0) if single else x for x in (q, k, v)]
+    operands = [build(aten.transpose.int, x, 1, 2) for x in rows]
+    scale = call.given.get("scale", call.given.get("softmax_scale"))
+    out = build(
+        aten.scaled_dot_product_attention.default, *operands, mask, 0.0, False, scale=scale, enable_gqa=True
+    )
+    out = build(aten.transpose.int, out, 1, 2)
+    return build(aten.squeeze.dim, out, 0) if single else out
+
+
+def _tokens(build: Builder, q: Node, dim: int) -> Any:
+    """How many tokens there are, read from an input if one has as many: the host makes labels of inputs."""
+    size = expr_of(q.meta["val"].shape[dim])
+    for node in build.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        for at, other in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if expr_of(other) == size:
+                return build.size(node, at)
+    return build.size(q, dim)
+
+
+def _label(build: Builder, place: Node, ends: Node) -> Node:
+    """The number of every token's sequence, from one."""
+    places = build(aten.to.dtype, place, ends.meta["val"].dtype)
+    return build(aten.searchsorted.Tensor, ends, places, right=True)
+
+
+def _from_end(build: Builder, place: Node, ends: Node, label: Node) -> Node:
+    """Where a token stands, counted from the end of its sequence; tokens behind all of them are one."""
+    last = build(aten.clamp.default, label, None, build(operator.sub, build.size(ends, 0), 1))
+    return build(aten.sub.Tensor, place, build(aten.index.Tensor, ends, [last]))
+
+
+def _window(given: dict[str, Any]) -> tuple[int | None, int | None]:
+    """The most that a key may lie behind its query, and before it; None: any distance."""
+    window = given.get("window_size") or (
+        given.get("window_size_left", -1),
+        given.get("window_size_right", -1),
+    )
+    left, right = (None if w is None or w < 0 else int(w) for w in window)
+    if given.get("is_causal") or given.get("causal"):
+        right = 0
+    return left, right
