@@ -9,8 +9,8 @@ after:  ATen overloads; attention, cross entropy and linear are still one operat
 2. drop dropout that does nothing, and make types explicit: operands that autocast would have cast are cast,
    and who takes another tensor's type no longer reads that tensor;
 3. replace every in-place operator by its functional form (``_in_place``);
-4. write attention that a library's operator computes with a mask (``_attention_calls``), also where a custom function
-   is wrapped around it (``_attention_functions``).
+4. write attention that a library's operator computes with a mask (``_attention_calls``), also where a custom
+   function is wrapped around it (``_attention_functions``).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from hsap_compile._torch import (
 )
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
+from hsap_compile.passes._attention_calls import write_as_masked
 from hsap_compile.passes._attention_functions import write_attention_functions
 from hsap_compile.passes._distributed import take_apart
 from hsap_compile.passes._in_place import functionalize, returned_writes, storage_of
 from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside, writes_in_place
-from hsap_compile.passes._attention_calls import write_as_masked
 
 aten = torch.ops.aten
 
