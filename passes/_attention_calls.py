@@ -113,8 +113,9 @@ def masked(build: Builder, call: Call) -> Node:
     if call.lengths is not None:
         of_q, of_k = (call.given[name] for name in call.lengths)
         of_k = of_q if of_k is None else of_k
-        labels = [_label(build, place, ends) for ends in (of_q, of_k)]
-        if of_q is not of_k:
+        labels = [_label(build, place, of_q)]
+        labels.append(labels[0] if of_k is of_q else _label(build, place, of_k))
+        if of_k is not of_q:
             row, column = (
                 build(aten.unsqueeze.default, _from_end(build, place, ends, label), dim)
                 for ends, label, dim in zip((of_q, of_k), labels, (1, 0), strict=True)

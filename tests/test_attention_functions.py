@@ -81,9 +81,8 @@ def _given(old: dict[str, Any], new: dict[str, Any], argument: Any) -> Any:
     return next((new[name] for name, value in old.items() if value is argument), argument)
 
 
-def test_one_tensor_of_ends_says_that_they_are_alike() -> None:
-    batch = sequences(LENGTHS)
-    (attention,) = simulate(traced(Packed(), batch), 2, 1).program.masks
+def test_two_tensors_of_ends_are_compared() -> None:
+    (attention,) = simulate(traced(Packed(), sequences(LENGTHS)), 2, 1).program.masks
     assert len(attention.mask.alike) == 2 and not attention.mask.residual
 
 

@@ -278,6 +278,8 @@ def test_varlen_attention(window: tuple[int, int], unrun: None) -> None:
     wanted = eager(reference)
     got = simulate(of, 2, 2)
     assert got.program.fallbacks == () and len(got.program.traffic) == 1
+    assert got.program.masks[0].mask.alike == ()  # one tensor has the ends of both
+    assert simulate(of, 1, 1).program.masks[0].plannable
     by_shape = {g.shape: i for i, g in wanted.gradients.items()}
     for step in got.ranks:
         gradients = {by_shape[g.shape]: g for g in step.gradients.values()}
