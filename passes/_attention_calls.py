@@ -31,13 +31,15 @@ _LENGTHS = (("cu_seq_q", "cu_seq_k"), ("cu_seqlens_q", "cu_seqlens_k"))
 _WINDOW = frozenset({"softmax_scale", "window_size_left", "window_size_right"})
 #: Those of the longest sequences, which the mask says as well.
 LONGEST = ("max_q", "max_k", "max_seqlen_q", "max_seqlen_k")
-#: Arguments that change what is computed: what they must be for the call to be rewritten.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "dropout_p": (0, 0.0), "p_dropout": (0, 0.0), "softcap": (0, 0.0), "alibi_slopes": (None,),
-    "block_table": (None,), "page_table": (None,), "seqused_q": (None,), "seqused_k": (None,),
-    "leftpad_k": (None,), "q_descale": (None,), "k_descale": (None,), "v_descale": (None,), "qv": (None,),
-    "q_v": (None,), "k_new": (None,), "v_new": (None,), "rotary_cos": (None,), "attention_chunk": (0,),
-}  # fmt: skip
+#: Arguments that a mask says, beside q, k and v and the lengths, and those that change no result.
+_SAID = frozenset({
+    *LONGEST, "scale", "softmax_scale", "causal", "is_causal", "window_size", "window_size_left",
+    "window_size_right",
+})  # fmt: skip
+_IDLE = frozenset({
+    "enable_gqa", "deterministic", "num_splits", "pack_gqa", "sm_margin", "scheduler_metadata",
+    "zero_tensors", "return_softmax", "rotary_interleaved", "is_rotary_interleaved",
+})  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -97,8 +99,9 @@ def longest_sequences(node: Node) -> list[int]:
 
 
 def can_be_masked(call: Call) -> bool:
-    """Whether the mask says all that the call does."""
-    if any(call.given.get(name, values[0]) not in values for name, values in _NEUTRAL.items()):
+    """Whether the mask says all that the call does: whatever else it may be told is switched off."""
+    named = {*list(call.given)[:3], *(call.lengths or ()), *_SAID, *_IDLE}
+    if any(value for name, value in call.given.items() if name not in named):
         return False
     q, k, _ = (expr_of(x.meta["val"].shape[call.tokens]) for x in call.operands)
     return bool(q == k)

@@ -35,6 +35,8 @@ _LAYOUT = (
 _NEITHER = (aten.empty_like.default, aten.sym_size.int, operator.getitem, SET_GRAD_ENABLED)
 #: Operands and results of a backward, by the names of the forward's operands.
 _GRADIENTS = {"q": "dq", "k": "dk", "v": "dv"}
+#: What a backward may be told differently: dropout is switched off.
+_OF_NO_CONSEQUENCE = frozenset({*LONGEST, "deterministic", "sm_margin", "zero_tensors", "rng_state"})
 
 Lower = Callable[[GraphModule, Sequence[Any]], GraphModule]
 
@@ -112,9 +114,10 @@ def _is_derivative(
     if _source(given["dout"]) is not placeholders(module)[0]:
         return False
     wanted = {**forward.given, "out": _part(attend, 0), "softmax_lse": _part(attend, 1)}
-    for name in given.keys() & wanted.keys() - set(LONGEST):
+    wanted["is_causal"] = wanted["causal"] = wanted.get("causal", wanted.get("is_causal"))
+    for name in given.keys() - _OF_NO_CONSEQUENCE - {"dout", *_GRADIENTS.values()}:
         value = kept.get(_source(given[name]), given[name]) if isinstance(given[name], Node) else given[name]
-        if value is not wanted[name] and (isinstance(value, Node) or value != wanted[name]):
+        if value is not wanted.get(name) and (isinstance(value, Node) or value != wanted.get(name)):
             return False
     schema = schema_of(positional(node)[0])
     writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
