@@ -409,9 +409,11 @@ def is_pointwise(target: Any) -> bool:
 
 
 def operator_name(target: Any) -> str:
-    """``"aten::add"`` for ``torch.ops.aten.add.Tensor``; the plain name for a Python function."""
-    if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket._qualified_op_name
+    """``"aten::add"`` for ``torch.ops.aten.add.Tensor``, and without the overload; the plain name of a Python
+    function."""
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    if isinstance(packet, torch._ops.OpOverloadPacket):
+        return packet._qualified_op_name
     return getattr(target, "__name__", str(target))
 
 
@@ -519,6 +521,14 @@ def break_of(module: torch.fx.GraphModule) -> str:
     said = next((line.strip() for line in reason.reason.splitlines() if line.strip()), "unknown")
     frame = reason.user_stack[-1] if reason.user_stack else None
     return said if frame is None else f"{said}, at {frame.filename}:{frame.lineno}, `{frame.line}`"
+
+
+def fixed(value: Any) -> float | None:
+    """The number that a SymFloat has, a constant of the graph from now on (others compile again), or that
+    ``value`` is; None: it depends on data."""
+    if isinstance(value, torch.SymFloat) and not value.node.has_hint():
+        return None
+    return float(value)
 
 
 def equal_now(size: Any, other: Any) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from hsap_compile._torch import mode_patches
+from hsap_compile._torch import mode_patches, operator_name
 from hsap_compile.errors import Refused
 
 _CHOICES = {
@@ -22,7 +22,7 @@ _CHOICES = {
 
 
 #: Options that are never None, which means their default.
-_SET = frozenset((*_CHOICES, "grad_sync", "strict", "kernel_options", "received", "inductor"))
+_SET = frozenset((*_CHOICES, "grad_sync", "strict", "kernel_options", "received", "inductor", "token_wise"))
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class Options:
     grad_sync: sum parameter gradients over the mesh; False leaves each rank's share, of which eager's is the
         sum, if the whole model is one graph.  DDP and FSDP take the mean: have them add up (see the README).
     strict: refuse an operator that would run on gathered tokens.
+    token_wise: operators of other libraries ("library::operator", or torch.ops.library.operator): row i of
+        their results depends on row i of operands with tokens, and on operands without.  They run on each
+        rank's rows; nothing checks that they are what they are said to be.
     lower: "inductor", or "aot_eager" / "eager" to run the rewritten graph as it is.
     attention: the kernel of partial attention.  On CPU "slices", ATen's flash kernel.  On CUDA "flex", flex
         attention, for which Inductor generates Triton, or "varlen", ATen's flash attention over sequences of
@@ -69,6 +72,7 @@ class Options:
     outputs: str = "gather"
     grad_sync: bool = True
     strict: bool = False
+    token_wise: Collection[Any] = frozenset()
     lower: str = "inductor"
     attention: str = "auto"
     check: str = "batch"
@@ -116,6 +120,8 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
             wanted="one of the two: the mesh's `intra` dimension is the group size",
             do='drop "intra"',
         )
+    _check_type(given, "token_wise", (list, tuple, set, frozenset))
+    given["token_wise"] = frozenset(_operator(x) for x in given.get("token_wise", ()))
     given["inductor"] = {**_mode(mode), **given.get("inductor", {})}
     return Options(**given)
 
@@ -126,9 +132,22 @@ def _check_type(given: Mapping[str, Any], key: str, kind: Any) -> None:
         raise Refused(
             f'option "{key}" has the wrong type',
             got=f"{value!r}, a {type(value).__name__}",
-            wanted=f"a {kind.__name__}",
+            wanted=f"a {kind[0].__name__ if isinstance(kind, tuple) else kind.__name__}",
             do="pass one",
         )
+
+
+def _operator(named: Any) -> str:
+    """ "library::operator" """
+    name = named if isinstance(named, str) else operator_name(named)
+    if name.count("::") != 1 or name.startswith("aten::"):
+        raise Refused(
+            'option "token_wise" names no operator of another library',
+            got=repr(named),
+            wanted='"library::operator", or torch.ops.library.operator; torch\'s own operators have rules',
+            do="name operators as the log does when it says that they run on gathered tokens",
+        )
+    return name
 
 
 def _check_received(value: Any) -> None:

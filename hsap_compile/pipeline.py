@@ -164,6 +164,7 @@ def rewrite(
             outputs="gather" if stopped else options.outputs,  # what follows a break is whole
             whole_outputs=len(writes),
             strict=options.strict,
+            token_wise=options.token_wise,
         )
         rows = expr_of(columns.shape[0])
         graph, fallbacks, local_outputs = sharded.module, sharded.fallbacks, sharded.local_outputs

@@ -74,6 +74,14 @@ def custom_function(sharder: Sharder, node: Node) -> Any:
     return Local(sharder.emit(node.target, *names, *local, **node.kwargs), start)
 
 
+def _because_of(fallbacks: Sequence[Any], reason: str) -> str:
+    """``reason``, and the operator that had to be gathered."""
+    for first in fallbacks[:1]:
+        why = "" if first.reason == reason else f", {first.reason}"
+        return f"{reason}: {first.operator}{why}"
+    return reason
+
+
 def _operand(sharder: Sharder, node: Node, start: int) -> Any:
     """Rows that are no tokens of the value get no gradient, whatever the backward gives them."""
     value, axis = sharder.operand(node, start), node.meta.get("tokens")
@@ -100,7 +108,9 @@ class _Body:
         infer_tokens(self.module, outer.length, dict(zip(inputs, axes, strict=True)))
         tables = NoTables("a custom function that mixes tokens")
         frame = Frame(outer.length, tables, outer.frame.rows, chunk=outer.frame.chunk)
-        self.inner = inner = Sharder(self.module, outer.mode, frame, outer.group, strict=False)
+        self.inner = inner = Sharder(
+            self.module, outer.mode, frame, outer.group, strict=False, token_wise=outer.token_wise
+        )
         for placeholder, axis in zip(inputs, axes, strict=True):
             new = inner.graph.placeholder(placeholder.name)
             new.meta["val"] = placeholder.meta["val"]
@@ -115,7 +125,10 @@ class _Body:
         self._count_rows()
         for node in self.module.graph.nodes:
             if node.op in ("call_function", "get_attr") and node.target is not SET_GRAD_ENABLED:
-                inner.visit(node)
+                try:
+                    inner.visit(node)
+                except NotLocal as reason:
+                    raise NotLocal(_because_of(inner.fallbacks, str(reason))) from reason
 
     def _local_value(self, value: Any, axis: TokenAxis, outer: Sharder) -> Any:
         shape = list(value.shape)

@@ -7,6 +7,7 @@ and by the names of the arguments in the operator's schema; what neither shows s
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,8 +86,12 @@ _BROADCAST = _names("cosine_similarity")  # of these, whose operands may have ot
 _NORMS = _names("layer_norm rms_norm native_layer_norm _fused_rms_norm")
 
 
-def rule_for(node: Node) -> Any:
-    """The rule of the node's family, or None."""
+#: Operators of well-known libraries that treat every token alone (a matrix product with 4-bit weights).
+_TOKEN_WISE = frozenset({"bitsandbytes::gemm_4bit"})
+
+
+def rule_for(node: Node, token_wise: Collection[str]) -> Any:
+    """The rule of the node's family, or None; ``token_wise``: operators that the user says are."""
     if node.target is operator.getitem:
         return _getitem
     if node.target is dense.OP:
@@ -104,7 +109,30 @@ def rule_for(node: Node) -> Any:
         return loss
     if name in _ELEMENTWISE or is_pointwise(node.target):
         return _elementwise
+    if name in _TOKEN_WISE or name in token_wise:
+        return _said_to_be_token_wise
     return _by_dim if name in _BY_DIM else None
+
+
+def no_rule(node: Node) -> str:
+    """Why an operator is gathered that no family knows."""
+    known = not is_operator(node.target) or operator_name(node.target).startswith("aten::")
+    do = "" if known else '; if it treats every token alone, name it in options={"token_wise": [..]}'
+    return f"no rule for this operator{do}"
+
+
+def _said_to_be_token_wise(sharder: Sharder, node: Node) -> Any:
+    """Row i of every result is row i's of the operands, as far as sizes can tell."""
+    out = output_axis(node)
+    results = [node] if isinstance(node.meta["val"], torch.Tensor) else list(node.users)
+    operands = [x for x in node.all_input_nodes if x.meta.get("tokens") is not None]
+    for x in (*results, *operands):
+        axis = sharder.axis(x)
+        if (axis.dim, axis.layout) != (out.dim, out.layout):
+            raise NotLocal("token dimensions of the operands and results differ")
+    if any(isinstance(x.meta["val"], torch.SymInt) for x in node.all_input_nodes):
+        raise NotLocal("an operator that is told the length")
+    return as_is(sharder, node)
 
 
 def _getitem(sharder: Sharder, node: Node) -> Any:

@@ -23,6 +23,7 @@ from hsap_compile._torch import (
     FLEX_ATTENTION,
     SET_GRAD_ENABLED,
     expr_of,
+    fixed,
     free_symbols,
     hint_of,
     operator_name,
@@ -132,7 +133,7 @@ def _operator(node: Node, opaque: set[Node]) -> Attention | None:
     _refuse_dropout(node, given["dropout_p"])
     query, key, value = given["query"], given["key"], given["value"]
     scale, causal = given["scale"], given["is_causal"]
-    if isinstance(scale, Node) or isinstance(causal, Node) or not _fit(query, key, value):
+    if isinstance(causal, Node) or not _fit(query, key, value):
         return None
     if scale is None:
         scale = 1.0 / math.sqrt(hint_of(query.meta["val"].shape[-1]))
@@ -146,11 +147,12 @@ def _plain(
     output: Node, query: Node, key: Node, value: Node, scale: Any, opaque: set[Node]
 ) -> Attention | None:
     operands = operands_of_operator(output, query, key, value, opaque)
-    if operands is None:
+    scale = fixed(scale.meta["val"] if isinstance(scale, Node) else scale)
+    if operands is None or scale is None:
         return None
     q, k, v, result, layout = operands
     k, v = _peeled(k, v, opaque)
-    return Attention(output=output, query=q, key=k, value=v, scale=float(scale), result=result, layout=layout)
+    return Attention(output=output, query=q, key=k, value=v, scale=scale, result=result, layout=layout)
 
 
 def _flex(node: Node, opaque: set[Node]) -> Attention | None:

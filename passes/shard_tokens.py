@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from hsap_compile.kernels import dense, exchange
 from hsap_compile.kernels.copies import LAID_OUT
 from hsap_compile.passes._chunks import frame_read, operands_of
 from hsap_compile.passes._custom_functions import overwriting
-from hsap_compile.passes._families import rule_for
+from hsap_compile.passes._families import no_rule, rule_for
 from hsap_compile.passes._forms import Counts, Frame, Local, NotLocal
 from hsap_compile.passes._inputs import write_inputs
 from hsap_compile.passes._operands import args_of, cuts_gradient
@@ -95,6 +95,7 @@ class Sharder:
     batch: Frame
     group: str
     strict: bool
+    token_wise: Collection[str] = ()
     graph: Graph = field(default_factory=Graph)
     wholes: dict[Node, Any] = field(default_factory=dict)
     home: dict[Node, Local] = field(default_factory=dict)
@@ -366,10 +367,10 @@ class Sharder:
             return self._by_rule_of_frame(node)
 
     def _by_rule_of_frame(self, node: Node) -> Any:
-        rule = rule_for(node)
+        rule = rule_for(node, self.token_wise)
         sorted_rows = any(n in self.home and self.home[n].routed for n in node.all_input_nodes)
         if rule is None and not sorted_rows:
-            raise NotLocal("no rule for this operator")
+            raise NotLocal(no_rule(node))
         try:
             result = routed(self, node, rule) if sorted_rows else rule(self, node)
         except Refused:
@@ -445,11 +446,13 @@ def shard_tokens(
     outputs: str,
     whole_outputs: int,
     strict: bool,
+    token_wise: Collection[str] = (),
 ) -> Sharded:
     """``columns`` (n,) and ``order`` (2, K) are the fake tables that the new graph gets as inputs.  The last
-    ``whole_outputs`` outputs are whole whatever ``outputs`` says."""
+    ``whole_outputs`` outputs are whole whatever ``outputs`` says.  ``token_wise``: operators of other
+    libraries that the user says are."""
     batch = Frame(length, {"ranks": ranks}, columns.shape[0], usual_start(module, length))
-    sharder = Sharder(module, mode, batch, group, strict)
+    sharder = Sharder(module, mode, batch, group, strict, token_wise)
     write_inputs(sharder, columns, order)
     grad = True
     for node in module.graph.nodes:
