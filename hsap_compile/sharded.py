@@ -27,9 +27,11 @@ def shard_parameters(
 
     The compiled model gathers a parameter where it is read, once more in the backward, and sums its gradient
     into the parts; unlike hooks around layers, this does not break the graph.  Parameters are ``DTensor`` of
-    their old names, which optimisers, ``clip_grad_norm_`` and ``torch.distributed.checkpoint`` know.  Reading
-    one as ``layer.weight`` gathers it, and what is written into that is lost: initialise and load the model
-    before, or write into ``model.parameters()``.  Make the optimiser afterwards.
+    their old names, which optimisers, ``clip_grad_norm_`` and ``torch.distributed.checkpoint`` know.  Until
+    ``model`` is called for the first time, ``layer.weight`` is that ``DTensor``, so that a model may be made
+    on the meta device, sharded, and initialised in parts (``to_empty``, then ``torch.nn.init``).  From then
+    on, reading one gathers it, and what is written into that is lost: write into ``model.parameters()``.
+    Make the optimiser afterwards.
 
     ``model`` is changed and returned; rank 0's values are sent to all.  What modules outside of it share with
     it becomes a parameter of its own: shard a model whole.  ``mesh``: of all ranks of the world, which is the
@@ -72,13 +74,15 @@ def shard_parameters(
     _refuse_kept(modules, parameters)
     parts = {p: torch.nn.Parameter(_divided(p, mesh), p.requires_grad) for p in parameters}
     kinds: dict[Any, type] = {}
+    uses = _Uses()
+    model.register_forward_pre_hook(uses.begin)
     for module in modules:
         own = {name: parts[p] for name, p in module._parameters.items() if p is not None}
         if own:
             module._parameters.update(own)
             kind = (type(module), tuple(own))
             if kind not in kinds:
-                kinds[kind] = _reading_whole(*kind, dtype, reduce_dtype)
+                kinds[kind] = _reading_whole(*kind, dtype, reduce_dtype, uses)
             module.__class__ = kinds[kind]
     return model
 
@@ -95,15 +99,30 @@ def _divided(p: torch.nn.Parameter, mesh: DeviceMesh) -> DTensor:
     return distribute_tensor(p.detach(), mesh, [*[Replicate()] * (mesh.ndim - 1), last])
 
 
+class _Uses:
+    """Whether a model was called: until then its parameters are read to be initialised."""
+
+    begun = False
+
+    def begin(self, module: torch.nn.Module, args: Any) -> None:
+        self.begun = True
+
+
 def _reading_whole(
-    kind: type, names: tuple[str, ...], dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
+    kind: type,
+    names: tuple[str, ...],
+    dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    uses: _Uses,
 ) -> type:
-    """``kind`` of modules, whose parameters are whole where they are read."""
+    """``kind`` of modules, whose parameters are whole where they are read to compute."""
 
     def reader(name: str) -> property:
         def whole(module: torch.nn.Module) -> torch.Tensor | None:
             p: Any = module._parameters[name]
             if not isinstance(p, DTensor):  # set anew since
+                return p
+            if not (uses.begun or torch.compiler.is_compiling()):
                 return p
             everywhere = [Replicate()] * p.device_mesh.ndim
             types = (dtype, reduce_dtype) if p.is_floating_point() else (None, None)

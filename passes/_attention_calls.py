@@ -99,12 +99,13 @@ def longest_sequences(node: Node) -> list[int]:
 
 
 def can_be_masked(call: Call) -> bool:
-    """Whether the mask says all that the call does: whatever else it may be told is switched off."""
+    """Whether the mask says all that the call does: whatever else it may be told is switched off.  Of rows
+    that are folded into one, which no rank can have a part of, it is better left to the operator."""
     named = {*list(call.given)[:3], *(call.lengths or ()), *_SAID, *_IDLE}
     if any(value for name, value in call.given.items() if name not in named):
         return False
     q, k, _ = (expr_of(x.meta["val"].shape[call.tokens]) for x in call.operands)
-    return bool(q == k)
+    return bool(q == k) and (q - sum(q.free_symbols)).is_Integer is True
 
 
 def masked(build: Builder, call: Call) -> Node:

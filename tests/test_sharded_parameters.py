@@ -113,6 +113,51 @@ def test_a_model_of_the_meta_device_loads_its_parts(pool: Pool, tmp_path: Path) 
     assert max(pool.run(loaded, str(tmp_path), world=2)) < 1e-12
 
 
+class Initialised(nn.Module):
+    """As models are that initialise themselves: by functions of torch, by ``data``, and by tying."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def initialise(self) -> None:
+        nn.init.constant_(self.norm.weight, 0.5)
+        self.norm.bias.data.fill_(0.25)
+        with torch.no_grad():
+            self.words.weight.uniform_(-1.0, 1.0)
+            self.head.bias.zero_().add_(0.125)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(self.norm(self.words(ids)))
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), logits
+
+
+def initialised() -> tuple[float, list[str]]:
+    """The error of a step of a model that was made on the meta device, and initialised in parts, and what its
+    parameters are called then."""
+    with torch.device("meta"):
+        model = Initialised().double()
+    model = shard_parameters(model).to_empty(device="cpu")
+    for p in model.parameters():
+        p.detach().fill_(torch.nan)
+    torch.manual_seed(torch.distributed.get_rank())  # without a GPU, torch draws every part on its own
+    model.initialise()
+    reference = Initialised().double()
+    reference.load_state_dict({name: whole(x) for name, x in model.state_dict().items()})
+    reference.head.weight = reference.words.weight
+    assert all(bool(p.isfinite().all()) and float(p.detach().abs().max()) > 0 for p in reference.parameters())
+    error = difference(compiled(model, "eager"), model, reference, batch("nano", PACKS[0]))
+    return error, [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support on cpu")
+def test_a_model_of_the_meta_device_is_initialised_in_parts(pool: Pool) -> None:
+    for error, names in pool.run(initialised, world=2):
+        assert error < 1e-12 and names == ["words.weight", "head.bias", "norm.weight", "norm.bias"]
+
+
 class Returning(nn.Module):
     """Its head's matrix beside logits."""
 
