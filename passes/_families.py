@@ -47,7 +47,7 @@ from hsap_compile.passes._operands import (
     value_of,
 )
 from hsap_compile.passes._random import drawn
-from hsap_compile.passes._routing import is_sorted, row_counts, row_sort
+from hsap_compile.passes._routing import ids_of_map, is_sorted, map_counts, row_counts, row_sort
 from hsap_compile.passes._shifts import ALONG_TOKENS, concatenation, convolution, pad, table_rows, token_part
 from hsap_compile.passes._totals import LOSSES, TOTALS, contraction, cross_entropy, loss
 from hsap_compile.passes.infer_tokens import MANY, VIEWS, TokenAxis, parts_of_tokens, rows_in_front
@@ -414,6 +414,8 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
                 raise NotLocal("token dimensions of the operands differ")
         return as_is(sharder, node)
     if name in TOTALS:
+        if (ids := ids_of_map(node)) is not None:
+            return map_counts(sharder, node, ids)
         some_are_none = axis.length != sharder.length or sharder.frame.chunk is not None
         if is_sorted(sharder, source) and some_are_none:
             raise NotLocal("sorted rows of which some are no tokens")

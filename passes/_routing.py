@@ -3,7 +3,8 @@
     ids                   (T * K,)  expert of every (token, slot)
     sorted, perm = sort(ids)        Bag, and Points into the rows of ids
     x[perm // K]                    a Bag of tokens
-    grouped(x, w, cumsum(histc(ids)))   rows i of the Bag by the expert that the counts give them
+    grouped(x, w, cumsum(histc(ids)))   rows i of the Bag by the expert that the counts give them; or the
+                            sum over tokens of a map that has a one for every id (one_hot, scatter)
     y[inverse of perm]              rows in the order of columns again
 
 Every rank does this with its own rows alone.  That is exact because each row goes through the same
@@ -25,6 +26,7 @@ from hsap_compile._torch import expr_of, is_operator, operator_name
 from hsap_compile.graph import arguments
 from hsap_compile.kernels import exchange
 from hsap_compile.passes._forms import Bag, Counts, Local, NotLocal, Points
+from hsap_compile.passes._operands import constant_of
 from hsap_compile.passes._reindex import where
 from hsap_compile.passes.infer_tokens import VIEWS, TokenAxis
 
@@ -81,23 +83,55 @@ def row_counts(sharder: Sharder, node: Node, ordinary: Any = None) -> Any:
     return Local(_call(sharder, node, {source: sharder.local(source, start)}), start, Counts(key))
 
 
+def ids_of_map(node: Node) -> Node | None:
+    """The ids of which ``node``, a sum over everything but the last dimension, adds up a map: a one for every
+    id, in its place."""
+    given, rank = arguments(node), _first(node).meta["val"].dim()
+    dims = given.get("dim")
+    if operator_name(node.target) != "aten::sum" or not isinstance(dims, list | tuple) or given["keepdim"]:
+        return None
+    if rank < 2 or {d % rank for d in dims} != set(range(rank - 1)):
+        return None
+    made = _first(node)
+    while operator_name(made.target) in _CASTS:
+        made = _first(made)
+    if operator_name(made.target) == "aten::one_hot":
+        return _key(_first(made))
+    if operator_name(made.target) != "aten::scatter" or "value" not in (map := arguments(made)):
+        return None
+    ids = _key(map["index"])
+    last = map["dim"] in (-1, rank - 1)
+    once = operator_name(ids.target) == "getitem" and operator_name(_first(ids).target) == "aten::topk"
+    return ids if last and once and map["value"] == 1 and constant_of(map["self"]) == 0 else None
+
+
+def map_counts(sharder: Sharder, node: Node, ids: Node) -> Any:
+    """The sum of a map of ``ids``: as ``row_counts``."""
+    source = _first(node)
+    if is_sorted(sharder, source) or not isinstance(ids.meta.get("tokens"), TokenAxis):
+        raise NotLocal("it counts tokens")
+    start = sharder.start_of(source)
+    return Local(_call(sharder, node, {source: sharder.local(source, start)}), start, Counts(ids))
+
+
 def whole_counts(sharder: Sharder, node: Node) -> Node:
     """The counts of all ranks' rows, without those that are no tokens."""
     emit, home, source = sharder.emit, sharder.home[node], _first(node)
     assert isinstance(home.order, Counts)
-    key, made = home.order.key, home.node
+    by_number, made = operator_name(node.target) == "aten::histc", home.node
+    key = home.order.key if by_number else source
     with sharder.in_frame(sharder.frame_of(node)):
         rows = sharder.local(key, home.start)
         valid = sharder.valid_rows(sharder.axis(key), home.start, rows.meta["val"].dim())
     if valid is not None:  # what is less than its least is not counted
-        ids = where(sharder, valid, emit(aten.to.dtype, rows, source.meta["val"].dtype), -1)
-        made = _call(sharder, node, {source: ids})
+        ids = emit(aten.to.dtype, rows, source.meta["val"].dtype)
+        made = _call(sharder, node, {source: where(sharder, valid, ids, -1 if by_number else 0)})
     total = emit(exchange.SUM_RANKS, emit(aten.to.dtype, made, torch.float64), sharder.group)
     return emit(aten.to.dtype, total, node.meta["val"].dtype)
 
 
 def is_count(node: Node) -> bool:
-    return operator_name(node.target) == "aten::histc"
+    return operator_name(node.target) in ("aten::histc", "aten::sum")
 
 
 def routed(sharder: Sharder, node: Node, ordinary: Any) -> Any:
@@ -267,12 +301,13 @@ def _put(sharder: Sharder, node: Node, ordinary: Any) -> Any:
 
 
 def _add_rows(sharder: Sharder, node: Node, ordinary: Any) -> Any:
-    """index_add(x, 0, points, y), scatter_add(x, 0, points, y)"""
+    """index_add(x, 0, points, y), scatter_add(x, 0, points, y), and a library's (x, points, y)"""
     given = arguments(node)
-    if given["dim"] % given["self"].meta["val"].dim():
+    target = given["self"] if "self" in given else given["out"]
+    if given.get("dim", 0) % target.meta["val"].dim():
         raise NotLocal("it works along the tokens")
     values = given["source"] if "source" in given else given["src"]
-    return _written(sharder, node, given["self"], given["index"], values, True)
+    return _written(sharder, node, target, given["index"], values, True)
 
 
 def _written(sharder: Sharder, node: Node, target: Node, index: Node, values: Node, adds: bool) -> Local:
@@ -410,4 +445,5 @@ _RULES: dict[str, Any] = {
     **dict.fromkeys(_names("index_select gather"), _along_rows),
     **dict.fromkeys(_names("index_put"), _put),
     **dict.fromkeys(_names("index_add scatter_add"), _add_rows),
+    "torchtitan::deterministic_scatter_add": _add_rows,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,25 @@ from test_shard_tokens import MESHES, ON_MESHES, UNSHRUNK, WIDTH, Program, check
 
 EXPERTS, SLOTS = 3, 2
 _grouped_mm = torch.ops.transformers.grouped_mm_fallback
+
+
+@torch.library.custom_op("torchtitan::deterministic_scatter_add", mutates_args=())
+def _scatter_add(out: Tensor, index: Tensor, src: Tensor) -> Tensor:
+    return out.scatter_add(0, index, src)
+
+
+@_scatter_add.register_fake
+def _(out: Tensor, index: Tensor, src: Tensor) -> Tensor:
+    return torch.empty_like(out)
+
+
+def _index_saved(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+_scatter_add.register_autograd(
+    lambda ctx, grad: (grad, None, grad.gather(0, ctx.saved_tensors[0])), setup_context=_index_saved
+)
 
 
 def _routes(p: Program, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,6 +84,21 @@ def rows_added(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return x.add(torch.zeros_like(tokens).scatter_add(0, where, y).view_as(x) * counts[0] / x.shape[1])
 
 
+def maps_of_ids(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """Counted by maps that have a one for every id; one is read by others, too."""
+    scores = (x @ p.square[:, :EXPERTS]).softmax(-1)
+    weights, experts = scores.topk(SLOTS, -1)
+    counts = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, True).sum((0, 1))
+    perm = experts.view(-1).argsort(stable=True)
+    tokens, first = x.flatten(0, 1), experts[..., 0].reshape(-1)
+    y = _grouped_mm(tokens[perm // SLOTS], _experts(p), _ends(counts)) * weights.view(-1)[perm][:, None]
+    where = (perm // SLOTS).reshape(-1, 1).expand(-1, WIDTH)
+    x = x + _scatter_add(torch.zeros_like(tokens), where, y).view_as(x) * counts[1] / x.shape[1]
+    again = F.one_hot(first, EXPERTS).sum(0)
+    rows = first.argsort(stable=True)
+    return x + _grouped_mm(tokens[rows], _experts(p), _ends(again))[rows.argsort()].view_as(x)
+
+
 def rows_of_slots(p: Program, x: Tensor, i: Tensor) -> Tensor:
     tokens, weights, experts = _routes(p, x)
     perm = experts.flatten().argsort()
@@ -100,7 +135,7 @@ def router_loss(p: Program, x: Tensor, i: Tensor) -> Tensor:
 LOCAL: dict[str, Callable[[Program, Tensor, Tensor], Tensor]] = {
     f.__name__: f
     for f in (
-        inverse_by_writing, inverse_by_sorting, rows_added, rows_of_slots, every_expert,
+        inverse_by_writing, inverse_by_sorting, rows_added, maps_of_ids, rows_of_slots, every_expert,
         a_weight_for_every_row, router_loss,
     )
 }  # fmt: skip
@@ -122,6 +157,16 @@ def unsorted_rows(p: Program, x: Tensor, i: Tensor) -> Tensor:
     tokens, ids, perm = _sorted(p, x)
     counts = torch.histc(ids.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
     return x + _grouped_mm(tokens, _experts(p), _ends(counts)).view_as(x)
+
+
+def _map_of_unknown_ids(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """Numbers that may be the same twice for a token have fewer ones than rows."""
+    tokens, weights, _ = _routes(p, x)
+    ids = (tokens @ p.square[:, :EXPERTS]).argsort(-1)[:, 1:]
+    counts = torch.zeros_like(tokens[:, :EXPERTS], dtype=torch.bool).scatter(-1, ids, True).sum(0)
+    perm = ids.flatten().argsort()
+    y = _grouped_mm(tokens[perm // SLOTS], _experts(p), _ends(counts))
+    return x + y[perm.argsort()].view(-1, SLOTS, WIDTH).sum(1).view_as(x)
 
 
 def _softmax_of_some(p: Program, x: Tensor, i: Tensor) -> Tensor:
@@ -148,6 +193,7 @@ GATHERED: dict[str, tuple[Callable[[Program, Tensor, Tensor], Tensor], int]] = {
     ),
     "other counts": (other_counts, 2),
     "unsorted rows": (unsorted_rows, 1),
+    "map of unknown ids": (_map_of_unknown_ids, 2),
     "largest of the sorted": (
         lambda p, x, i: x + x[0][(x[0] @ p.vector).argsort()].argmax(0) / 9 * p.vector, 1
     ),
