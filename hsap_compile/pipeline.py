@@ -96,7 +96,7 @@ def rewrite(
         log.warning(
             "the graph ends at %s: what torch does not compile behind it runs whole on every rank", stopped
         )
-    graph = capture(module)
+    graph = capture(module, symbol, ranks)
     if symbol is not None:
         size = size_now(mode, symbol)
         if size.is_Integer and ranks > 1:

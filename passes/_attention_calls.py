@@ -17,6 +17,7 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
@@ -59,11 +60,27 @@ class Call(NamedTuple):
         return 1 if self.lengths is None else 0
 
 
-def write_as_masked(module: GraphModule, mode: Any) -> None:
+class RowLength(NamedTuple):
+    """Of what rows are made: ``symbol``, and a constant number of tokens; None: none is known.  Each of
+    ``ranks`` has a part of every row."""
+
+    symbol: sympy.Expr | None = None
+    ranks: int = 1
+
+    def planned(self, tokens: sympy.Expr) -> bool:
+        """Whether an attention over so many has a part for each rank: not over several rows that are folded
+        into one, nor in a piece between graph breaks without a row of its own."""
+        if self.symbol is None and self.ranks > 1:
+            return False
+        symbol = sum(tokens.free_symbols) if self.symbol is None else self.symbol
+        return bool((tokens - symbol).is_Integer)
+
+
+def write_as_masked(module: GraphModule, mode: Any, rows: RowLength) -> None:
     """Rewrite every such call of ``module`` in place."""
     for node in list(module.graph.nodes):
         call = call_of(node)
-        if call is None or not can_be_masked(call):
+        if call is None or not can_be_masked(call, rows):
             continue
         read = [user for user in node.users if user.users]
         single = isinstance(node.meta["val"], torch.Tensor)
@@ -98,14 +115,14 @@ def longest_sequences(node: Node) -> list[int]:
     return [size for name, size in call.given.items() if name in LONGEST and isinstance(size, int)]
 
 
-def can_be_masked(call: Call) -> bool:
-    """Whether the mask says all that the call does: whatever else it may be told is switched off.  Of rows
-    that are folded into one, which no rank can have a part of, it is better left to the operator."""
+def can_be_masked(call: Call, rows: RowLength) -> bool:
+    """Whether the mask says all that the call does: whatever else it may be told is switched off.  Where it
+    will not be planned, it is better left to the operator, which needs no mask."""
     named = {*list(call.given)[:3], *(call.lengths or ()), *_SAID, *_IDLE}
     if any(value for name, value in call.given.items() if name not in named):
         return False
     q, k, _ = (expr_of(x.meta["val"].shape[call.tokens]) for x in call.operands)
-    return bool(q == k) and (q - sum(q.free_symbols)).is_Integer is True
+    return bool(q == k) and rows.planned(q)
 
 
 def masked(build: Builder, call: Call) -> Node:

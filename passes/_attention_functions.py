@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 
 from hsap_compile._torch import CUSTOM_FUNCTION, RETURNING, SET_GRAD_ENABLED, expr_of, schema_of
 from hsap_compile.graph import Builder, placeholders, positional
-from hsap_compile.passes._attention_calls import LONGEST, Call, call_of, can_be_masked, masked
+from hsap_compile.passes._attention_calls import LONGEST, Call, RowLength, call_of, can_be_masked, masked
 
 aten = torch.ops.aten
 
@@ -41,14 +41,14 @@ _OF_NO_CONSEQUENCE = frozenset({*LONGEST, "deterministic", "sm_margin", "zero_te
 Lower = Callable[[GraphModule, Sequence[Any]], GraphModule]
 
 
-def write_attention_functions(module: GraphModule, mode: Any, lower: Lower) -> None:
+def write_attention_functions(module: GraphModule, mode: Any, rows: RowLength, lower: Lower) -> None:
     """Rewrite every such call of ``module`` in place.  ``lower``: a body for values, in ATen operators."""
     for node in [n for n in module.graph.nodes if n.target is CUSTOM_FUNCTION]:
         forward, backward, *operands = positional(node)
         values = [_value(x) for x in operands]
         body = lower(forward.meta["val"], [x.detach() if isinstance(x, torch.Tensor) else x for x in values])
         call = _only(body, call_of)
-        if call is None or not can_be_masked(call[1]):
+        if call is None or not can_be_masked(call[1], rows):
             continue
         (result, *others), saved = _returned(body)
         read = {positional(user)[1] for user in node.users if user.users}

@@ -32,12 +32,13 @@ from hsap_compile._torch import (
     is_operator,
     operator_name,
     run_fake,
+    size_now,
     trace_pre_dispatch,
     without_autocast,
 )
 from hsap_compile.errors import Refused, where
 from hsap_compile.graph import Builder, placeholders, positional, remove_dead, target
-from hsap_compile.passes._attention_calls import write_as_masked
+from hsap_compile.passes._attention_calls import RowLength, write_as_masked
 from hsap_compile.passes._attention_functions import write_attention_functions
 from hsap_compile.passes._distributed import take_apart
 from hsap_compile.passes._in_place import functionalize, returned_writes, storage_of
@@ -46,11 +47,12 @@ from hsap_compile.passes._regions import Aside, expanded, put_back, set_aside, w
 aten = torch.ops.aten
 
 
-def capture(module: GraphModule) -> GraphModule:
+def capture(module: GraphModule, symbol: sympy.Expr | None = None, ranks: int = 1) -> GraphModule:
     """Lower ``module``, which dynamo traced.  Placeholders keep their order and get ``meta["source"]``:
     the placeholder of ``module`` they stand for.  Inputs that the model writes into, such as the running
     statistics of a batch norm, are left alone: what they become is put behind the outputs, and
-    ``meta["writes"]`` of the graph's module says which inputs these are."""
+    ``meta["writes"]`` of the graph's module says which inputs these are.  ``symbol``: of which rows are made,
+    that ``ranks`` have parts of."""
     plain = expanded(module)
     take_apart(plain)
     asides = set_aside(plain)
@@ -78,8 +80,9 @@ def capture(module: GraphModule) -> GraphModule:
     functionalize(graph, mode)
     _drop_idle_dropout(graph)
     _read_in_order(graph, mode)
-    write_attention_functions(graph, mode, partial(capture_body, grad=False))
-    write_as_masked(graph, mode)
+    rows = RowLength(None if symbol is None else size_now(mode, symbol), ranks)
+    write_attention_functions(graph, mode, rows, partial(capture_body, grad=False))
+    write_as_masked(graph, mode, rows)
     return graph
 
 

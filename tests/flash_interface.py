@@ -189,7 +189,8 @@ class Rows(torch.autograd.Function):
 
 
 class Packed(nn.Module):
-    """A model over sequences in one row (T,), or with ``ends`` None over rows (B, S); four query heads."""
+    """A model over sequences in one row (T,), or in several, (B, S), that it makes one, or with ``ends`` None
+    over rows; four query heads."""
 
     def __init__(self, width: int = 8, kv_heads: int = 2, **how: Any) -> None:
         super().__init__()
@@ -207,6 +208,7 @@ class Packed(nn.Module):
         causal, window = self.how.get("causal", True), self.how.get("window", (-1, -1))
         if ends is None:
             return Rows.apply(q, k, v, causal, window).square().mean()  # type: ignore[no-any-return]
+        q, k, v = (t.flatten(0, -3) for t in (q, k, v))
         rest = (self.how.get("dropout", 0.0), self.how.get("softcap", 0.0), self.how.get("wrong", ""))
         y = Sequences.apply(q, k, v, ends, of_keys, longest, causal, window, *rest)
         if isinstance(y, tuple):

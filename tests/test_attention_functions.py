@@ -86,6 +86,14 @@ def test_two_tensors_of_ends_are_compared() -> None:
     assert len(attention.mask.alike) == 2 and not attention.mask.residual
 
 
+def test_sequences_across_rows_are_left_to_the_function() -> None:
+    """Rows that are made one have no part for every rank; a dense mask of all pairs would not fit."""
+    batch = sequences(LENGTHS)
+    error, got = compared(Packed(), {**batch, "ids": batch["ids"].view(2, 17)}, 2, 1)
+    assert error <= 1e-12 and got.program.masks == ()
+    assert "autograd_function_apply" in [f.operator for f in got.program.fallbacks]
+
+
 WRONG = ["scale", "gradient", "swapped", "clipped", "keys", "doubled", "lse"]
 
 
