@@ -24,6 +24,7 @@ from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.pgo import auto_dynamic, get_code_state
+from torch._dynamo.variables.misc import produce_trampoline_autograd_apply
 from torch._functorch import config as functorch_config
 from torch._functorch import predispatch as _vmap
 from torch._guards import CompileContext
@@ -54,7 +55,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv as FloorDiv
 from torch.utils.checkpoint import CheckpointPolicy
 
-from hsap_compile.errors import Refused
+from hsap_compile.errors import Refused, where
 
 #: What pre-dispatch graphs call to open and close a no_grad region.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
@@ -200,14 +201,24 @@ class _Entering(torch.fx.Interpreter):
 
     What reads an operand after an operator that returned it (``x.to(x.dtype)``) reads the operand: the
     operator may stand where nothing has a gradient.
+
+    ``lost``: calls that autograd would differentiate by a Python function's own backward, which no graph of
+    operators shows, and those functions.
     """
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.lost: list[tuple[torch.fx.Node, str]] = []
 
     def run_node(self, n: torch.fx.Node) -> Any:
         mode: Any = get_proxy_mode()
         known = mode.tracer.tensor_tracker
         operands = [self.env[x] for x in n.all_input_nodes if isinstance(self.env[x], torch.Tensor)]
         before = [(x, known[x]) for x in operands if x in known]
+        functions = {x.grad_fn for x in operands}
         result = super().run_node(n)
+        if schema_of(n.target) is None and (name := _own_backward(result, functions)):
+            self.lost.append((n, name))
         for x, was in before:
             if known[x] is not was and _is_returned(known[x].proxy.node, was.proxy.node):
                 known[x] = was
@@ -222,6 +233,32 @@ class _Entering(torch.fx.Interpreter):
         if target is leave:
             return args[0].__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
+
+
+def _own_backward(result: Any, known: set[Any]) -> str:
+    """The custom function between ``result`` and what the functions ``known`` made, if there is one; but for
+    those that torch makes around operators of other libraries, which are in the graph."""
+    parts = result if isinstance(result, tuple | list) else (result,)
+    stack = [x.grad_fn for x in parts if isinstance(x, torch.Tensor)]
+    seen = {None, *known}
+    while stack:
+        function: Any = stack.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        if isinstance(function, torch.autograd.function.BackwardCFunction):
+            kind = function._forward_cls  # type: ignore[attr-defined]
+            if kind.__module__ != "torch._library.autograd":
+                return str(kind.__qualname__)
+        stack.extend(following for following, _ in function.next_functions)
+    return ""
+
+
+def opaque_function(target: Any) -> str:
+    """The name of the custom function that ``target``, of dynamo's graph, calls untraced; empty: of none."""
+    if getattr(target, "_origin", None) is not produce_trampoline_autograd_apply:
+        return ""
+    return str(inspect.getclosurevars(target).nonlocals["fn_cls"].__qualname__)
 
 
 def _is_returned(node: torch.fx.Node, operand: torch.fx.Node) -> bool:
@@ -241,17 +278,29 @@ def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> t
     """``module`` as a graph of ATen operators as they are before autograd: composite ones stay whole, but for
     a few that no pass needs to know."""
 
-    def run(*args: Any) -> Any:
-        return _Entering(module).run(*args)
-
+    interpreter = _Entering(module)
     with _tracing(fake_mode_of(inputs)):
-        return make_fx(
-            run,
+        graph = make_fx(
+            lambda *args: interpreter.run(*args),
             decomposition_table=_composed(),
             pre_dispatch=True,
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*_distinct(inputs))
+    for node, name in interpreter.lost:
+        raise opaque(name, node)
+    return graph
+
+
+def opaque(name: str, node: torch.fx.Node) -> Refused:
+    """Of a call whose backward is not in the graph."""
+    return Refused(
+        "a custom autograd function is hidden from torch.compile",
+        got=f"{name}, which is allowed in graphs untraced (allow_in_graph, nonstrict_trace)",
+        wanted="functions that torch.compile traces, forward and backward",
+        do="drop what allows it, or leave the function out (float8 training of torchao has such functions)",
+        at=where(node),
+    )
 
 
 #: Other names for, and products and joins made of, operators that passes know; none of which autocast knows.

@@ -37,6 +37,8 @@ from hsap_compile._torch import (
     control_flow_of,
     expr_of,
     is_operator,
+    opaque,
+    opaque_function,
     trace_below_autograd,
     written_by,
 )
@@ -152,6 +154,8 @@ def _refuse(node: Node) -> None:
             "compiled model",
             at=where(node),
         )
+    if name := opaque_function(node.target):
+        raise opaque(name, node)
     if (kind := control_flow_of(node.target)) is not None:
         raise Refused(
             "the model has a branch or a loop inside of its graph",

@@ -322,3 +322,50 @@ def test_a_gradient_that_is_summed_twice_is_noticed(monkeypatch: pytest.MonkeyPa
     # the sum over ranks left inside is refused, and with it the local form
     monkeypatch.setattr(_custom_functions._Body, "share", lambda self, value: value)
     assert len(check(of, 3, 1)) == 1
+
+
+# --- functions that dynamo does not trace -------------------------------------------------------------
+
+
+@torch._dynamo.allow_in_graph
+class Hidden(torch.autograd.Function):
+    """Its backward is no derivative of what its forward does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+class Within(Hidden):
+    pass
+
+
+@torch._dynamo.allow_in_graph
+def hidden(x: Tensor) -> tuple[int, Tensor]:
+    return 1, Within.apply(x.sin())  # type: ignore[return-value]
+
+
+@torch._dynamo.allow_in_graph
+def plain(x: Tensor) -> Tensor:
+    return x.sin() + x.detach().round()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [(lambda x: Hidden.apply(x), "Hidden"), (lambda x: hidden(x)[1], "Within")]
+)
+def test_functions_whose_backward_no_graph_shows_are_refused(call: Any, name: str) -> None:
+    of = trace(Program((LOCAL["linear"], lambda p, x, i: call(x))), rows=2)
+    for ranks in (1, 2):
+        with pytest.raises(Refused, match="a custom autograd function is hidden from") as caught:
+            simulate(of, ranks, 1)
+        assert f"got:    {name}, which is allowed in graphs untraced" in str(caught.value)
+        assert "test_custom_functions.py:" in str(caught.value)
+
+
+def test_functions_that_are_allowed_in_graphs_are_traced() -> None:
+    of = trace(Program((LOCAL["linear"], lambda p, x, i: plain(x), LOCAL["linear"])), rows=2)
+    assert check(of, 2, 1) == []
