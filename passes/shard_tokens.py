@@ -359,7 +359,7 @@ class Sharder:
             return node.args[0] not in self.home and not parts_of_tokens(args_of(node)[0])
         if any(n in self.home and isinstance(self.home[n].order, Counts) for n in node.all_input_nodes):
             return False
-        return node.meta["tokens"] is None and not _has_tokens(node)
+        return all(n.meta.get("tokens") is None for n in (node, *node.all_input_nodes))
 
     def _by_rule(self, node: Node) -> Any:
         """The local form of ``node``, or a whole value.  Raises ``NotLocal``."""
@@ -430,10 +430,6 @@ class Sharder:
 _SIZES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
 
 
-def _has_tokens(node: Node) -> bool:
-    return any(n.meta.get("tokens") is not None for n in node.all_input_nodes)
-
-
 def shard_tokens(
     module: GraphModule,
     mode: Any,
@@ -449,8 +445,7 @@ def shard_tokens(
     token_wise: Collection[str] = (),
 ) -> Sharded:
     """``columns`` (n,) and ``order`` (2, K) are the fake tables that the new graph gets as inputs.  The last
-    ``whole_outputs`` outputs are whole whatever ``outputs`` says.  ``token_wise``: operators of other
-    libraries that the user says are."""
+    ``whole_outputs`` outputs are whole whatever ``outputs`` says.  ``token_wise``: what the user says is."""
     batch = Frame(length, {"ranks": ranks}, columns.shape[0], usual_start(module, length))
     sharder = Sharder(module, mode, batch, group, strict, token_wise)
     write_inputs(sharder, columns, order)

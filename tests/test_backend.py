@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.attention.flex_attention as flex
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
@@ -235,43 +234,6 @@ def test_what_is_only_compared_has_no_gradient(inter: int, intra: int) -> None:
     wanted = eager(trace)
     assert len(wanted.gradients) == 4  # of all parameters but the window
     assert max(max(worst(step, wanted)) for step in simulate(trace, inter, intra).ranks) <= 1e-12
-
-
-class Scaled(Tiny):
-    """Two layers, whose scales differ: numbers that are symbols to torch once lengths are."""
-
-    def __init__(self, flexible: bool) -> None:
-        super().__init__()
-        self.scales, self.flexible = [0.3, 0.7], flexible
-
-    def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(ids)
-        for scale in self.scales:
-            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-            if self.flexible:
-                y = flex.flex_attention(q, k, v, scale=scale)
-            else:
-                y = F.scaled_dot_product_attention(q, k, v, scale=scale)
-            x = x + y.transpose(1, 2).flatten(2)
-        return x
-
-
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_scales_that_are_attributes(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)  # no gradients on CPU: of torch's kernel
-    given = batch([0] * 12)
-    for length in (12, 9):
-        given = {name: x[:, :length] for name, x in given.items()}
-        results = []
-        for model in (Scaled(True), Scaled(False)):
-            options = {"lower": "eager", "strict": True}
-            torch.compile(model, backend="hsap", dynamic=dynamic, options=options)(**given).sum().backward()
-            results.append([p.grad for p in model.parameters()])
-        reference = Scaled(False)
-        reference(**given).sum().backward()
-        for gradients in results:
-            for got, parameter in zip(gradients, reference.parameters(), strict=True):
-                torch.testing.assert_close(got, parameter.grad, rtol=1e-12, atol=1e-12)
 
 
 class OneHead(Tiny):

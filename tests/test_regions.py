@@ -131,6 +131,41 @@ def test_score_functions_with_parts_without_a_gradient(
             torch.testing.assert_close(found[tuple(gradient.shape)], gradient, rtol=1e-11, atol=1e-12)
 
 
+class TwoScales(nn.Module):
+    """Two layers, whose scales differ: numbers that are symbols to torch once lengths are."""
+
+    def __init__(self, flexible: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.qkv = nn.Embedding(11, 16).double(), nn.Linear(16, 48).double()
+        self.scales, self.flexible = [0.3, 0.7], flexible
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        for scale in self.scales:
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            if self.flexible:
+                y = flex.flex_attention(q, k, v, scale=scale)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            x = x + y.transpose(1, 2).flatten(2)
+        return x
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_scales_that_are_attributes(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)  # no gradients on CPU: of torch's kernel
+    for length in (12, 9):
+        ids = torch.arange(length)[None] * 7 % 11
+        models, reference = (TwoScales(True), TwoScales(False)), TwoScales(False)
+        reference(ids).sum().backward()
+        for model in models:
+            options = {"lower": "eager", "strict": True}
+            torch.compile(model, backend="hsap", dynamic=dynamic, options=options)(ids).sum().backward()
+            for got, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-12, atol=1e-12)
+
+
 # --- checkpoints --------------------------------------------------------------------------------------
 
 
