@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from hsap_compile._torch import expr_of, schema_of
 from hsap_compile.graph import Builder, arguments, positional, remove_dead
@@ -99,12 +100,13 @@ def call_of(node: Node) -> Call | None:
     if schema is None:
         return None
     names = {a.name for a in schema.arguments}
+    if "dout" in names:  # a backward
+        return None
     given = {a.name: None for a in schema.arguments} | arguments(node)
     lengths = next((pair for pair in _LENGTHS if names.issuperset(pair)), None)
     if lengths is not None and (lengths == _LENGTHS[0] or given[lengths[0]] is not None):
         return Call(given, lengths)
-    is_one = names >= _WINDOW | {"q", "k", "v"} and "dout" not in names
-    return Call(given, None) if is_one else None
+    return Call(given, None) if names >= _WINDOW | {"q", "k", "v"} else None
 
 
 def longest_sequences(node: Node) -> list[int]:
@@ -120,6 +122,10 @@ def can_be_masked(call: Call, rows: RowLength) -> bool:
     will not be planned, it is better left to the operator, which needs no mask."""
     named = {*list(call.given)[:3], *(call.lengths or ()), *_SAID, *_IDLE}
     if any(value for name, value in call.given.items() if name not in named):
+        return False
+    numbers: list[Node] = []
+    map_arg([call.given.get(name) for name in _SAID - {*LONGEST, "scale", "softmax_scale"}], numbers.append)
+    if numbers:  # order and windows that are symbols
         return False
     q, k, _ = (expr_of(x.meta["val"].shape[call.tokens]) for x in call.operands)
     return bool(q == k) and rows.planned(q)
