@@ -69,8 +69,9 @@ def check_batch(plan: Plan) -> None:
         if structure.mask.residual:
             raise Refused(
                 "flash attention over sequences cannot compute this batch",
-                got=f"positions that do not advance with the columns inside of a document (mask {number})",
-                wanted="position_ids that go up by one from token to token of a document",
+                got="positions that do not advance with the columns inside of a document, or keys in other "
+                f"documents than their queries (mask {number})",
+                wanted="position_ids that go up by one from token to token of a document; equal ends of both",
                 do=_FLEX,
             )
         if structure.mask.soft and len(rows := unanswered(structure)[0]):

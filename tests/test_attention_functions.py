@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from flash_interface import Packed
+from hsap_compile.errors import Refused
 from hsap_compile.passes import _attention_functions
-from simulate import Simulated, eager, simulate, traced, worst
+from simulate import Simulated, eager, simulate, simulate_all, traced, worst
+from varlen_reference import reference_kernels
 
 # dynamo makes an instance of autograd.Function (torch 2.13)
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -79,6 +81,18 @@ def test_keys_of_other_lengths_are_told_apart_in_every_batch(how: dict[str, Any]
 
 def _given(old: dict[str, Any], new: dict[str, Any], argument: Any) -> Any:
     return next((new[name] for name, value in old.items() if value is argument), argument)
+
+
+def test_the_kernel_over_sequences_takes_equal_ends() -> None:
+    batches = [sequences(LENGTHS), sequences([14, 20]), sequences(LENGTHS, [3, 3, 9, 13, 2, 4])]
+    of = traced(Packed(), batches[0])
+    same, other, apart = (tuple(_given(batches[0], batch, x) for x in of.args) for batch in batches)
+    with reference_kernels():
+        got = simulate_all(of, 2, 2, same, other, attention="varlen")
+        for call, result in zip((same, other), got, strict=True):
+            assert max(max(worst(step, eager(of, call))) for step in result.ranks) <= 1e-12
+        with pytest.raises(Refused, match=r"keys in other documents than their queries \(mask 0\)"):
+            simulate(of, 2, 2, apart, attention="varlen")
 
 
 def test_two_tensors_of_ends_are_compared() -> None:
