@@ -21,15 +21,16 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import CUSTOM_FUNCTION, RETURNING, SET_GRAD_ENABLED, expr_of, schema_of
-from hsap_compile.graph import Builder, placeholders, positional
+from hsap_compile.graph import Builder, arguments, placeholders, positional
 from hsap_compile.passes._attention_calls import LONGEST, Call, RowLength, call_of, can_be_masked, masked
 
 aten = torch.ops.aten
 
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 #: What may stand around the operator: the elements stay what they are, among zeros.
 _LAYOUT = (
-    aten.pad.default, aten.constant_pad_nd.default, aten.slice.Tensor, aten.contiguous.default,
-    aten.clone.default, aten.alias.default, aten.detach.default, aten.reshape.default, aten.view.default,
+    *_PADS, aten.slice.Tensor, aten.contiguous.default, aten.clone.default, aten.alias.default,
+    aten.detach.default, aten.reshape.default, aten.view.default,
 )  # fmt: skip
 #: What else may: sizes, and memory that the operator writes all of.
 _NEITHER = (aten.empty_like.default, aten.sym_size.int, operator.getitem, SET_GRAD_ENABLED)
@@ -52,7 +53,7 @@ def write_attention_functions(module: GraphModule, mode: Any, rows: RowLength, l
             continue
         (result, *others), saved = _returned(body)
         read = {positional(user)[1] for user in node.users if user.users}
-        if read != {0} or _source(result) is not _part(call[0], 0):
+        if read != {0} or _source(result, aten.slice.Tensor) is not _part(call[0], 0):
             continue
         derivative = lower(backward.meta["val"], [_value(x) for x in (result, *others, *saved)])
         kept = dict(zip(placeholders(derivative)[1 + len(others) :], saved, strict=True))
@@ -75,7 +76,7 @@ def _returned(body: GraphModule) -> Any:
 def _only(body: GraphModule, known: Callable[[Node], Any]) -> tuple[Node, Any] | None:
     """The one node of ``body`` that is neither layout nor nothing, as what it is known for."""
     nodes = [n for n in body.graph.nodes if n.op not in ("placeholder", "output")]
-    nodes = [n for n in nodes if n.target not in _LAYOUT and n.target not in _NEITHER]
+    nodes = [n for n in nodes if not _is_layout(n) and n.target not in _NEITHER]
     found = known(nodes[0]) if len(nodes) == 1 else None
     return None if found is None else (nodes[0], found)
 
@@ -84,14 +85,20 @@ def _part(call: Node, number: int) -> Node | None:
     return next((u for u in call.users if u.target is operator.getitem and u.args[1] == number), None)
 
 
-def _source(x: Any) -> Any:
-    """What ``x`` has its elements of."""
+def _is_layout(node: Node) -> bool:
+    padding = arguments(node) if node.target in _PADS else {}
+    return (
+        node.target in _LAYOUT and padding.get("mode", "constant") == "constant" and not padding.get("value")
+    )
+
+
+def _source(x: Any, *shaping: Any) -> Any:
+    """What ``x`` is, seen through layout that changes no sizes, and through ``shaping``."""
     while isinstance(x, Node) and x.target in _LAYOUT:
         operand = positional(x)[0]
-        if x.target in (aten.reshape.default, aten.view.default):
-            sizes = [[expr_of(size) for size in n.meta["val"].shape] for n in (x, operand)]
-            if sizes[0] != sizes[1]:
-                return x
+        sizes = [[expr_of(size) for size in n.meta["val"].shape] for n in (x, operand)]
+        if x.target not in shaping and sizes[0] != sizes[1]:
+            break
         x = operand
     return x
 
@@ -111,7 +118,7 @@ def _is_derivative(
     if found is None:
         return False
     (node, given), (attend, forward) = found, call
-    if _source(given["dout"]) is not placeholders(module)[0]:
+    if _source(given["dout"], *_PADS) is not placeholders(module)[0]:
         return False
     wanted = {**forward.given, "out": _part(attend, 0), "softmax_lse": _part(attend, 1)}
     wanted["is_causal"] = wanted["causal"] = wanted.get("causal", wanted.get("is_causal"))
@@ -122,12 +129,12 @@ def _is_derivative(
     schema = schema_of(positional(node)[0])
     writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     first = max(1, len(schema.returns))
-    gradients = {_source(forward.given[x]): first + writes.index(dx) for x, dx in _GRADIENTS.items()}
-    for operand, result in zip(operands, _returned(module), strict=True):
-        number = gradients.pop(operand, None)
-        if result is not None if number is None else _source(result) is not _part(node, number):
-            return False
-    return not gradients
+    gradients = {_source(forward.given[x], *_PADS): first + writes.index(dx) for x, dx in _GRADIENTS.items()}
+    if len(gradients) < len(_GRADIENTS) or not gradients.keys() <= set(operands):
+        return False
+    wanted_of = {x: _part(node, number) for x, number in gradients.items()}
+    returned = [_source(x, aten.slice.Tensor) for x in _returned(module)]
+    return returned == [wanted_of.get(operand) for operand in operands]
 
 
 def _written(

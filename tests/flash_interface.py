@@ -145,6 +145,8 @@ class Sequences(torch.autograd.Function):
         q, k, v = (_padded(x, width) for x in (q, k, v))
         ops = getattr(torch.ops, LIBRARY)
         out, lse = ops.varlen_forward(q, k, v, ends, of_keys, longest, longest, *ctx.how)
+        if wrong == "padded":
+            v = F.pad(v[..., :-1], [0, 1], value=0.5)
         kept = q.detach() if wrong == "keys" else k
         ctx.longest = longest
         ctx.save_for_backward(q, kept, v, out, lse, ends, of_keys)
@@ -162,6 +164,8 @@ class Sequences(torch.autograd.Function):
             how[1] = 0.5 * how[1]
         if ctx.wrong == "gradient":
             dout = dout * 2
+        if ctx.wrong == "sliced":
+            v = F.pad(v[..., :-1], [0, 1])
         args = (_padded(dout, width), q, k, v, out, lse, dq, dk, dv, ends, of_keys, ctx.longest, ctx.longest)
         getattr(torch.ops, LIBRARY).varlen_backward(*args, *how)
         if ctx.wrong == "swapped":
