@@ -104,6 +104,10 @@ class _Uses:
 
     begun = False
 
+    def __deepcopy__(self, memo: Any) -> _Uses:
+        """A copy of the model has the same classes, which know this one."""
+        return self
+
     def begin(self, module: torch.nn.Module, args: Any) -> None:
         self.begun = True
 

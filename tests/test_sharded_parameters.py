@@ -158,6 +158,18 @@ def test_a_model_of_the_meta_device_is_initialised_in_parts(pool: Pool) -> None:
         assert error < 1e-12 and names == ["words.weight", "head.bias", "norm.weight", "norm.bias"]
 
 
+def copied() -> float:
+    """The largest difference of logits of a copy that runs in eager, where parameters are read whole, too."""
+    reference = build("nano")
+    model = copy.deepcopy(shard_parameters(copy.deepcopy(reference)))
+    given = batch("nano", PACKS[0])
+    return float((model(**given)[1] - reference(**given)[1]).detach().abs().max())
+
+
+def test_a_copy_runs_without_being_compiled(pool: Pool) -> None:
+    assert max(pool.run(copied, world=2)) < 1e-12
+
+
 class Returning(nn.Module):
     """Its head's matrix beside logits."""
 
