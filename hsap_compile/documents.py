@@ -25,7 +25,7 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
     """
     first, behind = mask.others
     read = _Reader(leaves, batch, tokens - first - behind)
-    if not all((read.array(of_q) == read.array(of_k)).all() for of_q, of_k in mask.alike):
+    if not all(_say_the_same(read.array(of_q), read.array(of_k)) for of_q, of_k in mask.alike):
         mask = mask.told_apart()
     labels = read.labels(mask.labels)
     begins = None if labels is None else starts(labels)
@@ -60,6 +60,11 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
         soft=mask.soft,
         starts=begins,
     )
+
+
+def _say_the_same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Integers beside floats would be compared in fewer digits than they have."""
+    return (one.dtype.kind == "f") == (other.dtype.kind == "f") and bool((one == other).all())
 
 
 def _with_others(of_tokens: np.ndarray, first: int, behind: int, other: Any) -> np.ndarray:

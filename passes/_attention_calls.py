@@ -4,8 +4,9 @@ before: y = varlen_attn(q, k, v, ends, ends, .., causal, window)       q (T, H, 
 after:  label = searchsorted(ends, arange(T), right)                   (T,)
         y = sdpa(q, k, v, label[:, None] == label & band)              (1, H, T, D)
 
-The mask is lifted like any other and never computed.  An operator belongs to the family when its schema has
-query, key and value and either the cumulative lengths of both or a window; where there are more keys than
+The mask is lifted like any other and never computed.  The family is torch's own operator, and, in functions
+whose backward says more of them (``_attention_functions``), those whose schema has query, key, value, the
+scale of a softmax and either the cumulative lengths of both or a window; where there are more keys than
 queries (cross-attention), or the log-sum-exp is read, it stays as it is.
 
 Ends of queries and of keys that are tensors of their own may differ.  Tokens then count from the end of their
@@ -22,15 +23,17 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from hsap_compile._torch import expr_of, schema_of
+from hsap_compile._torch import expr_of, operator_name, schema_of
 from hsap_compile.graph import Builder, arguments, positional, remove_dead
 
 aten = torch.ops.aten
 
+_OF_TORCH = "torch_attn::_varlen_attn"
 #: The names of cumulative lengths: torch.nn.attention.varlen, and flash_attn.
 _LENGTHS = (("cu_seq_q", "cu_seq_k"), ("cu_seqlens_q", "cu_seqlens_k"))
-#: What an operator of the family without these has, beside q, k and v.
-_WINDOW = frozenset({"softmax_scale", "window_size_left", "window_size_right"})
+#: What an operator of a library has, and one without lengths.
+_OPERANDS = frozenset({"q", "k", "v", "softmax_scale"})
+_WINDOW = frozenset({"window_size_left", "window_size_right"})
 #: Those of the longest sequences, which the mask says as well.
 LONGEST = ("max_q", "max_k", "max_seqlen_q", "max_seqlen_k")
 #: Arguments that a mask says, beside q, k and v and the lengths, and those that change no result.
@@ -52,7 +55,8 @@ class Call(NamedTuple):
 
     @property
     def operands(self) -> tuple[Node, Node, Node]:
-        q, k, v = list(self.given.values())[:3]
+        names = ("q", "k", "v") if "q" in self.given else ("query", "key", "value")
+        q, k, v = (self.given[name] for name in names)
         return q, k, v
 
     @property
@@ -78,9 +82,10 @@ class RowLength(NamedTuple):
 
 
 def write_as_masked(module: GraphModule, mode: Any, rows: RowLength) -> None:
-    """Rewrite every such call of ``module`` in place."""
+    """Rewrite every call of torch's operator in ``module`` in place.  Of others, no argument says what they
+    compute, nor how they are differentiated."""
     for node in list(module.graph.nodes):
-        call = call_of(node)
+        call = call_of(node) if operator_name(node.target) == _OF_TORCH else None
         if call is None or not can_be_masked(call, rows):
             continue
         read = [user for user in node.users if user.users]
@@ -100,13 +105,13 @@ def call_of(node: Node) -> Call | None:
     if schema is None:
         return None
     names = {a.name for a in schema.arguments}
-    if "dout" in names:  # a backward
-        return None
+    if "dout" in names or not (names >= _OPERANDS or operator_name(node.target) == _OF_TORCH):
+        return None  # a backward, or something else
     given = {a.name: None for a in schema.arguments} | arguments(node)
     lengths = next((pair for pair in _LENGTHS if names.issuperset(pair)), None)
     if lengths is not None and (lengths == _LENGTHS[0] or given[lengths[0]] is not None):
         return Call(given, lengths)
-    return Call(given, None) if names >= _WINDOW | {"q", "k", "v"} else None
+    return Call(given, None) if names >= _WINDOW else None
 
 
 def longest_sequences(node: Node) -> list[int]:
@@ -120,12 +125,13 @@ def longest_sequences(node: Node) -> list[int]:
 def can_be_masked(call: Call, rows: RowLength) -> bool:
     """Whether the mask says all that the call does: whatever else it may be told is switched off.  Where it
     will not be planned, it is better left to the operator, which needs no mask."""
-    named = {*list(call.given)[:3], *(call.lengths or ()), *_SAID, *_IDLE}
+    named = {"q", "k", "v", "query", "key", "value", *(call.lengths or ()), *_SAID, *_IDLE}
     if any(value for name, value in call.given.items() if name not in named):
         return False
     numbers: list[Node] = []
     map_arg([call.given.get(name) for name in _SAID - {*LONGEST, "scale", "softmax_scale"}], numbers.append)
-    if numbers:  # order and windows that are symbols
+    window = call.given.get("window_size") or (-1, -1)
+    if numbers or not isinstance(window, list | tuple) or len(window) != 2:  # symbols, or what nobody knows
         return False
     q, k, _ = (expr_of(x.meta["val"].shape[call.tokens]) for x in call.operands)
     return bool(q == k) and rows.planned(q)

@@ -27,7 +27,7 @@ from hsap_compile.passes._attention_calls import LONGEST, Call, RowLength, call_
 aten = torch.ops.aten
 
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
-#: What may stand around the operator: the elements stay what they are, among zeros.
+#: What may stand around the operator: of the last dimension zeros behind, or less; all else is unchanged.
 _LAYOUT = (
     *_PADS, aten.slice.Tensor, aten.contiguous.default, aten.clone.default, aten.alias.default,
     aten.detach.default, aten.reshape.default, aten.view.default,
@@ -46,6 +46,8 @@ def write_attention_functions(module: GraphModule, mode: Any, rows: RowLength, l
     """Rewrite every such call of ``module`` in place.  ``lower``: a body for values, in ATen operators."""
     for node in [n for n in module.graph.nodes if n.target is CUSTOM_FUNCTION]:
         forward, backward, *operands = positional(node)
+        if not any(map(call_of, forward.meta["val"].graph.nodes)):
+            continue
         values = [_value(x) for x in operands]
         body = lower(forward.meta["val"], [x.detach() if isinstance(x, torch.Tensor) else x for x in values])
         call = _only(body, call_of)
@@ -86,10 +88,16 @@ def _part(call: Node, number: int) -> Node | None:
 
 
 def _is_layout(node: Node) -> bool:
-    padding = arguments(node) if node.target in _PADS else {}
-    return (
-        node.target in _LAYOUT and padding.get("mode", "constant") == "constant" and not padding.get("value")
-    )
+    """What it may take or add is at the end: two of them that fit one another are each other's transposes."""
+    given = arguments(node) if node.target in _LAYOUT else {}
+    if node.target in _PADS:
+        front, *behind = given["pad"]
+        constant = given.get("mode", "constant") == "constant" and not given.get("value")
+        return constant and front == 0 and len(behind) == 1 and behind[0] >= 0
+    if node.target is aten.slice.Tensor:
+        last = given["dim"] in (-1, node.meta["val"].dim() - 1)
+        return last and given["start"] in (None, 0) and given["step"] == 1
+    return node.target in _LAYOUT
 
 
 def _source(x: Any, *shaping: Any) -> Any:

@@ -119,13 +119,16 @@ def whole_counts(sharder: Sharder, node: Node) -> Node:
     emit, home, source = sharder.emit, sharder.home[node], _first(node)
     assert isinstance(home.order, Counts)
     by_number, made = operator_name(node.target) == "aten::histc", home.node
-    key = home.order.key if by_number else source
     with sharder.in_frame(sharder.frame_of(node)):
-        rows = sharder.local(key, home.start)
-        valid = sharder.valid_rows(sharder.axis(key), home.start, rows.meta["val"].dim())
-    if valid is not None:  # what is less than its least is not counted
+        rows = sharder.local(home.order.key if by_number else source, home.start)
+        axis = sharder.axis(home.order.key if by_number else source)
+        valid = sharder.valid_rows(axis, home.start, rows.meta["val"].dim())
+    if not by_number:  # added up before they are rounded
+        ones = rows if valid is None else where(sharder, valid, rows, 0)
+        made = emit(aten.sum.dim_IntList, emit(aten.to.dtype, ones, torch.float64), arguments(node)["dim"])
+    elif valid is not None:  # what is less than its least is not counted
         ids = emit(aten.to.dtype, rows, source.meta["val"].dtype)
-        made = _call(sharder, node, {source: where(sharder, valid, ids, -1 if by_number else 0)})
+        made = _call(sharder, node, {source: where(sharder, valid, ids, -1)})
     total = emit(exchange.SUM_RANKS, emit(aten.to.dtype, made, torch.float64), sharder.group)
     return emit(aten.to.dtype, total, node.meta["val"].dtype)
 

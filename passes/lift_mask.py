@@ -126,6 +126,8 @@ def _rewrite(
         operands = [x.canonical(emit) for x in (attention.query, attention.key, attention.value)]
         # under autocast the operator casts; the canonical one takes what the result has
         operands = [x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands]
+        if scale <= 0:  # which flash attention on CPU does not take with causal order
+            operands[0], scale = emit(aten.mul.Scalar, operands[0], scale), 1.0
         read = [emit(aten.detach.default, leaf) if cut else leaf for leaf, cut in leaves]
         looks = dense.result(operands[0].meta["val"], operands[2].meta["val"])
         node = emit.returning(looks, dense.OP, *operands, read, formula.dumps(mask.logits), scale)

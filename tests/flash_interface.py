@@ -102,6 +102,37 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: T
     return torch.empty_like(softmax_lse)
 
 
+def _saved(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.how = inputs[5:]
+
+
+def _tripled(ctx: Any, dout: Tensor, _: Tensor) -> Any:
+    *given, out, lse = ctx.saved_tensors
+    places = [torch.zeros_like(x) for x in given[:3]]
+    getattr(torch.ops, LIBRARY).varlen_backward(3 * dout, *given[:3], out, lse, *places, *given[3:], *ctx.how)
+    return (*places, *[None] * (2 + len(ctx.how)))
+
+
+@torch.library.custom_op(f"{LIBRARY}::bare", mutates_args=())
+def bare(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Its registered gradient is three times its derivative."""
+    how = (softmax_scale, causal, window_size_left, window_size_right)
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *how)
+
+
+@bare.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+
+
+bare.register_autograd(_tripled, setup_context=_saved)
+
+
 @torch.library.custom_op(f"{LIBRARY}::forward", mutates_args=())
 def rows_forward(
     q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, window_size_left: int,
@@ -153,6 +184,8 @@ class Sequences(torch.autograd.Function):
         y = out[..., :width]
         if wrong == "doubled":
             y = y * 2
+        if wrong == "out shifted":
+            y = F.pad(y, [-1, 1])
         return (y, lse) if wrong == "lse" else y
 
     @staticmethod
@@ -164,6 +197,10 @@ class Sequences(torch.autograd.Function):
             how[1] = 0.5 * how[1]
         if ctx.wrong == "gradient":
             dout = dout * 2
+        if ctx.wrong == "k shifted":
+            k = F.pad(k, [-1, 1])
+        if ctx.wrong == "dout shifted":
+            dout = F.pad(dout, [-1, 1])
         if ctx.wrong == "sliced":
             v = F.pad(v[..., :-1], [0, 1])
         args = (_padded(dout, width), q, k, v, out, lse, dq, dk, dv, ends, of_keys, ctx.longest, ctx.longest)
@@ -172,7 +209,11 @@ class Sequences(torch.autograd.Function):
             dq, dk = dk, dq
         if ctx.wrong == "clipped":
             dv = dv.clamp(-1e-3, 1e-3)
-        dq, dk, dv = (x[..., :width] for x in (dq, dk, dv))
+        if ctx.wrong == "dq shifted":
+            dq = F.pad(dq, [-1, 1])
+        first = dq.shape[-1] - width if ctx.wrong == "last of dq" else 0
+        dq = dq[..., first : first + width]
+        dk, dv = (x[..., :width] for x in (dk, dv))
         return dq, dk, dv, None, None, None, None, None, None, None, None
 
 
@@ -214,6 +255,10 @@ class Packed(nn.Module):
             return Rows.apply(q, k, v, causal, window).square().mean()  # type: ignore[no-any-return]
         q, k, v = (t.flatten(0, -3) for t in (q, k, v))
         rest = (self.how.get("dropout", 0.0), self.how.get("softcap", 0.0), self.how.get("wrong", ""))
+        if self.how.get("bare"):
+            how = (0.0, self.width**-0.5, causal, *window)
+            y, _ = getattr(torch.ops, LIBRARY).bare(q, k, v, ends, of_keys, longest, longest, *how)
+            return y.square().mean()  # type: ignore[no-any-return]
         y = Sequences.apply(q, k, v, ends, of_keys, longest, causal, window, *rest)
         if isinstance(y, tuple):
             return (y[0].square().mean() + y[1].square().mean()) / 2

@@ -108,14 +108,36 @@ def test_sequences_across_rows_are_left_to_the_function() -> None:
     assert "autograd_function_apply" in [f.operator for f in got.program.fallbacks]
 
 
-WRONG = ["scale", "gradient", "swapped", "clipped", "keys", "doubled", "lse", "padded", "sliced"]
+WRONG = [
+    "scale",
+    "gradient",
+    "swapped",
+    "clipped",
+    "keys",
+    "doubled",
+    "lse",
+    "padded",
+    "sliced",
+    "out shifted",
+    "k shifted",
+    "dout shifted",
+    "dq shifted",
+    "last of dq",
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_functions_that_do_something_else_stay_what_they_are(wrong: str) -> None:
-    error, got = compared(Packed(kv_heads=4, wrong=wrong), sequences(LENGTHS), 2, 1)
+    width = 6 if wrong == "last of dq" else 8
+    error, got = compared(Packed(width, kv_heads=4, wrong=wrong), sequences(LENGTHS), 2, 1)
     assert error <= 1e-12
     assert [f.operator for f in got.program.fallbacks] == ["autograd_function_apply"]
+
+
+def test_the_gradient_of_a_bare_operator_is_its_own() -> None:
+    error, got = compared(Packed(bare=True), sequences(LENGTHS), 2, 1)
+    assert error <= 1e-12
+    assert [f.operator for f in got.program.fallbacks] == ["hsap_test_flash::bare"]
 
 
 @pytest.mark.parametrize("how", [{"dropout": 0.25}, {"softcap": 0.5}], ids=str)

@@ -84,6 +84,13 @@ def test_two_tensors_that_say_the_same(
     assert got.residual == apart and (got.labels is None) == apart
 
 
+def test_integers_are_not_compared_in_fewer_digits() -> None:
+    """2^53 and one more are one label to a mask that compares them with floats."""
+    labels = torch.tensor([[2**53, 2**53 + 1]])
+    logits = logits_of(sympy.Eq(leaf(0, b, q), leaf(1, b, k)), "where", score)
+    assert check(logits, [labels, labels.double()], 1, 2).residual
+
+
 @settings(max_examples=200, deadline=None)
 @given(tensors(), conditions(), styles())
 def test_the_planner_knows_every_attended_pair(

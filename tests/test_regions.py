@@ -166,6 +166,34 @@ def test_scales_that_are_attributes(dynamic: bool | None, monkeypatch: pytest.Mo
                 torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-12, atol=1e-12)
 
 
+class Turned(nn.Module):
+    """Similar keys count less, or all the same."""
+
+    def __init__(self, scale: float, written: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.scale, self.written = nn.Embedding(11, 16).double(), scale, written
+
+    def forward(self, ids: Tensor, documents: Tensor) -> Tensor:
+        q = self.words(ids).unflatten(-1, (2, 8)).transpose(1, 2)
+        k, v = q.cos(), q.sin()
+        seen = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+        if self.written:
+            return ((q @ k.mT * self.scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v).square().mean()
+        return F.scaled_dot_product_attention(q, k, v, seen, scale=self.scale).square().mean()
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale: float, written: bool, mesh: tuple[int, int]) -> None:
+    batch = {"ids": torch.arange(24)[None] * 7 % 11, "documents": torch.arange(24)[None] // 9}
+    of = traced(Turned(scale, written), dynamic(batch))
+    wanted, got = eager(of), simulate(of, *mesh)
+    assert got.program.fallbacks == () and len(got.program.masks) == 1
+    assert max(max(worst(step, wanted)) for step in got.ranks) <= 1e-12
+
+
 # --- checkpoints --------------------------------------------------------------------------------------
 
 

@@ -243,3 +243,11 @@ def test_broken_rules_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hsap_compile.passes.shard_tokens.whole_counts", _routing.whole_counts)
     with pytest.raises(AssertionError):
         check(of, 3, 1)
+
+
+def test_counts_are_added_up_before_they_are_rounded() -> None:
+    def pattern(p: Program, x: Tensor, i: Tensor) -> Tensor:
+        first = _routes(p, x)[2][:, 0] * 0
+        return x + F.one_hot(first, EXPERTS).bfloat16().sum(0)[0].double() / 1000
+
+    assert check(trace(Program((pattern,)), tokens=605), 2, 1) == []
