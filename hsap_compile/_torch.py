@@ -51,6 +51,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.experimental.symbolic_shapes import free_symbols as free_symbols
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv as FloorDiv
 from torch.utils.checkpoint import CheckpointPolicy
@@ -202,8 +203,8 @@ class _Entering(torch.fx.Interpreter):
     What reads an operand after an operator that returned it (``x.to(x.dtype)``) reads the operand: the
     operator may stand where nothing has a gradient.
 
-    ``lost``: calls that autograd would differentiate by a Python function's own backward, which no graph of
-    operators shows, and those functions.
+    ``lost``: calls that autograd would differentiate by a Python function's own backward, or a hook, which no
+    graph of operators shows, and those functions.
     """
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
@@ -216,9 +217,13 @@ class _Entering(torch.fx.Interpreter):
         operands = [self.env[x] for x in n.all_input_nodes if isinstance(self.env[x], torch.Tensor)]
         before = [(x, known[x]) for x in operands if x in known]
         functions = {x.grad_fn for x in operands}
-        result = super().run_node(n)
-        if schema_of(n.target) is None and (name := _own_backward(result, functions)):
-            self.lost.append((n, name))
+        if schema_of(n.target) is None:
+            with _GradientHooks() as hooks:
+                result = super().run_node(n)
+            if name := hooks.found or _own_backward(result, functions):
+                self.lost.append((n, name))
+        else:
+            result = super().run_node(n)
         for x, was in before:
             if known[x] is not was and _is_returned(known[x].proxy.node, was.proxy.node):
                 known[x] = was
@@ -233,6 +238,17 @@ class _Entering(torch.fx.Interpreter):
         if target is leave:
             return args[0].__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
+
+
+class _GradientHooks(TorchFunctionMode):
+    """``found``: what set a hook on a gradient, if anything did."""
+
+    found = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.register_hook:
+            self.found = "tensor.register_hook"
+        return func(*args, **(kwargs or {}))
 
 
 def _own_backward(result: Any, known: set[Any]) -> str:
@@ -295,7 +311,7 @@ def trace_pre_dispatch(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> t
 def opaque(name: str, node: torch.fx.Node) -> Refused:
     """Of a call whose backward is not in the graph."""
     return Refused(
-        "a custom autograd function is hidden from torch.compile",
+        "a custom backward is hidden from torch.compile",
         got=f"{name}, which is allowed in graphs untraced (allow_in_graph, nonstrict_trace)",
         wanted="functions that torch.compile traces, forward and backward",
         do="drop what allows it, or leave the function out (float8 training of torchao has such functions)",

@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from hsap_compile import formula
+from hsap_compile.errors import Refused
 from hsap_compile.masks import Band, Mask
 from hsap_compile.plan import Attended
 from hsap_compile.plan.attended import starts
@@ -22,7 +23,19 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
     A band over positions that are read from a tensor (``position_ids[q] >= position_ids[k]``) is a band
     over columns where positions advance with the columns inside every label; where they do not, the
     formula is evaluated element by element.  Columns that are no tokens of the attention are a document.
+
+    Raises ``Refused`` where a leaf holds NaN.
     """
+    for leaf in leaves:
+        if (
+            leaf is not None and leaf.is_floating_point() and leaf.isnan().any()
+        ):  # which is neither equal nor unequal to anything
+            raise Refused(
+                "an attention mask compares numbers that are not",
+                got=f"NaN, in a tensor of shape {tuple(leaf.shape)} that the mask {mask} reads",
+                wanted="documents, positions and valid tokens in numbers",
+                do="replace NaN in what the model makes its mask of (x.nan_to_num())",
+            )
     first, behind = mask.others
     read = _Reader(leaves, batch, tokens - first - behind)
     if not all(_say_the_same(read.array(of_q), read.array(of_k)) for of_q, of_k in mask.alike):

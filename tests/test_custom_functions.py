@@ -354,13 +354,25 @@ def plain(x: Tensor) -> Tensor:
     return x.sin() + x.detach().round()
 
 
+@torch._dynamo.nonstrict_trace
+def hooked(x: Tensor) -> Tensor:
+    y = x.sin()
+    y.register_hook(lambda grad: grad * 3)
+    return y
+
+
 @pytest.mark.parametrize(
-    ("call", "name"), [(lambda x: Hidden.apply(x), "Hidden"), (lambda x: hidden(x)[1], "Within")]
+    ("call", "name"),
+    [
+        (lambda x: Hidden.apply(x), "Hidden"),
+        (lambda x: hidden(x)[1], "Within"),
+        (lambda x: hooked(x), "tensor.register_hook"),
+    ],
 )
 def test_functions_whose_backward_no_graph_shows_are_refused(call: Any, name: str) -> None:
     of = trace(Program((LOCAL["linear"], lambda p, x, i: call(x))), rows=2)
     for ranks in (1, 2):
-        with pytest.raises(Refused, match="a custom autograd function is hidden from") as caught:
+        with pytest.raises(Refused, match="a custom backward is hidden from") as caught:
             simulate(of, ranks, 1)
         assert f"got:    {name}, which is allowed in graphs untraced" in str(caught.value)
         assert "test_custom_functions.py:" in str(caught.value)

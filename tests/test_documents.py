@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hsap_compile import documents, formula
 from hsap_compile.documents import attended, unknown
+from hsap_compile.errors import Refused
 from hsap_compile.formula import b, floordiv, k, leaf, q, score
 from hsap_compile.masks import normalise
 from hsap_compile.plan import Attended
@@ -89,6 +90,17 @@ def test_integers_are_not_compared_in_fewer_digits() -> None:
     labels = torch.tensor([[2**53, 2**53 + 1]])
     logits = logits_of(sympy.Eq(leaf(0, b, q), leaf(1, b, k)), "where", score)
     assert check(logits, [labels, labels.double()], 1, 2).residual
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_masks_of_what_is_no_number_are_refused(at: int) -> None:
+    labels = torch.arange(6).div(2).floor()[None].double()
+    logits = logits_of(sympy.Eq(leaf(0, b, q), leaf(0, b, k)), "where", score)
+    assert not check(logits, [labels], 1, 6).residual
+    labels[0, at] = torch.nan
+    text = r"NaN, in a tensor of shape \(1, 6\) that the mask .* == .* reads\n.*\n  do:     replace NaN"
+    with pytest.raises(Refused, match=text):
+        check(logits, [labels], 1, 6)
 
 
 @settings(max_examples=200, deadline=None)
