@@ -24,6 +24,7 @@ from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.pgo import auto_dynamic, get_code_state
+from torch._dynamo.source import TensorPropertySource
 from torch._dynamo.variables.misc import produce_trampoline_autograd_apply
 from torch._functorch import config as functorch_config
 from torch._functorch import predispatch as _vmap
@@ -594,6 +595,15 @@ def fixed(value: Any) -> float | None:
     if isinstance(value, torch.SymFloat) and not value.node.has_hint():
         return None
     return float(value)
+
+
+def fixed_number(value: Any) -> int | None:
+    """The same of a number that the caller gave as such: an attribute, or what a function closes over.  None:
+    it is made of sizes of tensors, or depends on data."""
+    sources = value.node.shape_env.var_to_sources.get(value.node.expr, ())
+    if not sources or any(isinstance(source, TensorPropertySource) for source in sources):
+        return None
+    return int(value)
 
 
 def equal_now(size: Any, other: Any) -> bool:

@@ -9,8 +9,8 @@ Args:
         formula_blocks.py.
 
 Returns out (R, Hq, Dv) and lse (R, Hq), natural, in float32 (float64 of float64); a row without a key has out
-0 and lse -inf.  lse has no gradient: attentions are cut into parts after differentiation only, and the
-backward of each part is given the out and lse of the whole (passes/_parts.py), which makes it exact.
+0 and lse -inf.  Attentions are cut into parts after differentiation only, and the backward of each part is
+given the out and lse of the whole (passes/_parts.py), which makes it exact.
 
 On CPU attention.py computes it, on CUDA varlen.py.
 """
@@ -39,7 +39,7 @@ _ATTEND = (
 _ATTEND_BACKWARD = (
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? k_remote, Tensor? v_remote, Tensor slices, "
     "Tensor? rows, Tensor? remote_rows, Tensor? heads, Tensor[] leaves, str mod, SymInt tokens, "
-    "float scale, Tensor out, Tensor lse, int[] wanted) "
+    "float scale, Tensor out, Tensor lse, Tensor? grad_lse, int[] wanted) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_remote, Tensor dv_remote, Tensor[] dleaves)"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -85,6 +85,7 @@ def _attend_backward_fake(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    grad_lse: Tensor | None,
     wanted: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     n_remote = 0 if k_remote is None else k_remote.shape[0]
@@ -103,12 +104,11 @@ _TENSORS = ("q", "k", "v", "k_remote", "v_remote", "slices", "rows", "remote_row
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, leaves, ctx.mod, ctx.tokens, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, *leaves, out, lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *leaves, *output)
 
 
-def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():  # what follows is not recorded
         no_second_derivative(ctx)
     n = len(_TENSORS)
@@ -117,14 +117,28 @@ def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
     needs = ctx.needs_input_grad[n]
     wanted = [i for i, need in enumerate(needs) if need and leaves[i].is_floating_point()]
     dq, dk, dv, dk_remote, dv_remote, dleaves = torch.ops.hsap.attend_backward(
-        grad_out, *tensors, leaves, ctx.mod, ctx.tokens, ctx.scale, out, lse, wanted
-    )
+        torch.zeros_like(out) if grad_out is None else grad_out,
+        *tensors, leaves, ctx.mod, ctx.tokens, ctx.scale, out, lse, grad_lse, wanted,
+    )  # fmt: skip
     remote = (None, None) if tensors[3] is None else (dk_remote, dv_remote)
     found = [grad if i in wanted else None for i, grad in enumerate(dleaves)]
     return dq, dk, dv, *remote, None, None, None, None, found, None, None, None
 
 
 torch.library.register_autograd("hsap::attend", _backward, setup_context=_setup_context)
+
+
+def with_gradient_of_lse(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
+    """grad_out and out of a softmax P whose lse has a gradient, one column wider: of out, a kernel needs
+    grad_out . out alone, and
+
+        d logit = P (grad_out . v - grad_out . out + grad_lse)
+                = P ((grad_out, grad_lse) . (v, 0) - (grad_out, grad_lse) . (out, -1))
+    """
+    if grad_lse is None:
+        return grad_out, out
+    column = grad_lse.to(grad_out.dtype)[..., None]
+    return torch.cat([grad_out, column], -1), torch.nn.functional.pad(out, (0, 1), value=-1.0)
 
 
 OP = torch.ops.hsap.attend.default

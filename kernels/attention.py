@@ -32,7 +32,7 @@ from torch import Tensor
 from hsap_compile.kernels import formula_blocks
 from hsap_compile.kernels.attend import BACKWARD as BACKWARD
 from hsap_compile.kernels.attend import OP as OP
-from hsap_compile.kernels.attend import compute_dtype
+from hsap_compile.kernels.attend import compute_dtype, with_gradient_of_lse
 from hsap_compile.kernels.formula_blocks import Formula
 from hsap_compile.kernels.slices import BAND as BAND
 from hsap_compile.kernels.slices import CAUSAL as CAUSAL
@@ -72,22 +72,22 @@ class _Operands:
     v_remote: Tensor
     scale: float
 
+    size: int
+
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, k_remote: Tensor | None, v_remote: Tensor | None, scale: float
-    ) -> _Operands:
+        cls, q: Tensor, k: Tensor, v: Tensor, k_remote: Tensor | None, v_remote: Tensor | None, scale: float,
+        grad_out: Tensor | None = None,
+    ) -> _Operands:  # fmt: skip
+        """The kernel wants one head size: ``size`` is the largest."""
         k_far = k[:0] if k_remote is None else k_remote
         v_far = v[:0] if v_remote is None else v_remote
-        return cls(_dense(q), _dense(k), _dense(v), _dense(k_far), _dense(v_far), scale)
+        size = max(x.shape[2] for x in (q, v, grad_out) if x is not None)
+        return cls(_dense(q), _dense(k), _dense(v), _dense(k_far), _dense(v_far), scale, size)
 
     @property
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.q.dtype)
-
-    @property
-    def size(self) -> int:
-        """The larger of the two head sizes: the kernel wants one."""
-        return max(self.q.shape[2], self.v.shape[2])
 
     def plan(self, slices: Tensor) -> Plan:
         rows, heads, _ = self.q.shape
@@ -275,9 +275,11 @@ def _attend_backward(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    grad_lse: Tensor | None,
     wanted: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    x = _Operands.of(q, k, v, k_remote, v_remote, scale)
+    grad_out, out = with_gradient_of_lse(grad_out, grad_lse, out)
+    x = _Operands.of(q, k, v, k_remote, v_remote, scale, grad_out)
     plan = x.plan(slices)
     index = _formula_of(plan, mod, rows, remote_rows, heads, leaves, tokens, x.dtype)
     softmax = _softmax(x, index, plan, grad_out, out, lse)
@@ -314,8 +316,8 @@ def _attend_backward(
 class _Softmax:
     """What the backward knows about the softmax of every row."""
 
-    grad: Tensor  # (R, Hq, Dv)
-    out: Tensor  # (R, Hq, Dv)
+    grad: Tensor  # (R, Hq, at least Dv)
+    out: Tensor  # as grad
     lse: Tensor  # (R, Hq), +inf where a row has no key: exp(logit - lse) is then 0, not NaN
     log_mass: Tensor | None  # (R, Hq): see _log_mass
 

@@ -1,7 +1,8 @@
 """The canonical attention: whole sequences, dense.  What ``lift_mask`` writes and the passes after it
 partition; run as it is, it is the definition of what they must compute.
 
-Shapes: q (B, H, S, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), result (B, H, S, Dv) in q's dtype.
+Shapes: q (B, H, S, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), result (B, H, S, Dv) in q's dtype; with ``lse``,
+the log-sum-exp of the logits stands behind it in as many more columns as hold all its digits (``packed``).
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import torch
 
 from hsap_compile import formula
+from hsap_compile.kernels.attend import compute_dtype
 
 _library = torch.library.Library("hsap", "FRAGMENT")
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, str logits, float scale) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, str logits, float scale, bool lse) -> Tensor",
 )
 
 
@@ -23,11 +25,12 @@ def attention(
     leaves: list[torch.Tensor],
     logits: str,
     scale: float,
+    lse: bool,
 ) -> torch.Tensor:
-    """softmax(logits(scale * q k^T, b, h, q, k)) v; a query that attends to nothing gets zeros.  A formula
-    with a sink has one more logit, whose value is zero."""
+    """softmax(logits(scale * q k^T, b, h, q, k)) v; a query that attends to nothing gets zeros, and -inf as
+    its log-sum-exp.  A formula with a sink has one more logit, whose value is zero."""
     repeat = q.shape[1] // k.shape[1]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(q.dtype)
     keys, values = (x.repeat_interleave(repeat, 1) if repeat != 1 else x for x in (k, v))
     score = torch.matmul(q.to(wide), keys.to(wide).transpose(-1, -2)) * scale
     batch, heads, queries, columns = score.shape
@@ -48,7 +51,8 @@ def attention(
         extra = torch.as_tensor(formula.evaluate(sink, index, leaves), device=q.device).to(wide)
         value = torch.cat([value, extra.expand(*score.shape[:-1], 1)], -1)
     weights = torch.softmax(value, -1)[..., :columns].masked_fill(empty, 0.0)
-    return torch.matmul(weights, values.to(wide)).to(q.dtype)
+    out = torch.matmul(weights, values.to(wide)).to(q.dtype)
+    return packed(out, value.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)) if lse else out
 
 
 _library.impl("attention", attention, "CompositeImplicitAutograd")
@@ -56,6 +60,25 @@ _library.impl("attention", attention, "CompositeImplicitAutograd")
 OP = torch.ops.hsap.attention.default
 
 
-def result(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """What looks like ``attention(q, .., v, ..)``, which takes long to find out from its formula."""
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+def result(q: torch.Tensor, v: torch.Tensor, lse: bool) -> torch.Tensor:
+    """What looks like ``attention(q, .., v, .., lse)``, which takes long to find out from its formula."""
+    return q.new_empty((*q.shape[:3], int(v.shape[3]) + (columns_of_lse(q.dtype) if lse else 0)))
+
+
+def columns_of_lse(dtype: torch.dtype) -> int:
+    """How many columns of ``dtype`` hold a number of ``compute_dtype(dtype)``."""
+    return 1 if dtype == compute_dtype(dtype) else 3  # 24 binary digits, of 8 or 11
+
+
+def packed(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """out (.., Dv) and lse (..), side by side: each further column is what rounding took from that before."""
+    columns = []
+    for _ in range(columns_of_lse(out.dtype)):
+        columns.append(lse.to(out.dtype))
+        lse = torch.where(lse.isinf(), 0.0, lse - columns[-1].to(lse.dtype))
+    return torch.cat([out, torch.stack(columns, -1)], -1)
+
+
+def unpacked(columns: torch.Tensor) -> torch.Tensor:
+    """The lse (..) of such columns (.., n)."""
+    return columns.to(compute_dtype(columns.dtype)).sum(-1)

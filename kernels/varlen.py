@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hsap_compile._torch import without_autocast
 from hsap_compile.kernels import formula_blocks
-from hsap_compile.kernels.attend import compute_dtype
+from hsap_compile.kernels.attend import compute_dtype, with_gradient_of_lse
 from hsap_compile.kernels.flex import merge
 from hsap_compile.kernels.formula_blocks import Formula
 from hsap_compile.kernels.sequences import CAUSE, Calls, Rows, calls
@@ -62,9 +62,11 @@ class _Operands(NamedTuple):
 
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, k_remote: Tensor | None, v_remote: Tensor | None
-    ) -> _Operands:
-        size = -(-max(q.shape[2], v.shape[2]) // _MULTIPLE) * _MULTIPLE
+        cls, q: Tensor, k: Tensor, v: Tensor, k_remote: Tensor | None, v_remote: Tensor | None,
+        grad_out: Tensor | None = None,
+    ) -> _Operands:  # fmt: skip
+        size = max(x.shape[2] for x in (q, v, grad_out) if x is not None)
+        size = -(-size // _MULTIPLE) * _MULTIPLE
         k_far = k[:0] if k_remote is None else k_remote
         v_far = v[:0] if v_remote is None else v_remote
         return cls(*(_padded(x, size) for x in (q, k, v, k_far, v_far)))
@@ -266,10 +268,12 @@ def attend_backward(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    grad_lse: Tensor | None,
     wanted: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     with without_autocast():
-        x = _Operands.of(q, k, v, k_remote, v_remote)
+        grad_out, out = with_gradient_of_lse(grad_out, grad_lse, out)
+        x = _Operands.of(q, k, v, k_remote, v_remote, grad_out)
         found = calls(slices, q.shape[0], x.k_remote.shape[0])
         wide = compute_dtype(q.dtype)
         sink = _sink(mod, rows, remote_rows, heads, leaves, tokens, wide)

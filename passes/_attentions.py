@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def attention(sharder: Sharder, node: Node) -> Any:
-    q, k, v, leaves, logits, scale = args_of(node)
+    q, k, v, leaves, logits, scale, lse = args_of(node)
     axes = [x.meta.get("tokens") for x in (q, k, v)]
     if _reads_context(node, axes):
         start = sharder.start_of(q)
         rows = [sharder.local(q, start), sharder.operand(k), sharder.operand(v)]
-        made = sharder.emit(dense.OP, *rows, _whole(sharder, leaves), logits, scale)
+        made = sharder.emit(dense.OP, *rows, _whole(sharder, leaves), logits, scale, lse)
         made.meta.update(mask=node.meta["mask"], reads=node.meta["reads"])
         return Local(made, start)
     if sharder.frame.chunk is not None:
@@ -42,12 +42,12 @@ def attention(sharder: Sharder, node: Node) -> Any:
     mask: Mask = placed(node.meta["mask"], *ranges)
     operands = [sharder.local(x, at) for x, at in zip((q, k, v), (start, of_keys, of_keys), strict=True)]
     text = logits if mask is node.meta["mask"] else formula.dumps(mask.logits)
-    made = sharder.graph.call_function(dense.OP, (*operands, _whole(sharder, leaves), text, scale))
+    made = sharder.graph.call_function(dense.OP, (*operands, _whole(sharder, leaves), text, scale, lse))
     made.meta.update({key: value for key, value in node.meta.items() if key not in ("val", "tokens")})
     made.meta["mask"] = mask
-    batch, heads = (hint_of(s) for s in operands[0].meta["val"].shape[:2])
-    rows, width = operands[0].meta["val"].shape[2], hint_of(operands[2].meta["val"].shape[3])
-    made.meta["val"] = operands[0].meta["val"].new_empty((batch, heads, rows, width))
+    of_q, of_v = (operands[i].meta["val"] for i in (0, 2))
+    shape = dense.result(of_q, of_v, lse).shape
+    made.meta["val"] = of_q.new_empty((*map(hint_of, shape[:2]), *shape[2:]))
     return Local(made, start)
 
 

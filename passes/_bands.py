@@ -20,11 +20,12 @@ from hsap_compile.plan.tables import MaskPlan
 _FLEX = 'pass options={"attention": "flex"}, which evaluates any formula'
 
 
-def check_site(site: Node, q: Node, v: Node, mask: Mask, plannable: bool) -> None:
+def check_site(site: Node, q: Node, v: Node, lse: bool, mask: Mask, plannable: bool) -> None:
     """Raises ``Refused`` for an attention.
 
-    ``site`` calls it, of ``q`` (B, H, n, D) and ``v`` (B, Hkv, n, Dv); ``plannable``: whether what the mask
-    reads is known before the step.
+    ``site`` calls it, of ``q`` (B, H, n, D) and ``v`` (B, Hkv, n, Dv); ``lse``: whether its log-sum-exp is
+    read, whose gradient is one more column; ``plannable``: whether what the mask reads is known before the
+    step.
     """
     query, value = q.meta["val"], v.meta["val"]
     if mask.residual:
@@ -51,11 +52,12 @@ def check_site(site: Node, q: Node, v: Node, mask: Mask, plannable: bool) -> Non
             do='convert the model, call it under torch.autocast, or pass options={"attention": "flex"}',
             at=where(site),
         )
-    size = max(int(query.shape[3]), int(value.shape[3]))
+    size = max(int(query.shape[3]), int(value.shape[3]) + lse)
     if size > varlen.WIDEST:
         raise Refused(
             "flash attention over sequences has no kernel of this head size",
-            got=f"{size}, the larger of {query.shape[3]} (queries, keys) and {value.shape[3]} (values)",
+            got=f"{size}, the larger of {query.shape[3]} (queries, keys) and {value.shape[3]} (values"
+            + (", and one more for the log-sum-exp)" if lse else ")"),
             wanted=f"at most {varlen.WIDEST}",
             do='pass options={"attention": "flex"}',
             at=where(site),

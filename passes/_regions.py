@@ -334,7 +334,7 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
                 made = graph.placeholder(f"{call.name}_{positional(part)[1]}")
             made.meta.update(part.meta)
             if isinstance(value := part.meta["example_value"], torch.Tensor):
-                made.meta["example_value"] = new_like(value)
+                made.meta["example_value"] = new_like(_as_computed(call, value))
             inputs[len(names)] = positional(part)[1]
             names.append(made)
             part.replace_all_uses_with(made)
@@ -356,6 +356,13 @@ def set_aside(module: GraphModule) -> tuple[Aside, ...]:
         graph.erase_node(call)
     module.recompile()
     return tuple(found)
+
+
+def _as_computed(call: Node, result: torch.Tensor) -> torch.Tensor:
+    """Of float64, flex attention computes everything in float64; torch's fake log-sum-exp is float32."""
+    operand = positional(call)[0]
+    wide = call.target is FLEX_ATTENTION and operand.meta["example_value"].dtype == torch.float64
+    return result.double() if wide else result
 
 
 def new_like(value: torch.Tensor) -> torch.Tensor:

@@ -195,8 +195,8 @@ def _same_rows(node: Node) -> bool:
 
 def _counted(sharder: Sharder, node: Node) -> Any:
     """cumsum and casts of counts are counts."""
-    name, source = operator_name(node.target), _first(node)
-    if list(node.all_input_nodes) != [source] or source.meta["val"].dim() != 1:
+    name, source = operator_name(node.target), node.args[0]
+    if not isinstance(source, Node) or node.all_input_nodes != [source] or source.meta["val"].dim() != 1:
         raise NotLocal("arithmetic on counts of rows")
     home = sharder.home[source]
     assert isinstance(home.order, Counts)

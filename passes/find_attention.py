@@ -68,6 +68,7 @@ class Attention:
 
     ``result``: how its result lies in ``output`` (see ``Operands``).
     ``sink`` (B, H, S, 1): one more logit, whose weight is dropped.
+    ``lse`` (B, H, S): the node of the logits' log-sum-exp, where it is read, to the base ``base``.
     ``score_mod`` and ``mask_mod``: what flex attention does to its scores.
     ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
     (a node, or None), ``causal`` and ``scale`` say the same.  ``scores``: the q @ k.T of the eager form.
@@ -87,6 +88,8 @@ class Attention:
     scores: Scores | None = None
     scores_layout: tuple[sympy.Expr, ...] = ()
     sink: Node | None = None
+    lse: Node | None = None
+    base: float = math.e
     score_mod: Body | None = None
     mask_mod: Body | None = None
 
@@ -157,10 +160,10 @@ def _plain(
 
 def _flex(node: Node, opaque: set[Node]) -> Attention | None:
     """flex_attention(q, k, v, score_mod, (.., mask_mod), scale, options, buffers of the two): only the
-    attention's output may be read, and its blocks must be what ``mask_mod`` says."""
-    query, key, value, score_mod, blocks, scale, _, score_buffers, mask_buffers = positional(node)
-    read = [user for user in node.users if user.users]
-    if len(read) != 1 or positional(read[0])[1] != 0 or not _fit(query, key, value):
+    attention's output and its log-sum-exp may be read, and its blocks must be what ``mask_mod`` says."""
+    query, key, value, score_mod, blocks, scale, options, score_buffers, mask_buffers = positional(node)
+    read = {positional(user)[1]: user for user in node.users if user.users}
+    if 0 not in read or not read.keys() <= {0, 1} or not _fit(query, key, value):
         return None
     mask: Body | None = Body(_module(blocks[-1]), tuple(mask_buffers))
     if _says_nothing(_module(blocks[-1])):
@@ -169,7 +172,10 @@ def _flex(node: Node, opaque: set[Node]) -> Attention | None:
         mask = None
     of_scores = Body(_module(score_mod), tuple(score_buffers))
     found = _plain(read[0], query, key, value, scale, opaque)
-    return None if found is None else replace(found, score_mod=of_scores, mask_mod=mask)
+    if found is None:
+        return None
+    base = math.e if options.get("BACKEND") == "FLASH" else 2.0
+    return replace(found, score_mod=of_scores, mask_mod=mask, lse=read.get(1), base=base)
 
 
 _EVERYTHING = 1 << 30  # the size of the one block that torch makes where no block mask is given

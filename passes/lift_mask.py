@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import operator
 from dataclasses import replace
 from typing import Any
@@ -25,11 +26,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from hsap_compile import formula
-from hsap_compile._torch import expr_of, operator_name
+from hsap_compile._torch import expr_of, fixed_number, operator_name
 from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
 from hsap_compile.graph import Builder, ancestors, arguments, placeholders, positional, remove_dead
 from hsap_compile.kernels import dense
+from hsap_compile.kernels.flex import inline
 from hsap_compile.masks import normalise
 from hsap_compile.passes._elements import (
     COMPARISONS,
@@ -62,11 +64,12 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         try:
             logits = lifter.logits()
         except NotLiftable as reason:
-            why = f"there is no formula of each score alone for {reason}"
-            log.warning("an attention stays as it is written: %s, at %s", why, where(attention.output))
-            attention.output.meta["as_written"] = why
+            _leave(attention, f"there is no formula of each score alone for {reason}")
             continue
         mask, scale = normalise(logits)
+        if attention.lse is not None and mask.soft:
+            _leave(attention, "its log-sum-exp is read, and masked logits are finite (use -inf)")
+            continue
         used = formula.leaves_of(mask.logits)
         numbers = {old: new for new, old in enumerate(used)}
         mask = _renumbered(mask, numbers)
@@ -76,9 +79,14 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
             (node, cut or (i not in valued and _has_gradient(node))) for i, (node, cut) in enumerate(read)
         ]
         dense_masks += any(len(token_dims(leaf)) > 1 for leaf, _ in leaves)
-        written[attention.output] = _rewrite(module, mode, attention, leaves, mask, attention.scale * scale)
+        written.update(_rewrite(module, mode, attention, leaves, mask, attention.scale * scale))
     remove_dead(module)
     return dense_masks
+
+
+def _leave(attention: Attention, why: str) -> None:
+    log.warning("an attention stays as it is written: %s, at %s", why, where(attention.output))
+    attention.output.meta["as_written"] = why
 
 
 def _of_written(attention: Attention, written: dict[Node, Node]) -> Attention:
@@ -117,20 +125,21 @@ def _rewrite(
     leaves: list[tuple[Node, bool]],
     mask: Any,
     scale: float,
-) -> Node:
-    """The result's node, which stands for ``attention.output`` from now on."""
-    graph, output = module.graph, attention.output
+) -> dict[Node, Node]:
+    """What stands for the attention's results from now on."""
+    graph, output, lse = module.graph, attention.output, attention.lse
     emit = Builder(graph, mode, output)
     dtype = output.meta["val"].dtype
-    with graph.inserting_before(output):
+    with graph.inserting_before(output if lse is None else min(output, lse)):
         operands = [x.canonical(emit) for x in (attention.query, attention.key, attention.value)]
         # under autocast the operator casts; the canonical one takes what the result has
         operands = [x if x.meta["val"].dtype == dtype else emit(aten.to.dtype, x, dtype) for x in operands]
         if scale <= 0:  # which flash attention on CPU does not take with causal order
             operands[0], scale = emit(aten.mul.Scalar, operands[0], scale), 1.0
         read = [emit(aten.detach.default, leaf) if cut else leaf for leaf, cut in leaves]
-        looks = dense.result(operands[0].meta["val"], operands[2].meta["val"])
-        node = emit.returning(looks, dense.OP, *operands, read, formula.dumps(mask.logits), scale)
+        looks = dense.result(operands[0].meta["val"], operands[2].meta["val"], lse is not None)
+        text = formula.dumps(mask.logits)
+        node = emit.returning(looks, dense.OP, *operands, read, text, scale, lse is not None)
         node.meta.update(mask=mask, reads=tuple(where(leaf) for leaf, _ in leaves))
         query, shape = attention.query, output.meta["val"].shape
         parts = [*query.rows, query.token, WIDTH]
@@ -139,8 +148,16 @@ def _rewrite(
             rows[0] = emit.size(node, 0)
         node = with_rows(emit, node, rows)
         node = permuted(emit, node, [parts.index(d) for d in attention.result])
-    output.replace_all_uses_with(node)
-    return node
+        written = {output: node}
+        if lse is not None:  # whose results lie as the operator's do
+            sizes = [int(shape[-1]), dense.columns_of_lse(dtype)]
+            split = emit(aten.split_with_sizes.default, node, sizes, -1)
+            written[output], columns = (emit(operator.getitem, split, i) for i in (0, 1))
+            logs = inline(emit, dense.unpacked, columns)
+            written[lse] = emit(aten.mul.Tensor, logs, 1 / math.log(attention.base))
+    for old, new in written.items():
+        old.replace_all_uses_with(new)
+    return written
 
 
 class _Lifter:
@@ -288,7 +305,7 @@ class _Lifter:
         )
 
     def size(self, size: Any) -> sympy.Expr:
-        """A size as a formula of S, the tokens of this attention's keys."""
+        """A size as a formula of S, the tokens of this attention's keys; a number (of a window) as itself."""
         expr = expr_of(size)
         keys = expr_of(self.attention.value.tokens)
         symbol = next(iter(keys.free_symbols), None)
@@ -297,7 +314,9 @@ class _Lifter:
         else:
             expr = expr.xreplace({keys: formula.S})
         if expr.free_symbols - {formula.S} or expr.atoms(sympy.Function):
-            raise NotLiftable(size)
+            if (number := fixed_number(size)) is None:
+                raise NotLiftable(size)
+            return sympy.Integer(number)
         return expr
 
     def _element(self, node: Node, index: Index) -> sympy.Basic:

@@ -31,7 +31,7 @@ from hsap_compile.errors import Refused, module_of, where
 from hsap_compile.graph import Builder, ancestors, placeholders, remove_dead
 from hsap_compile.kernels import attention, copies, dense, exchange
 from hsap_compile.kernels.flex import TABLES as FLEX_TABLES
-from hsap_compile.kernels.flex import FlexAttention, Keys
+from hsap_compile.kernels.flex import FlexAttention, Keys, inline
 from hsap_compile.masks import Mask
 from hsap_compile.passes._bands import check_site
 from hsap_compile.passes._random import is_random
@@ -150,7 +150,7 @@ def partition_attention(
             planned.append(_planned(mask, leaves, _batch(site)))
         if kernel == "varlen":
             plannable = planned[keys.index(key)].plannable
-            check_site(site, operands[0], operands[2], mask, plannable)
+            check_site(site, operands[0], operands[2], operands[6], mask, plannable)
         with module.graph.inserting_before(site):
             build = Builder(module.graph, mode, site, inferred)
             index = keys.index(key)
@@ -309,10 +309,11 @@ class _Site:
         self.site, self.index, self.stages = site, index, range(stages)
         self.row, self.plain = row, plain
         operands = _operands(site)
-        self.q, self.k, self.v, self.leaves, _, self.scale = operands
+        self.q, self.k, self.v, self.leaves, _, self.scale, self.lse = operands
         self.batch, self.heads = (int(s) for s in self.q.meta["val"].shape[:2])
         self.kv_heads = int(self.k.meta["val"].shape[1])
         self.widths = tuple(int(x.meta["val"].shape[3]) for x in (self.q, self.k, self.v))
+        self.width = int(site.meta["val"].shape[3])  # of the result
 
     def rewritten(self) -> Node:
         build, operands = self.build, (self.q, self.k, self.v)
@@ -351,9 +352,8 @@ class _Site:
     def traffic(self) -> Traffic:
         g, size = self.mesh.intra, self.q.meta["val"].dtype.itemsize
         heads, kv = self.heads // g, _row_bytes(self.site, self.mesh)
-        of_q, _, of_v = self.widths
-        heads_in = self.batch * (heads * of_q * size + kv)
-        return Traffic(self.index, kv, heads_in, self.batch * heads * of_v * size)
+        heads_in = self.batch * (heads * self.widths[0] * size + kv)
+        return Traffic(self.index, kv, heads_in, self.batch * heads * self.width * size)
 
     def _rows(self, x: Node) -> Node:
         """(B, H, n, D) -> (B * n, H, D)."""
@@ -396,7 +396,7 @@ class _Site:
     def _heads_out(self, out: Node, there: Any, rows: Any) -> Node:
         """(B * rows, H / g, D) of the group's tokens -> this rank's ones, the heads of each rank in turn."""
         build = self.build
-        count, width = self.heads // self.mesh.intra, self.widths[2]
+        count, width = self.heads // self.mesh.intra, self.width
         out = build(aten.reshape.default, out, [self.batch, rows, count, width])
         out = build(aten.permute.default, out, [1, 0, 2, 3])
         out = build(aten.reshape.default, out, [rows, self.batch * count * width])
@@ -434,7 +434,11 @@ class _Site:
 
     def _flex(self, flex: FlexAttention, q: Node, parts: list[Keys]) -> Node:
         heads = self._head_numbers(q)
-        return flex.attend(self.build, q, parts, heads, self.row, self.scale)[0]
+        return self._result(*flex.attend(self.build, q, parts, heads, self.row, self.scale))
+
+    def _result(self, out: Node, lse: Node) -> Node:
+        """(rows, H, Dv), or more columns."""
+        return inline(self.build, dense.packed, out, lse) if self.lse else out
 
     def _attend(
         self,
@@ -463,7 +467,7 @@ class _Site:
             attention.OP, q, k, v, k_remote, v_remote, slices, positions, remote, heads, leaves, logits,
             tokens, self.scale,
         )  # fmt: skip
-        return build(operator.getitem, result, 0)
+        return self._result(*(build(operator.getitem, result, i) for i in (0, 1)))
 
     def _positions(self, q: Node, columns: Node | None, rows: Any) -> Node:
         """(B * rows, 2): batch row and column of every query row."""

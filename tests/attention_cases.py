@@ -42,6 +42,7 @@ class Case:
     leaves: tuple[Tensor, ...]
     mod: str
     grad: Tensor
+    grad_lse: Tensor | None
 
     def to(self, dtype: torch.dtype) -> Case:
         changed: dict[str, Any] = {
@@ -59,7 +60,11 @@ class Case:
         tokens = self.q.shape[0] + 50
         out, lse = attend(*floats, *indices, leaves, self.mod, tokens, self.q.shape[2] ** -0.5)
         if out.requires_grad:  # the reference of no slices is a constant
-            out.backward(self.grad)
+            results, grads = [out], [self.grad]
+            if self.grad_lse is not None and lse.requires_grad:
+                results.append(lse.masked_fill(lse.isinf(), 0))
+                grads.append(self.grad_lse.to(lse.dtype))
+            torch.autograd.backward(results, grads)
         sources = [x for x in (*floats, *leaves) if x is not None and x.is_floating_point()]
         grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in sources]
         return [out.detach(), lse.detach(), *grads]
@@ -79,6 +84,7 @@ def make_case(
     otherwise: object = -sympy.oo,
     sink: bool = False,
     strided: bool = False,
+    of_lse: bool = False,
     seed: int = 0,
 ) -> Case:
     made = torch.Generator().manual_seed(seed)
@@ -110,6 +116,7 @@ def make_case(
         leaves,
         f.dumps(f.sink(logits, f.leaf(0, f.h) + f.q / f.S) if sink else logits),
         torch.randn(own, heads[0], sizes[1], generator=made, dtype=torch.float64),
+        torch.randn(own, heads[0], generator=made, dtype=torch.float64) if of_lse else None,
     )
 
 
@@ -143,6 +150,7 @@ def drawn(draw: st.DrawFn) -> dict[str, Any]:
         "otherwise": draw(st.sampled_from([-sympy.oo, LOWEST, -1e4])),
         "sink": draw(st.sampled_from([False, False, True])),
         "strided": draw(st.booleans()),
+        "of_lse": draw(st.booleans()),
         "seed": draw(st.integers(0, 9)),
     }
 
@@ -203,6 +211,7 @@ def packs(draw: st.DrawFn) -> dict[str, Any]:
         "remote": remote,
         "heads": draw(st.sampled_from([(2, 1), (1, 1)])),
         "strided": draw(st.booleans()),
+        "of_lse": draw(st.booleans()),
         "seed": draw(st.integers(0, 9)),
     }
 

@@ -66,10 +66,11 @@ def test_opcheck() -> None:
     plain = [None if x is None else x.detach() for x in floats]
     rest = (*rest[:4], [x.detach() for x in leaves], *rest[5:])
     out, lse = torch.ops.hsap.attend(*plain, *rest)
-    args = (case.grad, *plain, *rest, out, lse, [0, 1])
-    torch.library.opcheck(
-        torch.ops.hsap.attend_backward.default, args, test_utils=("test_schema", "test_faketensor")
-    )
+    for of_lse in (None, torch.ones_like(lse)):
+        args = (case.grad, *plain, *rest, out, lse, of_lse, [0, 1])
+        torch.library.opcheck(
+            torch.ops.hsap.attend_backward.default, args, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def _around(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -97,12 +98,23 @@ def test_only_asked_leaves_get_a_gradient() -> None:
     leaves = [x.detach() for x in MIXED.leaves]
     leaves[1].requires_grad_()
     rest = (MIXED.slices, MIXED.rows, MIXED.remote_rows, MIXED.heads, leaves, MIXED.mod, 100, 0.3)
-    out, lse = torch.ops.hsap.attend(*MIXED.floats, *rest)
-    assert out.requires_grad and not lse.requires_grad
+    out, _ = torch.ops.hsap.attend(*MIXED.floats, *rest)
     out.sum().backward()  # a gradient of stride 0
     assert (
         leaves[0].grad is None and leaves[1].grad is not None and not leaves[1].grad.any()
     )  # alibi does not read the table
+
+
+def test_lse_alone_has_a_gradient() -> None:
+    found = []
+    for attend in (torch.ops.hsap.attend, attend_reference):
+        q, k, v, *far = (x if x is None else x.detach().requires_grad_() for x in MIXED.floats)
+        rest = (MIXED.slices, MIXED.rows, MIXED.remote_rows, MIXED.heads, list(MIXED.leaves), MIXED.mod)
+        lse = attend(q, k, v, *far, *rest, 100, 0.3)[1]
+        lse.square().sum().backward()
+        assert v.grad is None or not v.grad.any()
+        found.append([q.grad, k.grad, far[0].grad])
+    assert max(errors(*found)) <= 1e-12
 
 
 @pytest.mark.parametrize(

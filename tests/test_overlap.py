@@ -71,7 +71,7 @@ def error_of_both(case: Case) -> float:
     forward = forward_arguments(case)
     before, after, _ = before_and_after(attention.OP, 2, *forward)
     errors = [difference(a, b) for a, b in zip(before, after, strict=True)]
-    backward = (case.grad, *forward, *before, [])
+    backward = (case.grad, *forward, *before, case.grad_lse, [])
     old, new, _ = before_and_after(attention.BACKWARD, 5, *backward)
     return max(*errors, *(difference(a, b) for a, b in zip(old, new, strict=True)))
 
@@ -103,7 +103,7 @@ def test_one_call_becomes_two() -> None:
     forward = forward_arguments(case)
     out, _, graph = before_and_after(attention.OP, 2, *forward)
     assert calls(graph, attention.OP) == 2
-    _, _, graph = before_and_after(attention.BACKWARD, 5, case.grad, *forward, *out, [])
+    _, _, graph = before_and_after(attention.BACKWARD, 5, case.grad, *forward, *out, None, [])
     assert calls(graph, attention.BACKWARD) == 2
 
 
@@ -127,7 +127,7 @@ def test_leaves_with_gradients_keep_one_backward() -> None:
     case = make_case(ROWS, 8, 12)
     forward = forward_arguments(case)
     out, _, _ = before_and_after(attention.OP, 2, *forward)
-    _, _, graph = before_and_after(attention.BACKWARD, 5, case.grad, *forward, *out, [0])
+    _, _, graph = before_and_after(attention.BACKWARD, 5, case.grad, *forward, *out, None, [0])
     assert calls(graph, attention.BACKWARD) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -164,6 +165,38 @@ def test_scales_that_are_attributes(dynamic: bool | None, monkeypatch: pytest.Mo
             torch.compile(model, backend="hsap", dynamic=dynamic, options=options)(ids).sum().backward()
             for got, wanted in zip(model.parameters(), reference.parameters(), strict=True):
                 torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_windows_that_are_symbols(
+    written: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The number that a mask's function closes over; another one compiles again."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)  # no gradients on CPU: of torch's kernel
+    caplog.set_level("INFO", "hsap_compile")
+    words = nn.Embedding(11, 16).double()
+
+    def step(ids: Tensor, near: Callable[..., Tensor]) -> Tensor:
+        q = words(ids).unflatten(-1, (2, 8)).transpose(1, 2)
+        place = torch.arange(ids.shape[1])
+        if written:
+            return F.scaled_dot_product_attention(q, q, q, near(0, 0, place[:, None], place))
+        blocks = flex.create_block_mask(near, None, None, len(place), len(place), device="cpu")
+        return flex.flex_attention(q, q, q, block_mask=blocks)
+
+    def within(window: int) -> Callable[..., Tensor]:
+        return lambda b, h, q, k: (q >= k) & (q - k < window)
+
+    options = {"lower": "eager", "strict": True}
+    compiled = torch.compile(step, backend="hsap", dynamic=True, options=options)
+    place = torch.arange(20)
+    for window in (3, 7):
+        q = words(place[None] * 7 % 11).unflatten(-1, (2, 8)).transpose(1, 2)
+        seen = within(window)(0, 0, place[:, None], place)
+        wanted = F.scaled_dot_product_attention(q, q, q, seen)
+        torch.testing.assert_close(compiled(place[None] * 7 % 11, within(window)), wanted)
+    assert "stays as it is written" not in caplog.text
+    assert caplog.text.count("0 masks stay dense") == 2
 
 
 class Turned(nn.Module):

@@ -245,6 +245,14 @@ def test_broken_rules_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         check(of, 3, 1)
 
 
+def test_counts_beside_others_are_whole() -> None:
+    def pattern(p: Program, x: Tensor, i: Tensor) -> Tensor:
+        counts = F.one_hot(_routes(p, x)[2][:, 0], EXPERTS).sum(0)
+        return x + torch.cat([counts, counts[:1]])[-1].double() / 1000
+
+    assert check(trace(Program((pattern,))), 2, 1) == []
+
+
 def test_counts_are_added_up_before_they_are_rounded() -> None:
     def pattern(p: Program, x: Tensor, i: Tensor) -> Tensor:
         first = _routes(p, x)[2][:, 0] * 0

@@ -95,7 +95,7 @@ def test_results_are_contiguous_whatever_the_operands_are() -> None:
     case = make_case([[0, 20, 0, 20, CAUSAL, 0, 0]], 20, sizes=(5, 8), strided=True)
     forward = test_overlap.forward_arguments(case)
     out, lse = torch.ops.hsap.attend(*forward)
-    grads = torch.ops.hsap.attend_backward(case.grad, *forward, out, lse, [])
+    grads = torch.ops.hsap.attend_backward(case.grad, *forward, out, lse, None, [])
     assert all(x.is_contiguous() for x in (out, lse, *grads[:5]))
     assert all(x.data_ptr() != y.data_ptr() for x, y in zip(grads[:3], forward[:3], strict=True))
 

@@ -50,7 +50,7 @@ class Result:
 
 def compare(entry: Entry, attention: str, *meshes: tuple[int, int]) -> list[Result]:
     """One step of the model on every rank of each of ``meshes``, in float64 throughout."""
-    with _flex_with_gradients():
+    with flex_with_gradients():
         model, batch = entry.make(attention), entry.batch()
         if entry.warm_up:
             model.float()(**in_float32(batch))
@@ -70,7 +70,7 @@ def in_float32(batch: Batch) -> Batch:
     return {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
 
-class _flex_with_gradients:
+class flex_with_gradients:
     """torch refuses gradients of flex attention on CPU, for want of a kernel: of its own."""
 
     def __enter__(self) -> None:
