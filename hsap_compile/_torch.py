@@ -598,12 +598,12 @@ def fixed(value: Any) -> float | None:
 
 
 def fixed_number(value: Any) -> int | None:
-    """The same of a number that the caller gave as such: an attribute, or what a function closes over.  None:
-    it is made of sizes of tensors, or depends on data."""
-    sources = value.node.shape_env.var_to_sources.get(value.node.expr, ())
-    if not sources or any(isinstance(source, TensorPropertySource) for source in sources):
-        return None
-    return int(value)
+    """The same of a number that is made of what the caller gave as such: attributes, or what a function
+    closes over.  None: sizes of tensors or data are part of it."""
+    env, symbols = value.node.shape_env, free_symbols(value)
+    sources = [env.var_to_sources.get(symbol) or [None] for symbol in symbols]
+    given = all(s is not None and not isinstance(s, TensorPropertySource) for of in sources for s in of)
+    return int(value) if given else None
 
 
 def equal_now(size: Any, other: Any) -> bool:

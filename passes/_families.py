@@ -135,6 +135,14 @@ def _said_to_be_token_wise(sharder: Sharder, node: Node) -> Any:
     return as_is(sharder, node)
 
 
+def _compared_with_a_table(sharder: Sharder, node: Node) -> Any:
+    """Every row of one operand with all of another, which has no tokens."""
+    rows = arguments(node)[_ROWS[operator_name(node.target)]]
+    if any(x is not rows and x.meta.get("tokens") is not None for x in tensor_inputs(node)):
+        raise NotLocal("token dimensions of the operands differ")
+    return _said_to_be_token_wise(sharder, node)
+
+
 def _getitem(sharder: Sharder, node: Node) -> Any:
     source = args_of(node)[0]
     if parts_of_tokens(source):
@@ -407,10 +415,10 @@ def _by_dim(sharder: Sharder, node: Node) -> Any:
         for other in tensor_inputs(node):
             other_axis = other.meta.get("tokens")
             plain = name in _OF_DIMENSIONS and other in (given["index"], given.get("value"))
-            if other_axis is None and plain:
+            more = other.meta["val"].dim() - rank
+            if other_axis is None and (plain or name in _BROADCAST and more <= 0):
                 continue
-            ranks = {n.meta["val"].dim() for n in (other, source)}
-            if other_axis != axis or (name in _BROADCAST and len(ranks) > 1):
+            if other_axis != axis or (name in _BROADCAST and more):
                 raise NotLocal("token dimensions of the operands differ")
         return as_is(sharder, node)
     if name in TOTALS:
@@ -445,6 +453,9 @@ REDUCTIONS = _names(
 )
 
 
+#: Which argument of operators that compare rows with a table has the rows.
+_ROWS = {"aten::mv": "self", "aten::bucketize": "self", "aten::searchsorted": "self"}
+
 RULES: dict[str, Any] = {
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys(_names("expand"), _expand),
@@ -470,6 +481,7 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(_names("pad constant_pad_nd"), _pad),
     **dict.fromkeys(_names("einsum"), _einsum),
     **dict.fromkeys(_names("conv1d convolution"), convolution),
+    **dict.fromkeys(_ROWS, _compared_with_a_table),
 }
 
 #: The rules whose operators act on every row alone, whatever the order of the rows.

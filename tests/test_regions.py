@@ -185,7 +185,7 @@ def test_windows_that_are_symbols(
         return flex.flex_attention(q, q, q, block_mask=blocks)
 
     def within(window: int) -> Callable[..., Tensor]:
-        return lambda b, h, q, k: (q >= k) & (q - k < window)
+        return lambda b, h, q, k: (q >= k) & (q - k <= window - 1)
 
     options = {"lower": "eager", "strict": True}
     compiled = torch.compile(step, backend="hsap", dynamic=True, options=options)

@@ -122,6 +122,18 @@ LOCAL: dict[str, Pattern] = {
     "affine": lambda p, x, i: x * p.vector + p.scalar,
     "layer norm": lambda p, x, i: x + F.layer_norm(x, (WIDTH,), p.vector, p.vector),
     "rms norm": lambda p, x, i: x + F.rms_norm(x, (WIDTH,), p.vector),
+    "similar": lambda p, x, i: (
+        x
+        + F.cosine_similarity(x, p.vector, dim=-1)[..., None]
+        + F.cosine_similarity(p.square[:1], x, dim=2)[..., None]
+        + F.cosine_similarity(x, x.exp(), dim=-1)[..., None]
+    ),
+    "compared with a table": lambda p, x, i: (
+        x
+        + torch.mv(x.flatten(0, 1), p.vector).view(x.shape[0], -1, 1)
+        + torch.bucketize(x, p.vector.detach().sort().values) * p.scalar
+        + torch.searchsorted(p.square.detach().sort(-1).values[0], x, right=True) * p.scalar
+    ),
     "unit length": lambda p, x, i: x + F.normalize(x, dim=-1),
     "batch norm": lambda p, x, i: F.batch_norm(
         x.mT, p.vector.detach(), p.vector.detach().exp(), p.vector, p.square[0]
@@ -256,6 +268,11 @@ GATHERED: dict[str, tuple[Pattern, int]] = {
     ),
     "numbers of rows and columns": (
         lambda p, x, i: x + p.square[i.flatten() % WIDTH, i.T.flatten() % 5].view(i.shape)[..., None], 1
+    ),
+    "compared with all tokens": (
+        lambda p, x, i: (
+            x + torch.bucketize(x[0, :, 1].clone(), x[0, :, 0].detach().clone())[:, None] * p.vector
+        ), 1
     ),
     "similar to tokens of the first row": (
         lambda p, x, i: x * F.cosine_similarity(x[..., :1], x[0, :, 0][None], dim=2)[..., None], 1
