@@ -247,7 +247,7 @@ def dense_graph(mode: FakeTensorMode, values: Sequence[torch.Tensor]) -> torch.f
     for node, value in zip(nodes, values, strict=True):
         node.meta.update(val=value, parameter=False)
     scale = values[0].shape[-1] ** -0.5
-    rest = (formula.dumps(logits), scale)
+    rest = (formula.dumps(logits), scale, False)
     site = graph.call_function(dense.OP, (*nodes[:3], [nodes[3]], *rest))
     site.meta.update(mask=masks.normalise(logits)[0], reads=())
     site.meta["val"] = run_fake(mode, dense.OP, (*values[:3], [values[3]], *rest), {})

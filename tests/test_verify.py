@@ -101,6 +101,6 @@ def test_an_attention_that_was_left_on_the_rows_of_one_rank() -> None:
     with graph.graph.inserting_before(node):
         build = Builder(graph.graph, mode)
         operands = [build(aten.index_select.default, x, 2, table) for x in node.args[:3]]
-        build(dense.OP, *operands, [], "Symbol('score', real=True)", 1.0)
+        build(dense.OP, *operands, [], "Symbol('score', real=True)", 1.0, False)
     with pytest.raises(BrokenGraph, match="attends over the rows of one rank alone"):
         verify(graph, "partition_attention")
