@@ -137,6 +137,44 @@ def is_count(node: Node) -> bool:
     return operator_name(node.target) in ("aten::histc", "aten::sum")
 
 
+def sorts_rows(node: Node) -> bool:
+    """Whether values of another order may begin at ``node``."""
+    name = operator_name(node.target) if node.op == "call_function" else ""
+    return name in _BEGINNINGS or name == "aten::sum" and ids_of_map(node) is not None
+
+
+def by_rule(sharder: Sharder, node: Node) -> Any:
+    """What the node's rule makes.  Sorts and counts of ids that depend on no parameter (of words) are cheap:
+    they get homes where a rule needs them, and are plain values where one needs these."""
+    try:
+        return sharder.by_rule(node)
+    except NotLocal as reason:
+        read = [n for n in node.all_input_nodes if n in sharder.sorts]
+        if not read:
+            raise
+        placed = {n: sharder.home.pop(n) for n in sharder.sorts if n in sharder.home}
+        if placed.keys().isdisjoint(read):
+            sharder.home.update(placed)
+            placed = {}
+            _place_sorts(sharder)
+        try:
+            return sharder.by_rule(node)
+        except NotLocal:
+            raise reason from None
+        finally:
+            sharder.home.update(placed)
+
+
+def _place_sorts(sharder: Sharder) -> None:
+    for node in [n for n in sharder.sorts if n not in sharder.home]:
+        try:
+            result = sharder.by_rule(node)
+        except NotLocal:
+            continue
+        if isinstance(result, Local) and result.routed:
+            sharder.home[node] = result
+
+
 def routed(sharder: Sharder, node: Node, ordinary: Any) -> Any:
     """The rule of ``node``, of whose operands at least one is a Bag, Points or Counts."""
     name = operator_name(node.target)
@@ -438,6 +476,7 @@ def _dtype(node: Node) -> torch.dtype:
 
 
 _HOLD_IDS = (torch.int32, torch.int64, torch.float32, torch.float64)
+_BEGINNINGS = _names("sort argsort histc")
 _ARITHMETIC = {"aten::floor_divide": _divide, "aten::div": _divide, "aten::remainder": _remainder}
 _RULES: dict[str, Any] = {
     "getitem": _part,

@@ -47,7 +47,7 @@ from hsap_compile.passes._operands import args_of, cuts_gradient
 from hsap_compile.passes._parameters import settle_parameters
 from hsap_compile.passes._random import agreed, disagreed, is_random
 from hsap_compile.passes._reindex import Longer, aligned, common_start, usual_start, within
-from hsap_compile.passes._routing import is_count, routed, whole_counts
+from hsap_compile.passes._routing import by_rule, is_count, routed, sorts_rows, whole_counts
 from hsap_compile.passes._totals import sum_of_sums
 from hsap_compile.passes._two_forms import fits, gathered, rows_of_whole
 from hsap_compile.passes.infer_tokens import MANY, TokenAxis, parts_of_tokens, symbol_of
@@ -101,6 +101,7 @@ class Sharder:
     home: dict[Node, Local] = field(default_factory=dict)
     longer: dict[Node, Longer] = field(default_factory=dict)
     heavy: set[Node] = field(default_factory=set)
+    sorts: list[Node] = field(default_factory=list)
     differentiable: set[Node] = field(default_factory=set)
     no_grad: set[Node] = field(default_factory=set)
     fallbacks: list[Fallback] = field(default_factory=list)
@@ -200,7 +201,7 @@ class Sharder:
             return self.wholes[node]
         if node in self.home and not self.home[node].routed and node.target is not LAID_OUT:
             self.wholes[node] = gathered(self, node)
-        elif node in self.home and is_count(node):
+        elif node in self.home and node in self.heavy and is_count(node):
             self.wholes[node] = whole_counts(self, node)
         elif node in self.home or node in self.longer:  # its rows have no place in the caller's order
             if node in self.longer:
@@ -255,7 +256,7 @@ class Sharder:
         if node.op != "call_function" or axis.length != self.length or start != 0:
             return None
         try:
-            result = self._by_rule(node)
+            result = self.by_rule(node)
         except NotLocal:
             return None
         plain = isinstance(result, Local) and result.start == 0 and not result.routed
@@ -316,6 +317,8 @@ class Sharder:
             self.wholes[node] = self._attribute(node)
             return
         if not is_random(node) and not any(n in self.heavy for n in node.all_input_nodes):
+            if sorts_rows(node) or any(n in self.sorts for n in node.all_input_nodes):
+                self.sorts.append(node)
             return  # cheap: emitted when asked for
         if isinstance(node.meta["val"], torch.SymInt | int):
             return  # so is a size, whatever it is the size of
@@ -327,7 +330,7 @@ class Sharder:
             self.wholes[node] = self._detached(node, self._recomputed(node) if made is None else made)
             return
         try:
-            result = self._by_rule(node)
+            result = by_rule(self, node)
         except NotLocal as reason:
             if any(self._is_rows(n) for n in operands_of(node)) or self._is_first(node):
                 self._report(node, str(reason))
@@ -342,11 +345,10 @@ class Sharder:
 
     def _is_rows(self, node: Node) -> bool:
         """Whether ``node`` is this rank's rows, which others must send to make it whole."""
-        return node in self.home and not isinstance(self.home[node].order, Counts)
+        return node in self.home and node in self.heavy and not isinstance(self.home[node].order, Counts)
 
     def _is_first(self, node: Node) -> bool:
-        """Whether tokens with a gradient begin here, made of what has none: the gradient of every one is sent
-        to every rank."""
+        """Whether tokens with a gradient begin here, of what has none: each one's is sent to every rank."""
         heavy = [n for n in node.all_input_nodes if n in self.heavy]
         learned = node in self.differentiable and isinstance(node.meta["tokens"], TokenAxis)
         return learned and all(n.meta.get("tokens") is None for n in heavy)
@@ -361,7 +363,7 @@ class Sharder:
             return False
         return all(n.meta.get("tokens") is None for n in (node, *node.all_input_nodes))
 
-    def _by_rule(self, node: Node) -> Any:
+    def by_rule(self, node: Node) -> Any:
         """The local form of ``node``, or a whole value.  Raises ``NotLocal``."""
         with self.in_frame(frame_read(self, node)):
             return self._by_rule_of_frame(node)

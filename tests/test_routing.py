@@ -99,6 +99,17 @@ def maps_of_ids(p: Program, x: Tensor, i: Tensor) -> Tensor:
     return x + _grouped_mm(tokens[rows], _experts(p), _ends(again))[rows.argsort()].view_as(x)
 
 
+def experts_of_words(p: Program, x: Tensor, i: Tensor) -> Tensor:
+    """Known without any parameter; what is sorted is read in its own order, too."""
+    tokens, places = x.flatten(0, 1), torch.arange(SLOTS)
+    experts = (i.flatten()[:, None] + places) % EXPERTS
+    ids, perm = experts.flatten().sort(stable=True)
+    counts = torch.histc(ids.double(), bins=EXPERTS, min=0, max=EXPERTS)
+    y = _grouped_mm(tokens[perm // SLOTS], _experts(p), _ends(counts)) + p.square[ids]
+    y = y[perm.argsort()].view(-1, SLOTS, WIDTH).sum(1).view_as(x)
+    return y + (perm.view(*x.shape[:2], SLOTS) % 5).to(x.dtype) @ p.square[:SLOTS] * counts[0]
+
+
 def rows_of_slots(p: Program, x: Tensor, i: Tensor) -> Tensor:
     tokens, weights, experts = _routes(p, x)
     perm = experts.flatten().argsort()
@@ -135,8 +146,8 @@ def router_loss(p: Program, x: Tensor, i: Tensor) -> Tensor:
 LOCAL: dict[str, Callable[[Program, Tensor, Tensor], Tensor]] = {
     f.__name__: f
     for f in (
-        inverse_by_writing, inverse_by_sorting, rows_added, maps_of_ids, rows_of_slots, every_expert,
-        a_weight_for_every_row, router_loss,
+        inverse_by_writing, inverse_by_sorting, rows_added, maps_of_ids, experts_of_words, rows_of_slots,
+        every_expert, a_weight_for_every_row, router_loss,
     )
 }  # fmt: skip
 
