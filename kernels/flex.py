@@ -18,6 +18,7 @@ only.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import zlib
@@ -95,7 +96,7 @@ class FlexAttention:
         """Write an attention over rows; returns (out (R, Hq, Dv), lse (R, Hq) natural, in float32).
 
         Differentiable in q, k, v and, where the logits are a formula, in its floating leaves.  The lse of a
-        query without keys is -inf; that of one whose keys are all masked by a finite value is log(keys).
+        query without keys is -inf; that of one whose keys are all masked by a finite value is this.
 
         Args:
             q: (R, Hq, D); their rows are those of the keys of ``parts[0]``.
@@ -117,6 +118,11 @@ class FlexAttention:
             answered = inline(build, _answered, *hard)
         found = [self._part(of, queries, padded, parts[0].part, keys, answered, scale) for keys in parts]
         out, lse = found[0] if len(found) == 1 else inline(build, merge, *found[0], *found[1])
+        if answered is not None:
+            masked = [float(x) for x in self.mask.logits.atoms(sympy.Number) if x <= _LOWEST and x.is_finite]
+            lse = inline(
+                build, functools.partial(_of_masked, masked=max(masked, default=_LOWEST)), lse, answered
+            )
         width = int(parts[0].v.meta["val"].shape[2])
         return _rows(build, out, q, padded, width), _rows(build, lse, q, padded, None)
 
@@ -212,6 +218,11 @@ def _bottom(value: torch.Tensor, constant: torch.Tensor, answered: torch.Tensor)
     zero = value - constant  # score + finfo.min has the gradient of the score
     masked = torch.where((value > -torch.inf) & ~answered, zero, -torch.inf)
     return torch.where(value > _LOWEST, value, masked)
+
+
+def _of_masked(lse: torch.Tensor, answered: torch.Tensor, masked: float) -> torch.Tensor:
+    """lse (1, Hq, padded), where nothing answers that of masked logits: the number of keys is lost in it."""
+    return torch.where(answered | (lse == -torch.inf), lse, masked)
 
 
 def _answered(*lse: torch.Tensor) -> torch.Tensor:

@@ -268,7 +268,8 @@ def _slice(sharder: Sharder, node: Node, ordinary: Any) -> Any:
 def _divide(sharder: Sharder, node: Node) -> Any:
     """perm // K: the token of a (token, slot)."""
     source, home, space, by = _fraction(sharder, node)
-    if arguments(node).get("rounding_mode", "floor") != "floor" or node.meta["val"].is_floating_point():
+    whole = arguments(node).get("rounding_mode", "floor") in ("floor", "trunc")  # none is negative
+    if not whole or node.meta["val"].is_floating_point():
         raise NotLocal("arithmetic on row numbers")
     assert home.points is not None
     points = Points((space[0], space[1], space[2] // by), once=home.points.once and by == 1)

@@ -68,7 +68,7 @@ class Attention:
 
     ``result``: how its result lies in ``output`` (see ``Operands``).
     ``sink`` (B, H, S, 1): one more logit, whose weight is dropped.
-    ``lse`` (B, H, S): the node of the logits' log-sum-exp, where it is read, to the base ``base``.
+    ``lse``: the node of the logits' log-sum-exp over keys, where it is read, to the base ``base``.
     ``score_mod`` and ``mask_mod``: what flex attention does to its scores.
     ``logits``: the node that softmax is taken of (eager form), or None for the operator, whose ``mask``
     (a node, or None), ``causal`` and ``scale`` say the same.  ``scores``: the q @ k.T of the eager form.
@@ -271,7 +271,19 @@ def _eager(softmax: Node, no_grad: set[Node]) -> Attention | None:
             scores=scores,
             scores_layout=layout,
             sink=None if sink is None else sink[0],
+            lse=None if folded or sink else _log_sum(logits, value, following in no_grad, no_grad),
         )
+    return None
+
+
+def _log_sum(logits: Node, value: Operand, without: bool, no_grad: set[Node]) -> Node | None:
+    """The log-sum-exp over keys of ``logits``, ``without`` a gradient or with one, behind ``value``."""
+    rank = logits.meta["val"].dim()
+    for user in logits.users:
+        if operator_name(user.target) == "aten::logsumexp" and (user in no_grad) == without:
+            over = {d % rank for d in arguments(user)["dim"]}
+            if over == {rank - 1} and all(node < user for node in value.nodes):
+                return user
     return None
 
 

@@ -64,12 +64,11 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         try:
             logits = lifter.logits()
         except NotLiftable as reason:
-            _leave(attention, f"there is no formula of each score alone for {reason}")
+            why = f"there is no formula of each score alone for {reason}"
+            log.warning("an attention stays as it is written: %s, at %s", why, where(attention.output))
+            attention.output.meta["as_written"] = why
             continue
         mask, scale = normalise(logits)
-        if attention.lse is not None and mask.soft:
-            _leave(attention, "its log-sum-exp is read, and masked logits are finite (use -inf)")
-            continue
         used = formula.leaves_of(mask.logits)
         numbers = {old: new for new, old in enumerate(used)}
         mask = _renumbered(mask, numbers)
@@ -82,11 +81,6 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         written.update(_rewrite(module, mode, attention, leaves, mask, attention.scale * scale))
     remove_dead(module)
     return dense_masks
-
-
-def _leave(attention: Attention, why: str) -> None:
-    log.warning("an attention stays as it is written: %s, at %s", why, where(attention.output))
-    attention.output.meta["as_written"] = why
 
 
 def _of_written(attention: Attention, written: dict[Node, Node]) -> Attention:
@@ -147,17 +141,31 @@ def _rewrite(
         if query.batched:
             rows[0] = emit.size(node, 0)
         node = with_rows(emit, node, rows)
-        node = permuted(emit, node, [parts.index(d) for d in attention.result])
-        written = {output: node}
-        if lse is not None:  # whose results lie as the operator's do
-            sizes = [int(shape[-1]), dense.columns_of_lse(dtype)]
+        written = {}
+        if lse is not None:
+            sizes = [int(operands[2].meta["val"].shape[3]), dense.columns_of_lse(dtype)]
             split = emit(aten.split_with_sizes.default, node, sizes, -1)
-            written[output], columns = (emit(operator.getitem, split, i) for i in (0, 1))
-            logs = inline(emit, dense.unpacked, columns)
-            written[lse] = emit(aten.mul.Tensor, logs, 1 / math.log(attention.base))
+            node, columns = (emit(operator.getitem, split, i) for i in (0, 1))
+            order = [parts.index(d) for d in sorted(parts) if d != WIDTH]
+            written[lse] = _log_sum(
+                emit, permuted(emit, inline(emit, dense.unpacked, columns), order), attention
+            )
+        written[output] = permuted(emit, node, [parts.index(d) for d in attention.result])
     for old, new in written.items():
         old.replace_all_uses_with(new)
     return written
+
+
+def _log_sum(emit: Builder, natural: Node, attention: Attention) -> Node:
+    """The log-sum-exp as ``attention.lse`` has it."""
+    assert attention.lse is not None
+    wanted = attention.lse.meta["val"]
+    made = (
+        natural if attention.base == math.e else emit(aten.mul.Tensor, natural, 1 / math.log(attention.base))
+    )
+    if made.meta["val"].dim() < wanted.dim():
+        made = emit(aten.unsqueeze.default, made, -1)
+    return made if made.meta["val"].dtype == wanted.dtype else emit(aten.to.dtype, made, wanted.dtype)
 
 
 class _Lifter:

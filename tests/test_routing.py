@@ -69,7 +69,8 @@ def inverse_by_sorting(p: Program, x: Tensor, i: Tensor) -> Tensor:
     tokens, weights, experts = _routes(p, x)
     perm = experts.flatten().argsort(stable=True)
     counts = torch.histc(experts.flatten().double(), bins=EXPERTS, min=0, max=EXPERTS)
-    y = _grouped_mm(tokens.index_select(0, perm // SLOTS), _experts(p), _ends(counts.int()))
+    of_tokens = perm.div(SLOTS, rounding_mode="trunc")
+    y = _grouped_mm(tokens.index_select(0, of_tokens), _experts(p), _ends(counts.int()))
     return (y[perm.argsort()].view(-1, SLOTS, WIDTH) * weights[..., None]).sum(1).view(x.shape)
 
 
