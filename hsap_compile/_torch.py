@@ -166,6 +166,7 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
 
 def expr_of(size: Any) -> sympy.Expr:
     """The sympy expression of an int or SymInt, multiplied out: equal sizes are equal expressions."""
+    assert not isinstance(size, float | torch.SymFloat), f"{size} is no size"
     return _expanded(size.node.expr) if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
@@ -597,13 +598,13 @@ def fixed(value: Any) -> float | None:
     return float(value)
 
 
-def fixed_number(value: Any) -> int | None:
+def fixed_number(value: Any) -> float | None:
     """The same of a number that is made of what the caller gave as such: attributes, or what a function
     closes over.  None: sizes of tensors or data are part of it."""
     env, symbols = value.node.shape_env, free_symbols(value)
     sources = [env.var_to_sources.get(symbol) or [None] for symbol in symbols]
     given = all(s is not None and not isinstance(s, TensorPropertySource) for of in sources for s in of)
-    return int(value) if given else None
+    return (float(value) if isinstance(value, torch.SymFloat) else int(value)) if given else None
 
 
 def equal_now(size: Any, other: Any) -> bool:

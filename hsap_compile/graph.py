@@ -109,6 +109,13 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
     return found
 
 
+def may_have_gradient(node: Node) -> bool:
+    """Whether floating numbers are made of what has a gradient."""
+    return node.meta["val"].is_floating_point() and any(
+        n.op == "placeholder" and getattr(n.meta["val"], "requires_grad", False) for n in ancestors([node])
+    )
+
+
 def extract(module: GraphModule, nodes: list[Node], inputs: int) -> GraphModule:
     """The part of ``module`` that computes ``nodes`` from its first ``inputs`` placeholders."""
     needed = ancestors(nodes)

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from hsap_compile._torch import CUSTOM_FUNCTION, RETURNING, SET_GRAD_ENABLED, expr_of, schema_of
-from hsap_compile.graph import Builder, arguments, placeholders, positional
+from hsap_compile.graph import Builder, arguments, may_have_gradient, placeholders, positional
 from hsap_compile.passes._attention_calls import LONGEST, Call, RowLength, call_of, can_be_masked, masked
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ def write_attention_functions(module: GraphModule, mode: Any, rows: RowLength, l
             continue
         derivative = lower(backward.meta["val"], [_value(x) for x in (result, *others, *saved)])
         kept = dict(zip(placeholders(derivative)[1 + len(others) :], saved, strict=True))
-        if _is_derivative(derivative, kept, call, placeholders(body)):
+        if _is_derivative(derivative, kept, call, dict(zip(placeholders(body), operands, strict=True))):
             with module.graph.inserting_before(node):
                 new = _written(Builder(module.graph, mode, node), body, call, operands, result)
             for user in [u for u in node.users if u.users]:
@@ -118,10 +118,10 @@ def _backward_of(node: Node) -> dict[str, Any] | None:
 
 
 def _is_derivative(
-    module: GraphModule, kept: dict[Node, Any], call: tuple[Node, Call], operands: list[Node]
+    module: GraphModule, kept: dict[Node, Any], call: tuple[Node, Call], operands: dict[Node, Any]
 ) -> bool:
-    """``kept``: which node of the forward each of what the backward is given is; ``operands``: the forward's
-    placeholders, in whose order the backward returns."""
+    """``kept``: which node of the forward each of what the backward is given is; ``operands``: by the
+    forward's placeholders, in whose order the backward returns."""
     found = _only(module, _backward_of)
     if found is None:
         return False
@@ -138,9 +138,11 @@ def _is_derivative(
     writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     first = max(1, len(schema.returns))
     gradients = {_source(forward.given[x], *_PADS): first + writes.index(dx) for x, dx in _GRADIENTS.items()}
-    if len(gradients) < len(_GRADIENTS) or not gradients.keys() <= set(operands):
+    if len(gradients) < len(_GRADIENTS) or not gradients.keys() <= operands.keys():
         return False
     wanted_of = {x: _part(node, number) for x, number in gradients.items()}
+    if any(part is None and may_have_gradient(operands[x]) for x, part in wanted_of.items()):
+        return False
     returned = [_source(x, aten.slice.Tensor) for x in _returned(module)]
     return returned == [wanted_of.get(operand) for operand in operands]
 

@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from hsap_compile import formula
 from hsap_compile._torch import expr_of, free_symbols, hint_of
 from hsap_compile.graph import arguments, positional
 from hsap_compile.passes._elements import (
@@ -33,6 +34,13 @@ Index = tuple[sympy.Expr, ...]
 NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)  # their arithmetic may wrap
 
 
+#: Binary digits of the integers that a type tells apart.
+_DIGITS = {
+    torch.int64: 63, torch.int32: 31, torch.float64: 53, torch.float32: 24, torch.float16: 11,
+    torch.bfloat16: 8,
+}  # fmt: skip
+
+
 def is_one(size: Any) -> bool:
     return not free_symbols(size) and hint_of(size) == 1
 
@@ -50,6 +58,9 @@ def _to(lifter: _Lifter, node: Node, index: Index) -> sympy.Basic:
         if not new.is_floating_point() or len(token_dims(node)) < 2:
             raise NotLiftable(node)  # it rounds: read the rounded value
     value = _unchanged(lifter, node, index)
+    loses = _DIGITS.get(old.dtype, 0) > _DIGITS.get(new.dtype, 64)
+    if loses and len(token_dims(node)) < 2 and (formula.leaves_of(value) or new.dtype.itemsize == 2):
+        raise NotLiftable(node)  # the same
     if new.dtype == torch.bool:
         return as_boolean(value)
     if new.dtype in NARROW_INTEGERS and old.dtype != torch.bool:

@@ -29,8 +29,16 @@ from hsap_compile import formula
 from hsap_compile._torch import expr_of, fixed_number, operator_name
 from hsap_compile.errors import where
 from hsap_compile.formula import b, h, k, q, score
-from hsap_compile.graph import Builder, ancestors, arguments, placeholders, positional, remove_dead
+from hsap_compile.graph import (
+    Builder,
+    arguments,
+    may_have_gradient,
+    placeholders,
+    positional,
+    remove_dead,
+)
 from hsap_compile.kernels import dense
+from hsap_compile.kernels.attend import compute_dtype
 from hsap_compile.kernels.flex import inline
 from hsap_compile.masks import normalise
 from hsap_compile.passes._elements import (
@@ -60,7 +68,7 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
     written: dict[Node, Node] = {}
     for attention in attentions:
         attention = _of_written(attention, written)
-        lifter = _Lifter(attention, set() if attention.output in no_grad else no_grad)
+        lifter = _Lifter(attention, mode, set() if attention.output in no_grad else no_grad)
         try:
             logits = lifter.logits()
         except NotLiftable as reason:
@@ -75,7 +83,7 @@ def lift_mask(module: GraphModule, attentions: tuple[Attention, ...], mode: Any)
         valued = formula.valued_leaves_of(mask.logits)  # a comparison has no gradient
         read = [lifter.leaves[i] for i in used]
         leaves = [
-            (node, cut or (i not in valued and _has_gradient(node))) for i, (node, cut) in enumerate(read)
+            (node, cut or (i not in valued and may_have_gradient(node))) for i, (node, cut) in enumerate(read)
         ]
         dense_masks += any(len(token_dims(leaf)) > 1 for leaf, _ in leaves)
         written.update(_rewrite(module, mode, attention, leaves, mask, attention.scale * scale))
@@ -102,13 +110,6 @@ def _renumbered(mask: Any, numbers: dict[int, int]) -> Any:
         key_valid=new(mask.key_valid),
         query_valid=new(mask.query_valid),
         alike=tuple((new(of_q), new(of_k)) for of_q, of_k in mask.alike),
-    )
-
-
-def _has_gradient(node: Node) -> bool:
-    value = node.meta["val"]
-    return value.is_floating_point() and any(
-        n.op == "placeholder" and getattr(n.meta["val"], "requires_grad", False) for n in ancestors([node])
     )
 
 
@@ -171,8 +172,9 @@ def _log_sum(emit: Builder, natural: Node, attention: Attention) -> Node:
 class _Lifter:
     """The formula of one attention's logits, and the tensors it reads."""
 
-    def __init__(self, attention: Attention, no_grad: set[Node]) -> None:
-        self.attention, self.no_grad = attention, no_grad
+    def __init__(self, attention: Attention, mode: Any, no_grad: set[Node]) -> None:
+        self.attention, self.mode, self.no_grad = attention, mode, no_grad
+        self.numbers: dict[Node, Node] = {}
         self.cut = False  # whether no gradient passes from the element that is being read to the logits
         self.leaves: list[tuple[Node, bool]] = []  # and whether that is so of all that is read of them
         self.memo: dict[tuple[Node, Index, bool], sympy.Basic] = {}
@@ -305,12 +307,28 @@ class _Lifter:
             return as_constant(operand)
         value = operand.meta["val"]
         if not isinstance(value, torch.Tensor):
-            return self.size(value)
+            return self.number(operand) if isinstance(value, torch.SymFloat) else self.size(value)
         tail = index[len(index) - value.dim() :]
         return self.element(
             operand,
             tuple(sympy.Integer(0) if is_one(s) else i for s, i in zip(value.shape, tail, strict=True)),
         )
+
+    def number(self, node: Node) -> sympy.Basic:
+        """A float that is a symbol: a leaf without dimensions, as it may change; a constant inside of a
+        function of one pair."""
+        node = self.alias.get(node, node)
+        if node in self.inside:
+            if (number := fixed_number(node.meta["val"])) is None:
+                raise NotLiftable(node)
+            return as_constant(number)
+        if node not in self.numbers:
+            query = self.attention.query.nodes[0].meta["val"]
+            how = {"dtype": compute_dtype(query.dtype), "device": query.device}
+            with node.graph.inserting_after(node):
+                emit = Builder(node.graph, self.mode, self.attention.output)
+                self.numbers[node] = emit(aten.scalar_tensor.default, node, **how)
+        return self.leaf(self.numbers[node], ())
 
     def size(self, size: Any) -> sympy.Expr:
         """A size as a formula of S, the tokens of this attention's keys; a number (of a window) as itself."""
@@ -324,7 +342,7 @@ class _Lifter:
         if expr.free_symbols - {formula.S} or expr.atoms(sympy.Function):
             if (number := fixed_number(size)) is None:
                 raise NotLiftable(size)
-            return sympy.Integer(number)
+            return sympy.Integer(int(number))
         return expr
 
     def _element(self, node: Node, index: Index) -> sympy.Basic:
@@ -369,8 +387,12 @@ class _Lifter:
             operands[scaled] = of_choices(operator.mul, operands[scaled], self.broadcast(alpha, ()))
         if name in COMPARISONS and rounds(operands[0], operands[1], _dtypes(node)):
             raise NotLiftable(node)
+        if name in COMPARISONS and any(isinstance(_value(x), torch.SymFloat) for x in node.args):
+            raise NotLiftable(node)  # of integers, in as many digits as torch gives it
         if name == "mul" and value.dtype == torch.int32 and any(_is_large(x) for x in operands):
             raise NotLiftable(node)
+        if name in COMPARISONS and operands[0] == operands[1] and formula.leaves_of(operands[0]):
+            raise NotLiftable(node)  # which is how NaN is told apart
         result = POINTWISE[name](*operands)
         if value.dtype == torch.bool:
             return as_boolean(result)
@@ -386,6 +408,10 @@ def _read_by(node: Node) -> list[Node]:
 
 _LIKE = {f"aten::{name}" for x in ("ones", "zeros", "full", "empty") for name in (f"{x}_like", f"new_{x}")}
 _OF_BITS = ("__and__", "bitwise_and", "__or__", "bitwise_or", "bitwise_not")
+
+
+def _value(x: Any) -> Any:
+    return x.meta["val"] if isinstance(x, Node) else x
 
 
 def _dtypes(node: Node) -> set[torch.dtype]:

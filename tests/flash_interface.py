@@ -214,6 +214,8 @@ class Sequences(torch.autograd.Function):
         first = dq.shape[-1] - width if ctx.wrong == "last of dq" else 0
         dq = dq[..., first : first + width]
         dk, dv = (x[..., :width] for x in (dk, dv))
+        if ctx.wrong == "no dk":
+            return dq, None, dv, None, None, None, None, None, None, None, None
         return dq, dk, dv, None, None, None, None, None, None, None, None
 
 

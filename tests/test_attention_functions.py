@@ -123,6 +123,7 @@ WRONG = [
     "dout shifted",
     "dq shifted",
     "last of dq",
+    "no dk",
 ]
 
 

@@ -199,6 +199,84 @@ def test_windows_that_are_symbols(
     assert caplog.text.count("0 masks stay dense") == 2
 
 
+def _bare(place: Tensor) -> tuple[Tensor, Tensor]:
+    return place[:, None], place
+
+
+def _half(ids: Tensor, documents: Tensor) -> Tensor:
+    """Beyond 2048, half has every second number."""
+    told = (documents + 2049).half()
+    return told[:, None, :, None] == told[:, None, None, :]
+
+
+def _own(ids: Tensor, documents: Tensor) -> Tensor:
+    """What is no number is told apart by not being equal to itself."""
+    told = torch.where(ids % 4 == 0, torch.nan, documents.double())
+    return ((told == told) & (ids >= 0))[:, None, None, :]
+
+
+#: Logits of scores, ids and documents.  Python's numbers that are made of the length are symbols.
+NUMBERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "bias by the length": lambda s, i, d: s + torch.sub(*_bare(torch.arange(i.shape[1]).to(s.dtype))) * (
+        8.0 / i.shape[1]
+    ),
+    "scale by the length": lambda s, i, d: s / i.shape[1] ** 0.5,
+    "window by the length": lambda s, i, d: s.masked_fill(
+        torch.sub(*_bare(torch.arange(i.shape[1]))) > i.shape[1] * 0.15, -torch.inf
+    ),
+    "filled by the length": lambda s, i, d: s.masked_fill(
+        torch.sub(*_bare(torch.arange(i.shape[1]))) > 3, 10 / i.shape[1]
+    ),
+    "labels in half": lambda s, i, d: s.masked_fill(~_half(i, d), -torch.inf),
+    "window in bfloat16": lambda s, i, d: s.masked_fill(
+        torch.sub(*_bare(torch.arange(i.shape[1]).add(250).bfloat16())) > 3, -torch.inf
+    ),
+    "large labels in float": lambda s, i, d: s.masked_fill(
+        (d + 2**24).float()[:, None, :, None] != (d + 2**24).float()[:, None, None, :], -torch.inf
+    ),
+    "what is no number": lambda s, i, d: s.masked_fill(~_own(i, d), -torch.inf),
+}  # fmt: skip
+
+
+class Told(nn.Module):
+    def __init__(self, logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.logits = nn.Embedding(11, 16).double(), logits
+
+    def forward(self, ids: Tensor, documents: Tensor) -> Tensor:
+        q = self.words(ids).unflatten(-1, (2, 8)).transpose(1, 2)
+        return (self.logits(q @ q.cos().mT, ids, documents).softmax(-1) @ q.sin()).square().mean()
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_in_logits(name: str, mesh: tuple[int, int]) -> None:
+    batch = {"ids": torch.arange(26)[None] * 7 % 11, "documents": torch.arange(26)[None] // 4}
+    of = traced(Told(NUMBERS[name]), dynamic(batch))
+    wanted, got = eager(of), simulate(of, *mesh)
+    assert max(max(worst(step, wanted)) for step in got.ranks) <= 1e-12
+    assert len(got.program.masks) == 1 and got.program.fallbacks == ()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_floats_that_change(dynamic: bool | None) -> None:
+    """A soft-cap, a temperature and a slope; none compiles again once it is a symbol."""
+    model = Told(lambda s, i, d: s)
+
+    def step(ids: Tensor, by: float) -> Tensor:
+        place = torch.arange(ids.shape[1]).double()
+        model.logits = lambda s, i, d: by * (s / by).tanh() - by * torch.sub(*_bare(place)).abs()
+        return model(ids, ids)
+
+    compiled = torch.compile(
+        step, backend="hsap", dynamic=dynamic, options={"lower": "eager", "strict": True}
+    )
+    for by in (0.7, 1.3, 0.2, 2.5):
+        ids = torch.arange(24)[None] * 7 % 11
+        torch.testing.assert_close(compiled(ids, by), step(ids, by), rtol=1e-12, atol=1e-12)
+
+
 class Turned(nn.Module):
     """Similar keys count less, or all the same."""
 
