@@ -27,9 +27,7 @@ def attended(mask: Mask, leaves: Sequence[torch.Tensor | None], batch: int, toke
     Raises ``Refused`` where a leaf holds NaN.
     """
     for leaf in leaves:
-        if (
-            leaf is not None and leaf.is_floating_point() and leaf.isnan().any()
-        ):  # which is neither equal nor unequal to anything
+        if leaf is not None and leaf.is_floating_point() and leaf.isnan().any():
             raise Refused(
                 "an attention mask compares numbers that are not",
                 got=f"NaN, in a tensor of shape {tuple(leaf.shape)} that the mask {mask} reads",

@@ -71,7 +71,6 @@ class _Operands:
     k_remote: Tensor
     v_remote: Tensor
     scale: float
-
     size: int
 
     @classmethod

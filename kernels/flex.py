@@ -119,10 +119,9 @@ class FlexAttention:
         found = [self._part(of, queries, padded, parts[0].part, keys, answered, scale) for keys in parts]
         out, lse = found[0] if len(found) == 1 else inline(build, merge, *found[0], *found[1])
         if answered is not None:
-            masked = [float(x) for x in self.mask.logits.atoms(sympy.Number) if x <= _LOWEST and x.is_finite]
-            lse = inline(
-                build, functools.partial(_of_masked, masked=max(masked, default=_LOWEST)), lse, answered
-            )
+            numbers = self.mask.logits.atoms(sympy.Number)
+            masked = max((float(x) for x in numbers if x <= _LOWEST and x.is_finite), default=_LOWEST)
+            lse = inline(build, functools.partial(_of_masked, masked=masked), lse, answered)
         width = int(parts[0].v.meta["val"].shape[2])
         return _rows(build, out, q, padded, width), _rows(build, lse, q, padded, None)
 

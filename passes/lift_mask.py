@@ -325,7 +325,8 @@ class _Lifter:
         if node not in self.numbers:
             query = self.attention.query.nodes[0].meta["val"]
             how = {"dtype": compute_dtype(query.dtype), "device": query.device}
-            with node.graph.inserting_after(node):
+            inputs = [n for n in node.graph.nodes if n.op == "placeholder"]
+            with node.graph.inserting_after(inputs[-1] if node in inputs else node):
                 emit = Builder(node.graph, self.mode, self.attention.output)
                 self.numbers[node] = emit(aten.scalar_tensor.default, node, **how)
         return self.leaf(self.numbers[node], ())
