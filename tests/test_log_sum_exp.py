@@ -1,4 +1,4 @@
-"""Flex attention whose log-sum-exp is read: sinks, penalties, attentions that are put together."""
+"""Attention whose log-sum-exp is read, of flex attention or written out: sinks, penalties, what it costs."""
 
 from __future__ import annotations
 
